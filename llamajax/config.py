@@ -1,0 +1,346 @@
+"""What a Llama is made of: sizes and constants, by name, from a Hugging Face config or from GGUF metadata.
+
+Knows nothing of weights or files. Everything it refuses is computed differently from a Llama.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamajax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama, under the names a Hugging Face config.json gives them.
+
+    `rope_divisors`, head_dim / 2 of them, divide RoPE's inverse frequencies: every kind of RoPE scaling that
+    a Llama uses comes down to them, and a GGUF file carries them as they are. None means no scaling.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_divisors: tuple[float, ...] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ConfigError(f"{name} must be a positive integer, not {size!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        if not (self.rope_theta > 0 and self.rms_norm_eps > 0):
+            raise ConfigError("rope_theta and rms_norm_eps must be positive")
+        if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
+            raise ConfigError(f"expected {self.head_dim // 2} RoPE divisors, found {len(self.rope_divisors)}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights; a tied embedding counts once."""
+        attention = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that one position takes in the KV cache, `itemsize` bytes a number."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
+        """From a parsed config.json.
+
+        Raises ConfigError for a missing key, and for any architecture or option that is not a Llama's.
+        """
+        architecture = _hf_architecture(hf)
+        for key, llama in _HF_LLAMA_VALUES.items():
+            if hf.get(key, llama) not in (llama, None):
+                raise ConfigError(
+                    f"{architecture} with {key}={hf[key]!r} is not supported: a Llama has {llama!r}"
+                )
+        # Newer configs put theta and scaling into one dictionary; older ones keep them apart.
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"malformed RoPE scaling {rope!r}: expected an object")
+        hf = {name: value for name, value in {**hf, **rope}.items() if value is not None}
+        num_heads = _integer(hf, "num_attention_heads")
+        head_dim = _integer(hf, "head_dim", default=_integer(hf, "hidden_size") // max(num_heads, 1))
+        theta = _number(hf, "rope_theta", default=10000.0)
+        return cls(
+            vocab_size=_integer(hf, "vocab_size"),
+            hidden_size=_integer(hf, "hidden_size"),
+            intermediate_size=_integer(hf, "intermediate_size"),
+            num_hidden_layers=_integer(hf, "num_hidden_layers"),
+            num_attention_heads=num_heads,
+            num_key_value_heads=_integer(hf, "num_key_value_heads", default=num_heads),
+            head_dim=head_dim,
+            max_position_embeddings=_integer(hf, "max_position_embeddings", default=2048),
+            rms_norm_eps=_number(hf, "rms_norm_eps", default=1e-6),
+            rope_theta=theta,
+            rope_divisors=_rope_divisors(hf, head_dim, theta),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        )
+
+    @classmethod
+    def from_meta(cls, params: Mapping[str, Any]) -> "LlamaConfig":
+        """From the params.json of Meta's own layout.
+
+        It names neither the context nor the scaling's factor: those follow the released models (8 for Llama
+        3.1, 32 for the 1B and 3B of Llama 3.2).
+
+        Raises ConfigError for a missing or malformed key.
+        """
+        dim, num_heads = _integer(params, "dim"), _integer(params, "n_heads")
+        if "ffn_dim_multiplier" not in params and "hidden_dim" not in params:
+            raise ConfigError("params.json needs 'ffn_dim_multiplier' or 'hidden_dim'")
+        multiple = _integer(params, "multiple_of", default=256)
+        ffn = int(_number(params, "ffn_dim_multiplier", default=1.0) * int(8 * dim / 3))
+        head_dim, theta = dim // max(num_heads, 1), _number(params, "rope_theta", default=10000.0)
+        scaled = bool(params.get("use_scaled_rope", False))
+        factor = 32.0 if dim < 4096 else 8.0
+        return cls(
+            vocab_size=_integer(params, "vocab_size"),
+            hidden_size=dim,
+            intermediate_size=_integer(params, "hidden_dim", default=-(-ffn // multiple) * multiple),
+            num_hidden_layers=_integer(params, "n_layers"),
+            num_attention_heads=num_heads,
+            num_key_value_heads=_integer(params, "n_kv_heads", default=num_heads),
+            head_dim=head_dim,
+            max_position_embeddings=131072 if scaled else 8192,
+            rms_norm_eps=_number(params, "norm_eps"),
+            rope_theta=theta,
+            rope_divisors=llama3_divisors(factor, head_dim=head_dim, theta=theta) if scaled else None,
+        )
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, Any],
+        *,
+        tie_word_embeddings: bool = False,
+        rope_divisors: tuple[float, ...] | None = None,
+    ) -> "LlamaConfig":
+        """From a GGUF file's metadata, and two facts that only its tensors tell.
+
+        Args:
+          metadata: the key-value pairs of the file.
+          tie_word_embeddings: whether the file has no `output.weight`.
+          rope_divisors: the file's `rope_freqs.weight`, where it has one.
+
+        Raises ConfigError for a missing key, and for any architecture or option that is not a Llama's.
+        """
+        architecture = metadata.get("general.architecture")
+        if architecture != "llama":
+            raise ConfigError(
+                f"architecture {architecture!r} is not supported: llamajax runs Llama models (GGUF 'llama')"
+            )
+        hf = {name: metadata[key] for name, key in _GGUF_KEYS.items() if key in metadata}
+        if "vocab_size" not in hf and "tokenizer.ggml.tokens" in metadata:
+            hf["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
+        hf["tie_word_embeddings"] = tie_word_embeddings
+        scaling = metadata.get("llama.rope.scaling.type", "none")
+        if scaling == "linear":
+            hf["rope_scaling"] = {"rope_type": "linear", "factor": metadata.get("llama.rope.scaling.factor")}
+        elif scaling != "none":
+            raise ConfigError(f"RoPE scaling {scaling!r} is not supported: a Llama GGUF has none or linear")
+        if metadata.get("llama.expert_count", 0):
+            raise ConfigError("a mixture of experts (Mixtral) is not supported: its layers are not a Llama's")
+        config = cls.from_hf(hf)
+        for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+            if metadata.get(key, config.head_dim) != config.head_dim:
+                raise ConfigError(
+                    f"{key}={metadata[key]} is not supported: a Llama has its head_dim, {config.head_dim}"
+                )
+        return config if rope_divisors is None else replace(config, rope_divisors=rope_divisors)
+
+
+def llama3_divisors(
+    factor: float,
+    *,
+    head_dim: int,
+    theta: float,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    original_max_position_embeddings: int = 8192,
+) -> tuple[float, ...]:
+    """RoPE divisors of Llama 3.1's scaling: long wavelengths are slowed by `factor`, short ones kept.
+
+    Source: Meta's `apply_scaling` (llama-models, models/llama3/model.py).
+
+    Returns head_dim / 2 divisors, each between 1 and `factor`.
+    """
+    divisors = []
+    for i in range(head_dim // 2):
+        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
+        turns = original_max_position_embeddings / wavelength
+        smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        smooth = min(max(smooth, 0.0), 1.0)
+        divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(divisors)
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+# Architectures whose computation is a Llama's as long as the options below have a Llama's values.
+_HF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_HF_LLAMA_VALUES = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+_GGUF_KEYS = {
+    "vocab_size": "llama.vocab_size",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+    "sliding_window": "llama.attention.sliding_window",
+}
+
+
+def _hf_architecture(hf: Mapping[str, Any]) -> str:
+    model_type = hf.get("model_type", "llama")
+    (architecture,) = (hf.get("architectures") or [_HF_ARCHITECTURES.get(model_type)])[:1]
+    if _HF_ARCHITECTURES.get(model_type) != architecture:
+        raise ConfigError(
+            f"architecture {architecture or model_type!r} is not supported: llamajax runs Llama models "
+            "(LlamaForCausalLM, or MistralForCausalLM without a sliding window)"
+        )
+    return architecture
+
+
+def _integer(mapping: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    value = mapping.get(key, default)
+    # NumPy's integers come from GGUF metadata; booleans are integers to Python.
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ConfigError(f"the model's configuration needs an integer {key!r}, found {value!r}")
+    return int(value)
+
+
+def _number(mapping: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
+    value = mapping.get(key, default)
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise ConfigError(f"the model's configuration needs a number {key!r}, found {value!r}")
+    return float(value)
+
+
+def _rope_divisors(rope: Mapping[str, Any], head_dim: int, theta: float) -> tuple[float, ...] | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return (_number(rope, "factor"),) * (head_dim // 2)
+    if kind == "llama3":
+        return llama3_divisors(
+            _number(rope, "factor"),
+            head_dim=head_dim,
+            theta=theta,
+            low_freq_factor=_number(rope, "low_freq_factor"),
+            high_freq_factor=_number(rope, "high_freq_factor"),
+            original_max_position_embeddings=_integer(rope, "original_max_position_embeddings"),
+        )
+    raise ConfigError(f"RoPE scaling {kind!r} is not supported: a Llama has default, linear or llama3")
+
+
+_LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+)
+
+#: The named configurations: an instruct model has its base model's. Source: each checkpoint's config.json.
+CONFIGS: dict[str, LlamaConfig] = {
+    "llama3.2-1b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_divisors=llama3_divisors(32.0, head_dim=64, theta=500000.0),
+        tie_word_embeddings=True,
+    ),
+    "llama3.2-3b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_divisors=llama3_divisors(32.0, head_dim=128, theta=500000.0),
+        tie_word_embeddings=True,
+    ),
+    "llama3.1-8b": replace(
+        _LLAMA_3_8B,
+        max_position_embeddings=131072,
+        rope_divisors=llama3_divisors(8.0, head_dim=128, theta=500000.0),
+    ),
+    "llama3-8b": _LLAMA_3_8B,
+    "tinyllama-1.1b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
+}

@@ -1,0 +1,156 @@
+"""The jitted steps: prefill and decode, of B slots at once. The only `jax.jit` of generation.
+
+A model enters as its graph definition (static) and a flat list of leaves: flattening a Flax module at each
+call takes milliseconds. The KV cache and the slots are donated, so that they are written in place.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float32, Int32
+
+from llamajax.model.cache import Cache
+from llamajax.model.llama import Llama
+from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs
+
+# Tokens that one decode call returns at most.
+BLOCK_LEN = 16
+
+
+class Structure(NamedTuple):
+    """What is static of a model: with its leaves it makes the module again."""
+
+    graphdef: nnx.GraphDef
+    treedef: jax.tree_util.PyTreeDef
+
+    def model(self, leaves: list[Array]) -> Llama:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Requests:
+    """What B slots are asked for; constant from a request's first token to its last."""
+
+    sampling: Sampling
+    stop_ids: Int32[Array, "B E"]  # padded with -1
+    prompt_mask: Bool[Array, "B V"]  # which tokens occur in the prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """Where each of B sequences stands. A slot with nothing left is idle."""
+
+    token: Int32[Array, "B"]  # the last one drawn, not yet in the cache
+    position: Int32[Array, "B"]  # where it stands
+    left: Int32[Array, "B"]  # tokens still to draw
+    counts: Int32[Array, "B V"]  # how often each token occurs in the answer
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn in one call, -1 where a slot drew none, with log-probabilities if asked for."""
+
+    tokens: Int32[Array, "B N"]
+    logprobs: TopLogprobs | None  # each with N after B
+
+
+@partial(jax.jit, static_argnames=("structure", "with_logprobs"), donate_argnames=("cache",))
+def prefill(
+    leaves: list[Array],
+    cache: Cache,
+    token_ids: Int32[Array, "B T"],
+    start: Int32[Array, "B"],
+    length: Int32[Array, "B"],
+    max_new_tokens: Int32[Array, "B"],
+    requests: Requests,
+    *,
+    structure: Structure,
+    with_logprobs: bool,
+) -> tuple[Drawn, Cache, Slots]:
+    """Reads `length` tokens of each row, which stand at `start`, and draws the token after them.
+
+    Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
+    A chunk that is not a prompt's last one has no new tokens: it draws none.
+    """
+    model = structure.model(leaves)
+    x, cache = jax.vmap(model)(token_ids, cache, start)
+    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+    logits = jax.vmap(model.logits)(last)[:, 0]
+    slots = Slots(
+        token=jnp.zeros_like(start),
+        position=start + length,
+        left=max_new_tokens,
+        counts=jnp.zeros(logits.shape, jnp.int32),
+    )
+    drawn, slots = _draw(logits, slots, requests, with_logprobs)
+    return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
+
+
+@partial(jax.jit, static_argnames=("structure", "with_logprobs"), donate_argnames=("cache", "slots"))
+def decode(
+    leaves: list[Array],
+    cache: Cache,
+    slots: Slots,
+    steps: Int32[Array, ""],
+    requests: Requests,
+    *,
+    structure: Structure,
+    with_logprobs: bool,
+) -> tuple[Drawn, Cache, Slots]:
+    """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
+
+    The loop ends early when no slot has: a stop token takes what its slot had left.
+    """
+    model = structure.model(leaves)
+
+    def draw_one(cache: Cache, slots: Slots) -> tuple[Drawn, Cache, Slots]:
+        x, cache = jax.vmap(model)(slots.token[:, None], cache, slots.position)
+        slots = replace(slots, position=slots.position + (slots.left > 0))
+        drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests, with_logprobs)
+        return drawn, cache, slots
+
+    def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
+        t, block, cache, slots = carry
+        drawn, cache, slots = draw_one(cache, slots)
+        block = jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, t, axis=1), block, drawn)
+        return t + 1, block, cache, slots
+
+    def goes_on(carry: tuple[Array, Drawn, Cache, Slots]) -> Bool[Array, ""]:
+        t, _, _, slots = carry
+        return (t < steps) & (slots.left > 0).any()
+
+    drawn, _, _ = jax.eval_shape(draw_one, cache, slots)
+    block = jax.tree.map(lambda x: jnp.full((x.shape[0], BLOCK_LEN, *x.shape[1:]), -1, x.dtype), drawn)
+    _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, cache, slots))
+    return block, cache, slots
+
+
+@partial(jax.jit, static_argnames=("structure",))
+def logits(
+    leaves: list[Array], cache: Cache, token_ids: Int32[Array, "T"], *, structure: Structure
+) -> Float32[Array, "T V"]:
+    """Scores of the next token after each of T tokens, from an empty cache; nothing is drawn."""
+    model = structure.model(leaves)
+    x, _ = model(token_ids, cache, jnp.int32(0))
+    return model.logits(x)
+
+
+def _draw(
+    logits: Float32[Array, "B V"], slots: Slots, requests: Requests, with_logprobs: bool
+) -> tuple[Drawn, Slots]:
+    """Draws a token for each slot that has any left; `slots.position` is where it will stand."""
+    token = sample(logits, requests.sampling, slots.position, requests.prompt_mask, slots.counts)
+    active = slots.left > 0
+    stops = (token[:, None] == requests.stop_ids).any(axis=1)
+    moved = Slots(
+        token=jnp.where(active, token, slots.token),
+        position=slots.position,
+        left=jnp.where(active & ~stops, slots.left - 1, 0),
+        counts=slots.counts.at[jnp.arange(token.shape[0]), token].add(active.astype(jnp.int32)),
+    )
+    return Drawn(jnp.where(active, token, -1), top_logprobs(logits, token) if with_logprobs else None), moved

@@ -1,0 +1,28 @@
+"""Every error llamajax raises on purpose.
+
+Each message says what was expected, what was found and what to do; the command line prints it as one line.
+"""
+
+
+class LlamaJaxError(Exception):
+    """Base of all of them."""
+
+
+class ConfigError(LlamaJaxError):
+    """A model's configuration is missing, malformed or of an architecture we do not run."""
+
+
+class CheckpointError(LlamaJaxError):
+    """Weights are missing, truncated, corrupt or do not fit the configuration."""
+
+
+class TokenizerError(LlamaJaxError):
+    """A tokenizer or chat template is missing, malformed or of an unknown kind."""
+
+
+class RequestError(LlamaJaxError):
+    """The caller asked for something invalid: a parameter out of range, a model that does not exist."""
+
+
+class CapacityError(LlamaJaxError):
+    """A valid request does not fit: the context, the memory or the disk is too small."""

@@ -1,0 +1,61 @@
+"""The parts a Llama is built of, but attention. Activations are f32; weights are what `ops` makes of them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float32, Int
+
+from llamajax import ops
+from llamajax.config import LlamaConfig
+
+
+def parameter(*shape: int) -> nnx.Param:
+    """A parameter that is a shape only, until weights are put in place."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+class Linear(nnx.Module):
+    """y = x W^T, without bias; W is [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        self.weight = parameter(out_features, in_features)
+
+    def __call__(self, x: Float32[Array, "T I"]) -> Float32[Array, "T O"]:
+        return ops.linear(x, self.weight.get_value())
+
+
+class Embedding(nnx.Module):
+    """Rows of a table for token ids, and, for tied embeddings, logits from hidden states."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        self.weight = parameter(vocab_size, hidden_size)
+
+    def __call__(self, token_ids: Int[Array, "T"]) -> Float32[Array, "T D"]:
+        return ops.embed(token_ids, self.weight.get_value())
+
+    def attend(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:
+        return ops.linear(x, self.weight.get_value())
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        self.weight = parameter(hidden_size)
+        self.eps = eps
+
+    def __call__(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + self.eps) * self.weight.get_value()
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020), gate and up in one product."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)

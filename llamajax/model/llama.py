@@ -1,0 +1,78 @@
+"""The Llama: embedding, decoder layers, final norm, logits. One sequence; no batch, no sampling, no files."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float32, Int
+
+from llamajax.config import LlamaConfig
+from llamajax.model.attention import Attention
+from llamajax.model.cache import Cache, LayerCache
+from llamajax.model.layers import MLP, Embedding, Linear, RMSNorm
+from llamajax.model.rope import rope_tables
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self,
+        x: Float32[Array, "T D"],
+        rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
+        cache: LayerCache,
+        start: Int[Array, ""],
+    ) -> tuple[Float32[Array, "T D"], LayerCache]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), rope, cache, start)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    x: Float32[Array, "T D"],
+    rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
+    cache: LayerCache,
+    start: Int[Array, ""],
+) -> tuple[Float32[Array, "T D"], LayerCache]:
+    # Layers differ in their weights only, so that one trace serves all: thirty take seconds at each start.
+    return nnx.merge(graphdef, state)(x, rope, cache, start)
+
+
+class Llama(nnx.Module):
+    """A Llama (Touvron et al. 2023; Grattafiori et al. 2024). Built, it is a structure without weights."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nnx.List([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    def __call__(
+        self, token_ids: Int[Array, "T"], cache: Cache, start: Int[Array, ""]
+    ) -> tuple[Float32[Array, "T D"], Cache]:
+        """Runs T tokens that stand at positions start .. start + T - 1, after what the cache holds.
+
+        Returns the final hidden states and the cache with the T positions written.
+        """
+        x = self.embed_tokens(token_ids)
+        rope = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
+        written = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, layer_cache = _apply(*nnx.split(layer), x, rope, layer_cache, start)
+            written.append(layer_cache)
+        return self.norm(x), tuple(written)
+
+    def logits(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:
+        """Scores of the next token, from final hidden states."""
+        return self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)

@@ -1,0 +1,26 @@
+"""Rotary position embedding (Su et al. 2021), in the half-split order of Hugging Face checkpoints."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int
+
+from llamajax.config import LlamaConfig
+
+
+def rope_tables(
+    config: LlamaConfig, positions: Int[Array, "T"]
+) -> tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]]:
+    """Cosines and sines of each position's angles, position * theta ** (-2i / H) / divisor[i]."""
+    inverse = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    inverse = (inverse / (config.rope_divisors or 1.0)).astype(np.float32)
+    angles = positions.astype(jnp.float32)[:, None] * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float32[Array, "T N H"], cos: Float32[Array, "T H/2"], sin: Float32[Array, "T H/2"]
+) -> Float32[Array, "T N H"]:
+    """Rotates the pairs (x[i], x[i + H/2]) by the position's angles."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
