@@ -70,9 +70,7 @@ class LlamaConfig:
         architecture = _hf_architecture(hf)
         for key, llama in _HF_LLAMA_VALUES.items():
             if hf.get(key, llama) not in (llama, None):
-                raise ConfigError(
-                    f"{architecture} with {key}={hf[key]!r} is not supported: a Llama has {llama!r}"
-                )
+                raise ConfigError(f"{architecture} with {key}={hf[key]!r} is not supported: a Llama has {llama!r}")
         # Newer configs put theta and scaling into one dictionary; older ones keep them apart.
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):

@@ -80,6 +80,8 @@ def sample(
       position: where the drawn token will stand. (seed, position) alone decide a row's randomness.
       prompt_mask: which tokens occur in the prompt.
       counts: how often each token occurs in the answer so far.
+
+    Returns the tokens; V, which is none, where the scores are not numbers.
     """
     logits = _penalize(logits, sampling, prompt_mask, counts)
     greedy = sampling.temperature < _GREEDY_TEMPERATURE
@@ -89,7 +91,8 @@ def sample(
         uniform = jax.vmap(_uniform)(sampling.seed, position)
         return jnp.where(greedy, _argmax(logits), _inverse_cdf(_filtered_probs(scaled, sampling), uniform))
 
-    return jax.lax.cond(greedy.all(), lambda: _argmax(logits), draw)
+    token = jax.lax.cond(greedy.all(), lambda: _argmax(logits), draw)
+    return jnp.where(jnp.isnan(logits).any(axis=-1), logits.shape[1], token)
 
 
 def top_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, "B"]) -> TopLogprobs:

@@ -1,11 +1,14 @@
 """The values that pass between rooms. Knows the standard library only."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from llamajax.errors import RequestError
 
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["cpu", "gpu", "tpu"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
 MAX_TOP_LOGPROBS = 20
@@ -60,3 +63,75 @@ class SamplingParams:
         ):
             if not ok:
                 raise RequestError(f"{name} must be {expected}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids and what is asked for.
+
+    Attributes:
+      token_ids: at least one.
+      max_new_tokens: at least one.
+      stop_ids: tokens that end the answer; they are not part of it.
+    """
+
+    token_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of raw probabilities, before penalties, temperature and filters.
+
+    Attributes:
+      logprob: the drawn token's.
+      top: (token id, logprob) of the most probable ones, most probable first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Token(NamedTuple):
+    """One drawn token."""
+
+    id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, from the request to the first token, and from there to the last."""
+
+    time_to_first_token: float
+    decode_time: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+      text: without the stop string or stop token that ended it.
+      token_ids: of the answer, without the stop token; a stop string's tokens are among them.
+      finish_reason: "stop" for a stop token or string, "length" for a limit, "cancelled".
+      prompt_tokens: how many tokens the prompt has.
+      cached_tokens: how many of them the KV cache already held.
+      logprobs: one for each of `token_ids` if they were asked for, else None.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    timings: Timings
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: tokens after the first one, by the time they took; 0 if there are none."""
+        after_first = len(self.token_ids) - 1
+        return after_first / self.timings.decode_time if after_first > 0 and self.timings.decode_time > 0 else 0.0

@@ -1,7 +1,7 @@
 """The jitted steps: prefill and decode, of B slots at once. The only `jax.jit` of generation.
 
-A model enters as its graph definition (static) and a flat list of leaves: flattening a Flax module at each
-call takes milliseconds. The KV cache and the slots are donated, so that they are written in place.
+A model enters as its configuration (static) and a list of weights: flattening a Flax module at each call takes
+milliseconds. The KV cache and the slots are donated, so that they are written in place.
 """
 
 from dataclasses import dataclass, replace
@@ -10,25 +10,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32
 
-from llamajax.model.cache import Cache
+from llamajax.config import LlamaConfig
+from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
+from llamajax.ops import Weight
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs
 
 # Tokens that one decode call returns at most.
 BLOCK_LEN = 16
-
-
-class Structure(NamedTuple):
-    """What is static of a model: with its leaves it makes the module again."""
-
-    graphdef: nnx.GraphDef
-    treedef: jax.tree_util.PyTreeDef
-
-    def model(self, leaves: list[Array]) -> Llama:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
 
 @jax.tree_util.register_dataclass
@@ -59,9 +51,9 @@ class Drawn(NamedTuple):
     logprobs: TopLogprobs | None  # each with N after B
 
 
-@partial(jax.jit, static_argnames=("structure", "with_logprobs"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config", "with_logprobs"), donate_argnames=("cache",))
 def prefill(
-    leaves: list[Array],
+    weights: list[Weight],
     cache: Cache,
     token_ids: Int32[Array, "B T"],
     start: Int32[Array, "B"],
@@ -69,7 +61,7 @@ def prefill(
     max_new_tokens: Int32[Array, "B"],
     requests: Requests,
     *,
-    structure: Structure,
+    config: LlamaConfig,
     with_logprobs: bool,
 ) -> tuple[Drawn, Cache, Slots]:
     """Reads `length` tokens of each row, which stand at `start`, and draws the token after them.
@@ -77,8 +69,9 @@ def prefill(
     Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
     A chunk that is not a prompt's last one has no new tokens: it draws none.
     """
-    model = structure.model(leaves)
-    x, cache = jax.vmap(model)(token_ids, cache, start)
+    model = Llama.with_weights(config, weights)
+    x, cache = _over_slots(model, token_ids, _enter(cache), start)
+    cache = _leave(cache)
     last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
     logits = jax.vmap(model.logits)(last)[:, 0]
     slots = Slots(
@@ -91,25 +84,25 @@ def prefill(
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
-@partial(jax.jit, static_argnames=("structure", "with_logprobs"), donate_argnames=("cache", "slots"))
+@partial(jax.jit, static_argnames=("config", "with_logprobs"), donate_argnames=("cache", "slots"))
 def decode(
-    leaves: list[Array],
+    weights: list[Weight],
     cache: Cache,
     slots: Slots,
     steps: Int32[Array, ""],
     requests: Requests,
     *,
-    structure: Structure,
+    config: LlamaConfig,
     with_logprobs: bool,
 ) -> tuple[Drawn, Cache, Slots]:
     """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
 
     The loop ends early when no slot has: a stop token takes what its slot had left.
     """
-    model = structure.model(leaves)
+    model = Llama.with_weights(config, weights)
 
     def draw_one(cache: Cache, slots: Slots) -> tuple[Drawn, Cache, Slots]:
-        x, cache = jax.vmap(model)(slots.token[:, None], cache, slots.position)
+        x, cache = _over_slots(model, slots.token[:, None], cache, slots.position)
         slots = replace(slots, position=slots.position + (slots.left > 0))
         drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests, with_logprobs)
         return drawn, cache, slots
@@ -124,25 +117,52 @@ def decode(
         t, _, _, slots = carry
         return (t < steps) & (slots.left > 0).any()
 
+    cache = _enter(cache)
     drawn, _, _ = jax.eval_shape(draw_one, cache, slots)
     block = jax.tree.map(lambda x: jnp.full((x.shape[0], BLOCK_LEN, *x.shape[1:]), -1, x.dtype), drawn)
     _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, cache, slots))
-    return block, cache, slots
+    return block, _leave(cache), slots
 
 
-@partial(jax.jit, static_argnames=("structure",))
+@partial(jax.jit, static_argnames=("config", "cache_dtype"))
 def logits(
-    leaves: list[Array], cache: Cache, token_ids: Int32[Array, "T"], *, structure: Structure
+    weights: list[Weight], token_ids: Int32[Array, "T"], *, config: LlamaConfig, cache_dtype: DTypeLike
 ) -> Float32[Array, "T V"]:
-    """Scores of the next token after each of T tokens, from an empty cache; nothing is drawn."""
-    model = structure.model(leaves)
+    """Scores of the next token after each of T tokens; nothing is drawn."""
+    model = Llama.with_weights(config, weights)
+    cache = empty_cache(config, token_ids.shape[0], cache_dtype)
     x, _ = model(token_ids, cache, jnp.int32(0))
     return model.logits(x)
 
 
-def _draw(
-    logits: Float32[Array, "B V"], slots: Slots, requests: Requests, with_logprobs: bool
-) -> tuple[Drawn, Slots]:
+@partial(jax.jit, static_argnames=("length",))
+def grow(cache: Cache, *, length: int) -> Cache:
+    """The same cache with room for `length` positions."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+
+
+# One slot is no batch: with a batch axis of one, XLA's CPU compiler makes two of each cache, one to attend to and
+# one to keep, and copies both at each step. So inside a step the cache of one slot goes without that axis.
+
+
+def _enter(cache: Cache) -> Cache:
+    return jax.tree.map(lambda x: x.reshape(x.shape[1:]) if x.shape[0] == 1 else x, cache)
+
+
+def _leave(cache: Cache) -> Cache:
+    return jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache)
+
+
+def _over_slots(
+    model: Llama, token_ids: Int32[Array, "B T"], cache: Cache, start: Int32[Array, "B"]
+) -> tuple[Float32[Array, "B T D"], Cache]:
+    if token_ids.shape[0] > 1:
+        return jax.vmap(model)(token_ids, cache, start)
+    x, cache = model(token_ids[0], cache, start[0])
+    return x[None], cache
+
+
+def _draw(logits: Float32[Array, "B V"], slots: Slots, requests: Requests, with_logprobs: bool) -> tuple[Drawn, Slots]:
     """Draws a token for each slot that has any left; `slots.position` is where it will stand."""
     token = sample(logits, requests.sampling, slots.position, requests.prompt_mask, slots.counts)
     active = slots.left > 0

@@ -1,5 +1,6 @@
 """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and a KV cache."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -28,9 +29,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float32[Array, "T D"], LayerCache]:
         c = self.config
         heads = self.qkv_proj(x).reshape(x.shape[0], -1, c.head_dim)
-        query = rotate(heads[:, : c.num_attention_heads], *rope)
-        key = rotate(heads[:, c.num_attention_heads : -c.num_key_value_heads], *rope)
-        cache = cache.write(key, heads[:, -c.num_key_value_heads :], start)
-        query = query.reshape(x.shape[0], c.num_key_value_heads, -1, c.head_dim)
+        query, key, value = jnp.split(heads, [c.num_attention_heads, heads.shape[1] - c.num_key_value_heads], axis=1)
+        cache = LayerCache(
+            ops.write(cache.key, rotate(key, *rope).swapaxes(0, 1), start),
+            ops.write(cache.value, value.swapaxes(0, 1), start),
+        )
+        query = rotate(query, *rope).reshape(x.shape[0], c.num_key_value_heads, -1, c.head_dim)
         mixed = ops.attention(query, cache.key, cache.value, start)
         return self.o_proj(mixed.reshape(x.shape[0], -1)), cache

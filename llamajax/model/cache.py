@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from llamajax.config import LlamaConfig
 
@@ -15,17 +14,6 @@ class LayerCache(NamedTuple):
 
     key: Float[Array, "K S H"]
     value: Float[Array, "K S H"]
-
-    def write(
-        self, key: Float[Array, "T K H"], value: Float[Array, "T K H"], start: Int[Array, ""]
-    ) -> "LayerCache":
-        """Puts T positions at `start`. start + T must not pass S: XLA would shift the write, not refuse it."""
-
-        def put(cache: Array, new: Array) -> Array:
-            new = new.swapaxes(0, 1).astype(cache.dtype)
-            return jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
-
-        return LayerCache(put(self.key, key), put(self.value, value))
 
 
 # One pair of arrays a layer: a cache stacked over layers is copied whole at each step.

@@ -12,6 +12,7 @@ from llamajax.model.attention import Attention
 from llamajax.model.cache import Cache, LayerCache
 from llamajax.model.layers import MLP, Embedding, Linear, RMSNorm
 from llamajax.model.rope import rope_tables
+from llamajax.ops import Weight
 
 
 class DecoderLayer(nnx.Module):
@@ -76,3 +77,19 @@ class Llama(nnx.Module):
     def logits(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:
         """Scores of the next token, from final hidden states."""
         return self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
+
+    @classmethod
+    def with_weights(cls, config: LlamaConfig, weights: list[Weight]) -> "Llama":
+        """A model of weights as `weights()` lists them."""
+        model = cls(config)
+        for parameter, weight in zip(jax.tree.leaves(nnx.state(model), is_leaf=_is_param), weights, strict=True):
+            parameter.set_value(weight)
+        return model
+
+    def weights(self) -> list[Weight]:
+        """The parameters' values, in the order of their paths."""
+        return [parameter.get_value() for parameter in jax.tree.leaves(nnx.state(self), is_leaf=_is_param)]
+
+
+def _is_param(node: object) -> bool:
+    return isinstance(node, nnx.Param)

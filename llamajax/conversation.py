@@ -1,0 +1,92 @@
+"""A conversation with a model: its messages, the tokens they were made of, and what is forgotten when it is long."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llamajax.errors import RequestError
+from llamajax.llm import LLM, Stream
+from llamajax.types import Message
+
+
+class Conversation:
+    """Messages back and forth. A new turn reads only what is new: the KV cache keeps what came before.
+
+    When a question and the room for its answer no longer fit the context, the oldest exchanges are forgotten until
+    the rest takes at most half of it; a system message stays.
+
+    Attributes:
+      forgotten: how many exchanges the last turn forgot.
+    """
+
+    def __init__(self, llm: LLM, system: str | None = None) -> None:
+        self.forgotten = 0
+        self._llm = llm
+        self._messages: list[Message] = []
+        # Message index -> its own token ids, since encoding an answer's text again need not give them.
+        self._answers: dict[int, tuple[int, ...]] = {}
+        self._stream: Stream | None = None
+        self.restart(system)
+
+    def restart(self, system: str | None = None, messages: Sequence[Message] = ()) -> None:
+        """Begins again, with a system message or without, or with earlier messages."""
+        self._stream = None
+        self._answers = {}
+        self._messages = [{"role": "system", "content": system}] if system else []
+        self._messages += messages
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that is remembered, oldest first; an answer as far as it has come."""
+        self._record_answer()
+        return self._messages
+
+    def ask(self, question: str, *, max_new_tokens: int, **options: Any) -> Stream:
+        """Starts the answer to a question. Options as in `LLM.stream`.
+
+        Raises CapacityError if the question does not fit the context alone; the conversation is then as before.
+        """
+        self._record_answer()
+        messages: list[Message] = [*self._messages, {"role": "user", "content": question}]
+        messages, answers, forgotten = self._fitting(messages, min(max_new_tokens, self._llm.max_seq_len // 2))
+        stream = self._llm.stream(messages, max_new_tokens=max_new_tokens, verbatim=answers, **options)
+        self._messages, self._answers, self.forgotten, self._stream = messages, answers, forgotten, stream
+        return stream
+
+    def ask_again(self, **options: Any) -> Stream:
+        """Starts another answer to the last question; the one there was is dropped.
+
+        Raises RequestError if nothing was asked yet.
+        """
+        self._record_answer()
+        while self._messages and self._messages[-1]["role"] != "user":
+            self._messages.pop()
+            self._answers.pop(len(self._messages), None)
+        if not self._messages:
+            raise RequestError("nothing was asked yet")
+        return self.ask(self._messages.pop()["content"], **options)
+
+    def _record_answer(self) -> None:
+        if self._stream is None:
+            return
+        answer, self._stream = self._stream.completion, None
+        if not answer.token_ids:
+            self._messages.pop()
+            return
+        if self._llm.tokenizer.decode(answer.token_ids) == answer.text:  # not cut at a stop string
+            self._answers[len(self._messages)] = answer.token_ids
+        self._messages.append({"role": "assistant", "content": answer.text})
+
+    def _fitting(self, messages: list[Message], room: int) -> tuple[list[Message], dict[int, tuple[int, ...]], int]:
+        """The messages without the oldest exchanges if they leave too little room, their answers' ids, how many went."""
+        answers, forgotten = self._answers, 0
+        first = 1 if messages[0]["role"] == "system" else 0
+        num_tokens = len(self._llm.encode_chat(messages, answers))
+        if num_tokens <= self._llm.max_seq_len - room:
+            return messages, answers, 0
+        while num_tokens > self._llm.max_seq_len // 2 and len(messages) > first + 1:
+            next_question = next(i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user")
+            messages = messages[:first] + messages[next_question:]
+            answers = {i - next_question + first: ids for i, ids in answers.items() if i >= next_question}
+            num_tokens = len(self._llm.encode_chat(messages, answers))
+            forgotten += 1
+        return messages, answers, forgotten

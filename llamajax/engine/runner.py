@@ -1,0 +1,207 @@
+"""Owns a model's weights and KV cache on a device, and moves requests and tokens between host and device.
+
+Knows token ids and slots; knows nothing of text, queues or strategies.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float32
+
+from llamajax.engine import steps
+from llamajax.engine.steps import Drawn, Requests, Slots
+from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.model.cache import Cache, empty_cache
+from llamajax.model.llama import Llama
+from llamajax.sampling import Sampling
+from llamajax.types import Request, Token, TokenLogprobs
+
+# Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
+# programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
+CHUNKS = (32, 128, 512)
+MIN_CACHE_LEN = 256
+# An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
+RESERVED_LEN = 512
+MAX_STOP_IDS = 16
+
+
+class Runner:
+    """One sequence on a device. The cache grows by doubling, up to the context.
+
+    Attributes:
+      config: the model's.
+      max_seq_len: positions that a prompt and its answer may take.
+      cached_ids: the tokens whose keys and values the cache holds. A request that begins with the same ones
+        does not read them again.
+    """
+
+    def __init__(
+        self, model: Llama, *, device: jax.Device, max_seq_len: int | None = None, cache_dtype: DTypeLike
+    ) -> None:
+        self.config = model.config
+        context = self.config.max_position_embeddings
+        self.max_seq_len = context if max_seq_len is None else max_seq_len
+        if not 1 <= self.max_seq_len <= context:
+            raise RequestError(f"max_seq_len must be from 1 to the model's context, {context}, not {max_seq_len}")
+        self.device = device
+        self.cached_ids: list[int] = []
+        self._weights = jax.device_put(model.weights(), device)
+        self._cache_dtype = cache_dtype
+        self._cache: Cache = ()
+        self._slots: Slots
+        self._requests: Requests
+        self._with_logprobs = False
+        self._drawn_len = 0
+
+    @property
+    def cache_len(self) -> int:
+        """Positions that the cache has room for at present."""
+        return self._cache[0].key.shape[2] if self._cache else 0
+
+    def check(self, request: Request) -> None:
+        """Raises CapacityError if the prompt leaves no room for an answer, RequestError for what is invalid."""
+        ids = request.token_ids
+        if not ids:
+            raise RequestError("the prompt is empty: it needs at least one token")
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise RequestError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, found {min(ids)} to {max(ids)}"
+            )
+        if request.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        if len(request.stop_ids) > MAX_STOP_IDS:
+            raise RequestError(f"at most {MAX_STOP_IDS} stop tokens, not {len(request.stop_ids)}")
+        if len(ids) >= self.max_seq_len:
+            raise CapacityError(
+                f"the prompt has {len(ids)} tokens, the context {self.max_seq_len}: shorten the prompt, or raise "
+                f"max_seq_len if it is below the model's {self.config.max_position_embeddings}"
+            )
+
+    def prefill(self, request: Request) -> tuple[Drawn, int]:
+        """Reads what the cache does not hold of the prompt and draws the first token.
+
+        Returns that token, on the device, and how many of the prompt's tokens were in the cache already.
+
+        Raises as `check` does.
+        """
+        self.check(request)
+        ids = list(request.token_ids)
+        max_new_tokens = min(request.max_new_tokens, self.max_seq_len - len(ids))
+        self.reserve(len(ids) + min(max_new_tokens, RESERVED_LEN))
+        self._requests = self._device_requests(request)
+        self._with_logprobs = request.sampling.logprobs is not None
+
+        # The last token is read in any case: its logits are not kept.
+        reused = _common_prefix(self.cached_ids, ids[:-1])
+        self._drawn_len = len(ids)
+        end = reused
+        while end < len(ids):
+            chunk_len = self._chunk_len(len(ids) - end)
+            # A chunk that would pass the end of the cache begins earlier, and writes again what is there.
+            start = min(end, self.cache_len - chunk_len)
+            end = min(start + chunk_len, len(ids))
+            drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if end == len(ids) else 0)
+            self.cached_ids = ids[:end]
+        return drawn, reused
+
+    def decode(self, num_steps: int) -> Drawn:
+        """Draws up to `num_steps` more tokens, at most BLOCK_LEN. Returns at once: the device works on."""
+        self._drawn_len += num_steps
+        self.reserve(self._drawn_len)
+        drawn, self._cache, self._slots = steps.decode(
+            self._weights,
+            self._cache,
+            self._slots,
+            np.int32(num_steps),
+            self._requests,
+            config=self.config,
+            with_logprobs=self._with_logprobs,
+        )
+        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        return drawn
+
+    def read(self, drawn: Drawn) -> list[Token]:
+        """Waits for drawn tokens and brings them to the host.
+
+        Raises CheckpointError if the model's scores are not numbers.
+        """
+        ids = np.asarray(drawn.tokens)[0]
+        ids = ids[ids >= 0].tolist()
+        if self.config.vocab_size in ids:
+            raise CheckpointError("the model's scores are not numbers (NaN): its weights are broken")
+        if drawn.logprobs is None:
+            return [Token(id, None) for id in ids]
+        chosen, top, top_ids = (np.asarray(x)[0] for x in drawn.logprobs)
+        return [
+            Token(id, TokenLogprobs(float(lp), tuple(zip(tops.tolist(), lps.tolist(), strict=True))))
+            for id, lp, lps, tops in zip(ids, chosen, top, top_ids, strict=False)
+        ]
+
+    def reserve(self, num_positions: int) -> None:
+        """Makes room in the cache for this many positions, keeping what it holds."""
+        needed = min(_power_of_two(num_positions, MIN_CACHE_LEN), -(-self.max_seq_len // MIN_CACHE_LEN) * MIN_CACHE_LEN)
+        if needed <= self.cache_len:
+            return
+        if self.cached_ids:
+            self._cache = steps.grow(self._cache, length=needed)
+        else:
+            layers = jax.eval_shape(lambda: empty_cache(self.config, needed, self._cache_dtype))
+            self._cache = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype, device=self.device), layers)
+
+    def warm_up(self) -> None:
+        """Compiles all programs of the present length of the cache, so that no request waits for it."""
+        self.cached_ids = []
+        self.reserve(1)
+        for chunk_len in CHUNKS:
+            if chunk_len <= self.cache_len:
+                self.read(self.prefill(Request([0] * min(chunk_len, self.max_seq_len - 1), 1))[0])
+                self.cached_ids = []
+        self.read(self.decode(1))
+
+    def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
+        """Scores of the next token after each of the given ones. The cache is left as it is."""
+        self.check(Request(token_ids, 1))
+        length = _power_of_two(len(token_ids), CHUNKS[0])
+        padded = np.zeros(length, np.int32)
+        padded[: len(token_ids)] = token_ids
+        scores = steps.logits(self._weights, padded, config=self.config, cache_dtype=self._cache_dtype)
+        return np.asarray(scores)[: len(token_ids)]
+
+    def _read_chunk(self, ids: list[int], start: int, end: int, chunk_len: int, max_new_tokens: int) -> Drawn:
+        chunk = np.zeros((1, chunk_len), np.int32)
+        chunk[0, : end - start] = ids[start:end]
+        drawn, self._cache, self._slots = steps.prefill(
+            self._weights,
+            self._cache,
+            chunk,
+            np.array([start], np.int32),
+            np.array([end - start], np.int32),
+            np.array([max_new_tokens], np.int32),
+            self._requests,
+            config=self.config,
+            with_logprobs=self._with_logprobs,
+        )
+        return drawn
+
+    def _chunk_len(self, remaining: int) -> int:
+        fitting = [length for length in CHUNKS if length <= self.cache_len]
+        return next((length for length in fitting if length >= remaining), fitting[-1])
+
+    def _device_requests(self, request: Request) -> Requests:
+        stop_ids = np.full((1, MAX_STOP_IDS), -1, np.int32)
+        stop_ids[0, : len(request.stop_ids)] = sorted(request.stop_ids)
+        prompt_mask = np.zeros((1, self.config.vocab_size), bool)
+        prompt_mask[0, list(request.token_ids)] = True
+        requests = Requests(Sampling.of([request.sampling]), stop_ids, prompt_mask)
+        return jax.device_put(requests, self.device)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _power_of_two(number: int, at_least: int) -> int:
+    return max(at_least, 1 << (number - 1).bit_length())

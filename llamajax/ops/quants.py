@@ -1,0 +1,178 @@
+"""GGUF's quantized block formats: their sizes, and their weights as float32.
+
+A row of K weights is stored as K / Format.weights blocks of Format.bytes bytes. The layouts and formulas are
+ggml's (ggml-common.h, the `block_*` structs; ggml-quants.c, `dequantize_row_*`). Numbers are little-endian. A
+block has a scale and sometimes an offset in f16; the 256 weights of a K format's block are in groups, each
+with a small scale of its own in units of the block's.
+
+The product of scales and quant has at most 24 significant bits (11 of f16, up to 7 of a group's scale, up to
+6 of the quant), so float32 holds it exactly: a compiler may fuse it with the addition that follows, and the
+result stays ggml's bit for bit.
+
+Knows nothing of files or of linear layers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float32, UInt8
+
+
+class Format(NamedTuple):
+    """A block format: ggml's number for it, weights a block, bytes a block."""
+
+    ggml_type: int
+    weights: int
+    bytes: int
+
+
+FORMATS = {
+    "q4_0": Format(2, 32, 18),
+    "q4_1": Format(3, 32, 20),
+    "q5_0": Format(6, 32, 22),
+    "q5_1": Format(7, 32, 24),
+    "q8_0": Format(8, 32, 34),
+    "q2_k": Format(10, 256, 84),
+    "q3_k": Format(11, 256, 110),
+    "q4_k": Format(12, 256, 144),
+    "q5_k": Format(13, 256, 176),
+    "q6_k": Format(14, 256, 210),
+}
+
+
+def dequantize(blocks: UInt8[Array, "... bytes"], format: str) -> Float32[Array, "... K"]:
+    """The weights of rows of whole blocks; `format` is a key of FORMATS."""
+    rows = blocks.shape[:-1]
+    weights = _DEQUANTIZE[format](blocks.reshape(*rows, -1, FORMATS[format].bytes))
+    return weights.reshape(*rows, -1)
+
+
+def _split(block: Array, *sizes: int) -> list[Array]:
+    """The fields of a block: these many bytes each, and the rest."""
+    return jnp.split(block, [sum(sizes[: i + 1]) for i in range(len(sizes))], axis=-1)
+
+
+def _f16(field: Array) -> Array:
+    """[..., 2] bytes -> [..., 1] float32."""
+    return lax.bitcast_convert_type(field, jnp.float16)[..., None].astype(jnp.float32)
+
+
+def _unpack(field: Array, width: int, axis: int = -2) -> Array:
+    """[..., n] bytes -> [..., 8 / width, n] integers of `width` bits along `axis`, the lowest first."""
+    # On CPU, XLA makes two stacked halves up to 10 times faster than shifts by an iota, but four or eight
+    # stacked parts up to 4 times slower.
+    if width == 4:
+        return jnp.stack([field & 15, field >> 4], axis)
+    parts = jnp.repeat(jnp.expand_dims(field, axis), 8 // width, axis)
+    shifts = lax.broadcasted_iota(jnp.uint8, parts.shape, parts.ndim + axis) * width
+    return parts >> shifts & 2**width - 1
+
+
+def _unpack_runs(field: Array, width: int, run: int) -> Array:
+    """As _unpack, for each run of `run` bytes by itself, in a row."""
+    *rows, size = field.shape
+    return _unpack(field.reshape(*rows, -1, run), width).reshape(*rows, size * 8 // width)
+
+
+def _six_bits(field: Array) -> tuple[Array, Array]:
+    """[..., 12] bytes -> 8 scales and 8 minimums of 6 bits, as float32 (ggml's `get_scale_min_k4`).
+
+    Bytes 0-3 and 4-7 are the first four scales and minimums, and above each the top two bits of one of the
+    last four; bytes 8-11 are the low four bits of the last scales, and above them those of the last minimums.
+    """
+    scale, minimum, low = jnp.split(field, 3, axis=-1)
+    scales = jnp.concatenate([scale & 63, (low & 15) | (scale >> 6 << 4)], axis=-1)
+    minimums = jnp.concatenate([minimum & 63, (low >> 4) | (minimum >> 6 << 4)], axis=-1)
+    return scales.astype(jnp.float32), minimums.astype(jnp.float32)
+
+
+def _scaled(quants: Array, scale: Array, offset: Array | None = None) -> Array:
+    """scale * quants + offset, where scale and offset [..., groups] hold for a run of quants each."""
+    quants = quants.reshape(*scale.shape, -1).astype(jnp.float32)
+    weights = scale[..., None] * quants
+    return weights if offset is None else weights + offset[..., None]
+
+
+def _q4_0(block: Array) -> Array:
+    d, qs = _split(block, 2)
+    return _scaled(_unpack(qs, 4).astype(jnp.int8) - 8, _f16(d))
+
+
+def _q4_1(block: Array) -> Array:
+    d, m, qs = _split(block, 2, 2)
+    return _scaled(_unpack(qs, 4), _f16(d), _f16(m))
+
+
+def _five_bits(qs: Array, qh: Array) -> Array:
+    """Quants whose fifth bits are a 32-bit word."""
+    low = _unpack(qs, 4)
+    return low | _unpack(qh, 1, axis=-1).reshape(low.shape) << 4
+
+
+def _q5_0(block: Array) -> Array:
+    d, qh, qs = _split(block, 2, 4)
+    return _scaled(_five_bits(qs, qh).astype(jnp.int8) - 16, _f16(d))
+
+
+def _q5_1(block: Array) -> Array:
+    d, m, qh, qs = _split(block, 2, 2, 4)
+    return _scaled(_five_bits(qs, qh), _f16(d), _f16(m))
+
+
+def _q8_0(block: Array) -> Array:
+    d, qs = _split(block, 2)
+    return _scaled(lax.bitcast_convert_type(qs, jnp.int8), _f16(d))
+
+
+def _q2_k(block: Array) -> Array:
+    """16 groups, whose 4-bit scale and minimum share a byte."""
+    groups, qs, d, dmin = _split(block, 16, 64, 2)
+    scales, minimums = (groups & 15).astype(jnp.float32), (groups >> 4).astype(jnp.float32)
+    return _scaled(_unpack_runs(qs, 2, 32), _f16(d) * scales, -_f16(dmin) * minimums)
+
+
+def _q3_k(block: Array) -> Array:
+    """16 groups with signed 6-bit scales; the quants' third bits stand apart."""
+    qh, qs, low_scales, high_scales, d = _split(block, 32, 64, 8, 4)
+    scales = _unpack_runs(low_scales, 4, 8) | _unpack_runs(high_scales, 2, 4) << 4
+    quants = _unpack_runs(qs, 2, 32) | _unpack_runs(qh, 1, 32) << 2
+    return _scaled(quants.astype(jnp.int8) - 4, _f16(d) * (scales.astype(jnp.float32) - 32))
+
+
+def _q4_k(block: Array) -> Array:
+    """8 groups with 6-bit scales and minimums."""
+    d, dmin, groups, qs = _split(block, 2, 2, 12)
+    scales, minimums = _six_bits(groups)
+    return _scaled(_unpack_runs(qs, 4, 32), _f16(d) * scales, -_f16(dmin) * minimums)
+
+
+def _q5_k(block: Array) -> Array:
+    """As Q4_K; the quants' fifth bits stand apart."""
+    d, dmin, groups, qh, qs = _split(block, 2, 2, 12, 32)
+    scales, minimums = _six_bits(groups)
+    quants = _unpack_runs(qs, 4, 32) | _unpack_runs(qh, 1, 32) << 4
+    return _scaled(quants, _f16(d) * scales, -_f16(dmin) * minimums)
+
+
+def _q6_k(block: Array) -> Array:
+    """16 groups with signed 8-bit scales; the quants' top two bits stand apart."""
+    qs, qh, groups, d = _split(block, 128, 64, 16)
+    scales = lax.bitcast_convert_type(groups, jnp.int8).astype(jnp.float32)
+    quants = _unpack_runs(qs, 4, 64) | _unpack_runs(qh, 2, 32) << 4
+    return _scaled(quants.astype(jnp.int8) - 32, _f16(d) * scales)
+
+
+_DEQUANTIZE: dict[str, Callable[[Array], Array]] = {
+    "q4_0": _q4_0,
+    "q4_1": _q4_1,
+    "q5_0": _q5_0,
+    "q5_1": _q5_1,
+    "q8_0": _q8_0,
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
+    "q4_k": _q4_k,
+    "q5_k": _q5_k,
+    "q6_k": _q6_k,
+}

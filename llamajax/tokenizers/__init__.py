@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates: text to token ids and back. Knows no model, and never imports jax."""

@@ -1,0 +1,185 @@
+"""Conversations to token ids, through a chat template.
+
+Knows whose template is used and that what a user writes can never become a special token. Does not know how
+Jinja is contained (sandbox.py) nor any template's text (templates.py).
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamajax.errors import RequestError
+from llamajax.tokenizers import templates
+from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern, well_formed
+from llamajax.tokenizers.config import read_config
+from llamajax.types import Message
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+ROLES = ("system", "user", "assistant", "tool")
+
+# Stands around the index of a message whose ids are known. Like `BREAK` a lone surrogate, which no text contains.
+_VERBATIM = "\ud801"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template, rendered as Hugging Face renders it.
+
+    Attributes:
+      source: Jinja. It is compiled when first rendered, so a broken one does no harm to raw completions.
+      bos_token, eos_token: literals that the template may write; "" for none.
+    """
+
+    source: str
+    bos_token: str = ""
+    eos_token: str = ""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        date_string: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as text.
+
+        Args:
+          messages: at least one; roles system, user, assistant and tool.
+          add_generation_prompt: end with the header of the assistant's next message.
+          date_string: what the template takes for today's date, "26 Jul 2024"; None leaves it to the template.
+          **variables: anything else that the template reads.
+
+        Raises:
+          RequestError: malformed messages, or the template refuses them.
+          TokenizerError: the template is broken or hostile.
+        """
+        from llamajax.tokenizers import sandbox
+
+        dated = {} if date_string is None else {"date_string": date_string}
+        return sandbox.render(
+            self._compiled,
+            {
+                "messages": [dict(message) for message in _checked(messages)],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "bos_token": self.bos_token,
+                "eos_token": self.eos_token,
+                **dated,
+                **variables,
+            },
+        )
+
+    @cached_property
+    def _compiled(self) -> "Template":
+        from llamajax.tokenizers import sandbox
+
+        return sandbox.compile_template(self.source)
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    verbatim: Mapping[int, Sequence[int]] | None = None,
+    **variables: Any,
+) -> list[int]:
+    """Ids of a conversation; the special tokens among them are the template's own, whatever the messages contain.
+
+    Literals of special tokens are broken up in the messages before the template sees them, and nothing else is,
+    since a template may look for words in a message. Should it still make a special token of message text (by
+    deleting or joining pieces), the conversation is rendered again with every word broken up.
+
+    Args:
+      verbatim: message index -> ids that stand for that message's content, such as an answer's own: encoding its
+        text again need not give them.
+      messages, add_generation_prompt, **variables: as for `ChatTemplate.render`, which says what is raised.
+    """
+    verbatim = verbatim or {}
+    literal = special_pattern(tuple(tokenizer.special_tokens))
+
+    def render(broken_after: str) -> str:
+        guarded: list[Message] = []
+        for i, message in enumerate(_checked(messages)):
+            broken = re.sub(broken_after, rf"\g<0>{BREAK}", well_formed(message["content"]))
+            content = f"{_VERBATIM}{i}{_VERBATIM}" if i in verbatim else broken
+            guarded.append({"role": message["role"], "content": content})
+        return template.render(guarded, add_generation_prompt=add_generation_prompt, **variables)
+
+    text, safe_text = render(rf"(?={literal.pattern})[\s\S]"), render(r"\S(?=\S)")
+    if literal.findall(text) != literal.findall(safe_text):
+        text = safe_text
+    # split gives text, index, text, ...
+    ids: list[int] = []
+    for i, part in enumerate(re.split(f"{_VERBATIM}([0-9]+){_VERBATIM}", text)):
+        ids += verbatim[int(part)] if i % 2 else tokenizer.encode_template(part)
+    return ids
+
+
+def find_template(source: Path | Mapping[str, Any]) -> ChatTemplate | None:
+    """The template that a checkpoint carries: of a directory, or of a GGUF file's metadata; None if it has none.
+
+    Raises:
+      TokenizerError: a file of the directory is broken.
+    """
+    if isinstance(source, Path):
+        config = read_config(source)
+        text, bos_token, eos_token = config.chat_template, config.bos_token, config.eos_token
+    else:
+        text = source.get("tokenizer.chat_template")
+        bos_token, eos_token = (_gguf_literal(source, name) for name in ("bos", "eos"))
+    return ChatTemplate(text, bos_token or "", eos_token or "") if text else None
+
+
+def builtin_template(tokenizer: Tokenizer, eos_ids: Collection[int], name: str = "") -> ChatTemplate | None:
+    """A template of our own for a checkpoint that carries none; None if it was not trained to chat, or not known.
+
+    Args:
+      tokenizer: the checkpoint's.
+      eos_ids: the end-of-text ids of the checkpoint's configuration, without the tokenizer's `stop_ids`: a base
+        model's name <|end_of_text|> only, though its vocabulary has the tokens of a chat.
+      name: the model's name or path. It tells Llama 3.1 (whose date is fixed) from 3.2 (today's), SmolLM2 (which
+        has a default system message) from other ChatML, and TinyLlama-Chat from other models of its vocabulary.
+    """
+    ends = {literal for literal, i in tokenizer.special_tokens.items() if i in eos_ids}
+    name = name.lower()
+    if "<|eot_id|>" in ends:
+        version = re.search(r"llama[-_ ]?3[._]([123])", name)
+        if version and version[1] == "2":
+            source = templates.LLAMA3_2
+        else:
+            source = templates.LLAMA3_1 if version or "<|eom_id|>" in ends else templates.LLAMA3
+        return ChatTemplate(source, "<|begin_of_text|>", "<|eot_id|>")
+    if "<|im_end|>" in ends:
+        source = templates.SMOLLM2 if "smollm2" in name else templates.CHATML
+        return ChatTemplate(source, "<|im_start|>", "<|im_end|>")
+    if "</s>" in ends and re.search("tinyllama.*chat|zephyr", name):
+        return ChatTemplate(templates.TINYLLAMA, "<s>", "</s>")
+    return None
+
+
+def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+    if not messages:
+        raise RequestError("a conversation needs at least one message")
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise RequestError(f"a message must have a role and a content and nothing else, not {message!r:.200}")
+        if message["role"] not in ROLES:
+            raise RequestError(f"a message's role must be one of {', '.join(ROLES)}, not {message['role']!r:.80}")
+        if not isinstance(message["content"], str):
+            raise RequestError(f"a message's content must be a string, not {message['content']!r:.80}")
+    return messages
+
+
+def _gguf_literal(metadata: Mapping[str, Any], name: str) -> str | None:
+    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    return tokens[token_id] if token_id is not None and token_id < len(tokens) else None

@@ -1,0 +1,171 @@
+"""Tokenizers of the `tokenizers` library: a checkpoint's tokenizer.json, or one that gguf.py builds.
+
+Knows two ways of writing bytes as tokens: GPT-2's byte-level alphabet (Llama 3, SmolLM2) and SentencePiece's
+"▁" with "<0x0A>" for single bytes (TinyLlama). Does not know the other files of a checkpoint.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from llamajax.errors import TokenizerError
+from llamajax.tokenizers.base import (
+    Tokenizer,
+    check_id,
+    looks_special,
+    one_line,
+    split_special,
+    stop_ids,
+    well_formed,
+)
+from llamajax.tokenizers.config import TokenizerConfig
+
+_NO_CONFIG = TokenizerConfig()
+
+
+class HFTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer` that takes special tokens from templates only."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: Mapping[int, tokenizers.AddedToken],
+        *,
+        vocab_size: int,
+        bos_id: int | None,
+        eos_ids: Iterable[int | None],
+    ) -> None:
+        """
+        Args:
+          backend: finds no token of `special` in text.
+          special: the special tokens by id.
+
+        Raises:
+          ValueError: the backend writes bytes neither in the byte-level way nor in SentencePiece's.
+        """
+        self._first, self._after_special = backend, _without_first_prefix(backend)
+        self.special_tokens = {token.content: i for i, token in special.items()}
+        self._lstrip = [token.content for token in special.values() if token.lstrip]
+        self._rstrip = [token.content for token in special.values() if token.rstrip]
+        added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
+        self._fixed_bytes = added | dict.fromkeys(special, b"")
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id
+        self.stop_ids = stop_ids(self.special_tokens, *eos_ids)
+        decoders = _decoders(backend)
+        self._is_byte_level = any(step["type"] == "ByteLevel" for step in decoders)
+        self.strips_leading_space = any(_strips_space(step) for step in decoders)
+        if not self._is_byte_level and "▁" not in json.dumps(decoders, ensure_ascii=False):
+            raise ValueError("its decoder is neither byte-level nor SentencePiece-like")
+
+    def encode(self, text: str) -> list[int]:
+        return _encode(self._first, text)
+
+    def encode_template(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in split_special(text, self.special_tokens, self._lstrip, self._rstrip):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += _encode(self._after_special if ids else self._first, piece)
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        check_id(token_id, self.vocab_size)
+        if token_id in self._fixed_bytes:
+            return self._fixed_bytes[token_id]
+        token = self._first.id_to_token(token_id)
+        if token is None:  # a hole in the numbering
+            return b""
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[c] for c in token)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return token.replace("▁", " ").encode()
+
+
+def load_hf(path: Path, config: TokenizerConfig = _NO_CONFIG) -> HFTokenizer:
+    """Reads a tokenizer.json. Its post-processor says whether a raw completion gets a BOS, unless `config` does.
+
+    Raises:
+      TokenizerError: the file is missing, broken or of a kind that we do not read.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_padding()
+        backend.no_truncation()
+        special = _hide_special(backend)
+        if config.add_bos is None:
+            bos_id = _prefixed_id(backend)
+        else:
+            bos_id = backend.token_to_id(config.bos_token or "") if config.add_bos else None
+        return HFTokenizer(
+            backend,
+            special,
+            vocab_size=1 + max(backend.get_vocab().values(), default=-1),
+            bos_id=bos_id,
+            eos_ids=[backend.token_to_id(config.eos_token or "")],
+        )
+    except Exception as error:  # the library raises nothing more specific
+        raise TokenizerError(f"{path}: cannot be used as a tokenizer.json: {one_line(error)}") from error
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's writing of bytes as printable characters: themselves where visible, else from U+0100 on.
+
+    Source: OpenAI's gpt-2, encoder.py, `bytes_to_unicode`.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_OF = byte_alphabet()
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    return backend.encode(well_formed(text), add_special_tokens=False).ids
+
+
+def _hide_special(backend: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:
+    """Makes the backend find no special token in text, nor what looks like one; returns them by id."""
+    added = backend.get_added_tokens_decoder()
+    special = {i: token for i, token in added.items() if token.special or looks_special(token.content)}
+    for token in special.values():
+        token.special = True
+    backend.add_special_tokens(list(special.values()))
+    backend.encode_special_tokens = True
+    return special
+
+
+def _without_first_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for text after a special token, where Metaspace's scheme "first" adds no "▁"."""
+    first = '"prepend_scheme":"first"'
+    if backend.pre_tokenizer is None or first.encode() not in backend.pre_tokenizer.__getstate__():
+        return backend
+    other = tokenizers.Tokenizer.from_str(backend.to_str().replace(first, '"prepend_scheme":"never"'))
+    other.encode_special_tokens = True
+    return other
+
+
+def _prefixed_id(backend: tokenizers.Tokenizer) -> int | None:
+    """The special token that the post-processor puts before a text, if it does."""
+    encoding = backend.encode("a")
+    return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
+
+
+def _decoders(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    if backend.decoder is None:
+        return []
+    state = json.loads(backend.decoder.__getstate__())
+    return state["decoders"] if state["type"] == "Sequence" else [state]
+
+
+def _strips_space(step: dict[str, Any]) -> bool:
+    if step["type"] == "Metaspace":
+        return step["prepend_scheme"] != "never"
+    return step["type"] == "Strip" and step["content"] == " " and step["start"] > 0

@@ -1,0 +1,128 @@
+"""Streams stored tensors into a model's parameters, one parameter at a time.
+
+Decides how a weight is kept in memory. Knows nothing of files' formats beyond `StoredTensor`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llamajax.config import LlamaConfig
+from llamajax.errors import CheckpointError
+from llamajax.model.llama import Llama
+from llamajax.ops import Weight, quantize_int8
+from llamajax.ops.quants import FORMATS, dequantize
+from llamajax.types import DType
+from llamajax.weights.names import IGNORED, Source, sources
+from llamajax.weights.tensor import StoredTensor
+
+# Named in one message at most; a wrong file would name hundreds.
+_NAMED = 8
+
+
+def load_weights(
+    model: Llama,
+    tensors: Mapping[str, StoredTensor],
+    device: jax.Device,
+    dtype: DType = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Puts the stored weights in place of the model's shapes.
+
+    Args:
+      model: a structure; it is changed.
+      tensors: by the names of a Hugging Face, GGUF or Meta checkpoint.
+      device: where the weights are put, and converted.
+      dtype: "auto" keeps dense weights in the precision they were shipped in (f16 becomes f32 on a CPU, whose
+        products in f16 take three times as long) and quantized ones in int8 with a scale for each output; a
+        dtype makes all dense in it.
+      progress: called with bytes read so far, and in all.
+
+    Raises CheckpointError naming all missing, unexpected and misshapen tensors.
+    """
+    plan = sources(model.config, tensors)
+    _check(plan, tensors)
+    total = sum(tensors[source.name].data.nbytes for parts in plan.values() for source in parts)
+    done = 0
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    for path, parts in plan.items():
+        parameter = state[tuple(int(key) if key.isdigit() else key for key in path.split("."))]
+        with jax.default_device(device):
+            weight = _convert(parts, tensors, dtype, device.platform)
+        parameter.set_value(jax.block_until_ready(jax.device_put(weight, device)))
+        done += sum(tensors[source.name].data.nbytes for source in parts)
+        progress(done, total)
+
+
+def bytes_in_memory(
+    config: LlamaConfig, tensors: Mapping[str, StoredTensor], dtype: DType = "auto", platform: str = "cpu"
+) -> int:
+    """What `load_weights` would take, from the tensors' shapes and formats alone."""
+    plan = sources(config, tensors)
+    _check(plan, tensors)
+    converted = [
+        jax.eval_shape(lambda parts=parts: _convert(parts, tensors, dtype, platform)) for parts in plan.values()
+    ]
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(converted))
+
+
+def _check(plan: Mapping[str, list[Source]], tensors: Mapping[str, StoredTensor]) -> None:
+    expected = {source.name: source.shape for parts in plan.values() for source in parts}
+    # A tied model's file may repeat the embedding as its head.
+    known = {*expected, *IGNORED, "lm_head.weight"}
+    problems = {
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in tensors],
+        "unexpected": [f"{name} {tensor.shape}" for name, tensor in tensors.items() if name not in known],
+        "misshapen": [
+            f"{name} {tensors[name].shape}, expected {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            "the weights do not fit the configuration: "
+            + "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names)
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _convert(parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType, platform: str) -> Weight:
+    stored = [tensors[part.name] for part in parts]
+    quantized = any(tensor.format in FORMATS for tensor in stored)
+    kept: np.dtype | None
+    if dtype != "auto":
+        kept = jnp.dtype(dtype)
+    elif quantized:
+        kept = None
+    else:
+        kept = jnp.result_type(*(tensor.data.dtype for tensor in stored))
+        if kept == jnp.float16 and platform == "cpu":
+            kept = jnp.dtype(jnp.float32)
+    if len(parts[0].shape) == 1:
+        kept = jnp.dtype(jnp.float32)
+    formats = tuple(tensor.format for tensor in stored)
+    heads = tuple(part.interleaved_heads for part in parts)
+    return _converted(tuple(tensor.data for tensor in stored), formats, heads, kept)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _converted(
+    stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...], kept: np.dtype | None
+) -> Weight:
+    """Parts, dequantized, their rows in half-split order, in one array, as it is kept (None: int8)."""
+    rows = []
+    for data, format, num_heads in zip(stored, formats, heads, strict=True):
+        part = dequantize(data, format) if format in FORMATS else data
+        if num_heads:
+            part = part.reshape(num_heads, -1, 2, part.shape[-1]).swapaxes(1, 2).reshape(part.shape)
+        rows.append(quantize_int8(part) if kept is None else part.astype(kept))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)

@@ -1,0 +1,94 @@
+"""Which stored tensors make which parameter: every rename, fusion and reordering of rows, for each naming.
+
+Knows Hugging Face's, GGUF's and Meta's names. Does not read or convert anything.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from llamajax.config import LlamaConfig
+
+
+class Source(NamedTuple):
+    """A stored tensor, which is a parameter or the next rows of a fused one."""
+
+    name: str
+    shape: tuple[int, ...]
+    interleaved_heads: int = 0
+    """Heads, if rows stand in interleaved order: RoPE's pairs side by side, as Meta's and GGUF's q and k."""
+
+
+# Placeholders: {i} a layer. Parameters of the model -> names of what they are made of.
+_HF = {
+    "embed_tokens": ["model.embed_tokens"],
+    "norm": ["model.norm"],
+    "lm_head": ["lm_head"],
+    "input_layernorm": ["model.layers.{i}.input_layernorm"],
+    "self_attn.qkv_proj": [f"model.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"],
+    "self_attn.o_proj": ["model.layers.{i}.self_attn.o_proj"],
+    "post_attention_layernorm": ["model.layers.{i}.post_attention_layernorm"],
+    "mlp.gate_up_proj": ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
+    "mlp.down_proj": ["model.layers.{i}.mlp.down_proj"],
+}
+_GGUF = {
+    "embed_tokens": ["token_embd"],
+    "norm": ["output_norm"],
+    "lm_head": ["output"],
+    "input_layernorm": ["blk.{i}.attn_norm"],
+    "self_attn.qkv_proj": [f"blk.{{i}}.attn_{x}" for x in "qkv"],
+    "self_attn.o_proj": ["blk.{i}.attn_output"],
+    "post_attention_layernorm": ["blk.{i}.ffn_norm"],
+    "mlp.gate_up_proj": ["blk.{i}.ffn_gate", "blk.{i}.ffn_up"],
+    "mlp.down_proj": ["blk.{i}.ffn_down"],
+}
+_META = {
+    "embed_tokens": ["tok_embeddings"],
+    "norm": ["norm"],
+    "lm_head": ["output"],
+    "input_layernorm": ["layers.{i}.attention_norm"],
+    "self_attn.qkv_proj": [f"layers.{{i}}.attention.w{x}" for x in "qkv"],
+    "self_attn.o_proj": ["layers.{i}.attention.wo"],
+    "post_attention_layernorm": ["layers.{i}.ffn_norm"],
+    "mlp.gate_up_proj": ["layers.{i}.feed_forward.w1", "layers.{i}.feed_forward.w3"],
+    "mlp.down_proj": ["layers.{i}.feed_forward.w2"],
+}
+
+# Constants of RoPE that some files carry beside the weights; the configuration has them.
+IGNORED = ("rope_freqs.weight", "rope.freqs")
+
+
+def sources(config: LlamaConfig, stored: Collection[str]) -> dict[str, list[Source]]:
+    """Each parameter's path in the model -> the tensors that make it, in the naming that `stored` follows."""
+    if "token_embd.weight" in stored:
+        naming = _GGUF
+    elif "tok_embeddings.weight" in stored:
+        naming = _META
+    else:
+        naming = _HF
+    c = config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "embed_tokens": [(c.vocab_size, c.hidden_size)],
+        "norm": [(c.hidden_size,)],
+        "lm_head": [(c.vocab_size, c.hidden_size)],
+        "input_layernorm": [(c.hidden_size,)],
+        "self_attn.qkv_proj": [(q, c.hidden_size), (kv, c.hidden_size), (kv, c.hidden_size)],
+        "self_attn.o_proj": [(c.hidden_size, q)],
+        "post_attention_layernorm": [(c.hidden_size,)],
+        "mlp.gate_up_proj": [(c.intermediate_size, c.hidden_size)] * 2,
+        "mlp.down_proj": [(c.hidden_size, c.intermediate_size)],
+    }
+    if c.tie_word_embeddings:
+        del shapes["lm_head"]
+    heads = [0] * 3 if naming is _HF else [c.num_attention_heads, c.num_key_value_heads, 0]
+
+    plan = {}
+    for parameter, parts in shapes.items():
+        names = naming[parameter]
+        for i in range(c.num_hidden_layers) if "{i}" in names[0] else [None]:
+            path = f"{parameter}.weight" if i is None else f"layers.{i}.{parameter}.weight"
+            plan[path] = [
+                Source(f"{name.format(i=i)}.weight", shape, h if "qkv" in parameter else 0)
+                for name, shape, h in zip(names, parts, heads, strict=False)
+            ]
+    return plan

@@ -1,0 +1,95 @@
+"""Reads safetensors checkpoints, one file or sharded, mapped from disk.
+
+The safetensors library checks a file's header (sizes, offsets, overlaps, the file's end); the tensors are
+then views of the map, because the library's own numpy tensors are copies. Does not know what names mean.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llamajax.errors import CheckpointError
+from llamajax.weights.tensor import DENSE_DTYPES, StoredTensor, map_file
+
+
+def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
+    """Tensors by name, of a file or of a directory.
+
+    In a directory, model.safetensors is read, or the shards of model.safetensors.index.json, or every
+    *.safetensors. RoPE's constants, which older checkpoints carry (`*.rotary_emb.inv_freq`), are left out.
+
+    Raises:
+      CheckpointError: a file or shard is missing, truncated or corrupt; a tensor is in two files, or in the
+        index but in no shard, or of another dtype than F32, F16 and BF16.
+    """
+    path = Path(path)
+    index = path / "model.safetensors.index.json"
+    if not path.is_dir():
+        tensors = _read_file(path)
+    elif (path / "model.safetensors").is_file():
+        tensors = _read_file(path / "model.safetensors")
+    elif index.is_file():
+        tensors = _read_sharded(index)
+    else:
+        tensors = _read_files(sorted(path.glob("*.safetensors")))
+        if not tensors:
+            raise CheckpointError(f"{path}: no tensors here, expected model.safetensors or {index.name}")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _read_sharded(index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        outside = [shard for shard in shards if Path(shard).name != shard]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"{index}: unreadable or not an index of shards; download it again") from None
+    if outside:
+        raise CheckpointError(f"{index}: expected files beside the index, found {outside[0]!r}")
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} of {len(shards)} shards missing, first {missing[0]!r}; download them"
+        )
+    tensors = _read_files(index.parent / shard for shard in shards)
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise CheckpointError(
+            f"{index}: {len(absent)} tensors are not in the shards, first {absent[0]!r}; download them again"
+        )
+    return tensors
+
+
+def _read_files(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, tensor in _read_file(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {name!r} is in another file of this directory too")
+            tensors[name] = tensor
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    data = map_file(path)
+    try:
+        safe_open(path, "numpy")
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: truncated or corrupt ({reason}); download it again") from None
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    bytes_ = np.frombuffer(data, np.uint8)[start:]
+    tensors = {}
+    for name, info in header.items():
+        format = info["dtype"].lower()
+        if format not in DENSE_DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} is {info['dtype']}, expected F32, F16 or BF16")
+        begin, end = info["data_offsets"]
+        shape = tuple(info["shape"])
+        tensors[name] = StoredTensor(name, shape, format, bytes_[begin:end].view(DENSE_DTYPES[format]).reshape(shape))
+    return tensors
