@@ -119,9 +119,9 @@ class LLM:
         """
         return self._runner.logits(token_ids)
 
-    def warm_up(self) -> None:
-        """Compiles what short conversations need, so that no answer waits for it."""
-        self._runner.warm_up()
+    def warm_up(self, num_tokens: int = 1) -> None:
+        """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""
+        self._runner.warm_up(num_tokens)
 
 
 class Stream(Iterator[str]):
@@ -214,7 +214,7 @@ def load(
     """
     _use_compilation_cache()
     path = hub.resolve(str(name))
-    chosen = _device(device)
+    chosen = find_device(device)
     checkpoint = open_checkpoint(path)
     tokenizer = load_directory(path) if checkpoint.metadata is None else from_gguf(checkpoint.metadata)
     template = find_template(path if checkpoint.metadata is None else checkpoint.metadata)
@@ -222,13 +222,21 @@ def load(
         template = builtin_template(tokenizer, checkpoint.stop_ids, str(name))
     model = Llama(checkpoint.config)
     load_weights(model, checkpoint.tensors, chosen, dtype, progress)
-    # XLA's CPU products with few rows are slow in bf16.
-    cache_dtype = jnp.float32 if chosen.platform == "cpu" or dtype == "float32" else jnp.bfloat16
-    runner = Runner(model, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype)
+    runner = Runner(model, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype(chosen, dtype))
     return LLM(runner, tokenizer, template, checkpoint.stop_ids | tokenizer.stop_ids)
 
 
-def _device(kind: Device | None) -> jax.Device:
+def cache_dtype(device: jax.Device, dtype: DType) -> np.dtype:
+    """What the KV cache is kept in."""
+    # XLA's CPU products with few rows are slow in bf16.
+    return jnp.dtype(jnp.float32 if device.platform == "cpu" or dtype == "float32" else jnp.bfloat16)
+
+
+def find_device(kind: Device | None) -> jax.Device:
+    """The first device of a kind, or of the best kind there is.
+
+    Raises RequestError if there is none.
+    """
     try:
         return jax.devices(kind)[0]
     except RuntimeError as e:
@@ -238,7 +246,7 @@ def _device(kind: Device | None) -> jax.Device:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between processes, unless the user's own settings already do."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(hub.home() / "xla"))
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -41,14 +41,13 @@ class Sampling:
     def of(cls, rows: Sequence[SamplingParams]) -> "Sampling":
         """One row for each request."""
 
-        def column(name: str, dtype: type) -> np.ndarray:
-            return np.array([getattr(row, name) for row in rows], dtype)
+        def column(name: str, dtype: type) -> Array:
+            return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
 
         return cls(
             temperature=column("temperature", np.float32),
             top_p=column("top_p", np.float32),
-            # No vocabulary is larger than int32 counts, whatever a caller asks for.
-            top_k=np.minimum(column("top_k", np.int64), np.iinfo(np.int32).max).astype(np.int32),
+            top_k=column("top_k", np.int32),
             min_p=column("min_p", np.float32),
             repetition_penalty=column("repetition_penalty", np.float32),
             presence_penalty=column("presence_penalty", np.float32),

@@ -29,7 +29,7 @@ class SamplingParams:
     Attributes:
       temperature: >= 0; 0 is greedy.
       top_p: in (0, 1]; keeps the smallest set of tokens whose probability mass reaches it.
-      top_k: >= 0; keeps the k most probable tokens; 0 keeps all.
+      top_k: in [0, 2**31); keeps the k most probable tokens; 0 keeps all.
       min_p: in [0, 1]; drops tokens less probable than min_p times the most probable one.
       repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen in the prompt or
         the answer (Keskar et al. 2019, CTRL); 1 is off.
@@ -53,7 +53,7 @@ class SamplingParams:
         for name, ok, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "a finite number >= 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, ">= 0 (0 keeps every token)"),
+            ("top_k", 0 <= self.top_k < 2**31, "in [0, 2**31); 0 keeps every token"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),

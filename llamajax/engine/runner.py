@@ -151,10 +151,10 @@ class Runner:
             layers = jax.eval_shape(lambda: empty_cache(self.config, needed, self._cache_dtype))
             self._cache = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype, device=self.device), layers)
 
-    def warm_up(self) -> None:
-        """Compiles all programs of the present length of the cache, so that no request waits for it."""
+    def warm_up(self, num_positions: int = 1) -> None:
+        """Compiles all programs for a cache of this length, so that no request waits for them. Empties the cache."""
         self.cached_ids = []
-        self.reserve(1)
+        self.reserve(min(num_positions, self.max_seq_len))
         for chunk_len in CHUNKS:
             if chunk_len <= self.cache_len:
                 self.read(self.prefill(Request([0] * min(chunk_len, self.max_seq_len - 1), 1))[0])
@@ -195,7 +195,7 @@ class Runner:
         stop_ids[0, : len(request.stop_ids)] = sorted(request.stop_ids)
         prompt_mask = np.zeros((1, self.config.vocab_size), bool)
         prompt_mask[0, list(request.token_ids)] = True
-        requests = Requests(Sampling.of([request.sampling]), stop_ids, prompt_mask)
+        requests = Requests(Sampling.of([request.sampling]), jnp.asarray(stop_ids), jnp.asarray(prompt_mask))
         return jax.device_put(requests, self.device)
 
 

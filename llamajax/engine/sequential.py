@@ -27,27 +27,34 @@ class Sequential:
         self._runner = runner
 
     def __iter__(self) -> Iterator[Token]:
-        """Draws until a stop token or the limit. One block is always computed ahead of the one that is read."""
-        runner, request = self._runner, self.request
-        drawn: Drawn | None
-        drawn, self.cached_tokens = runner.prefill(request)
-        max_new_tokens = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids))
+        """Draws until a stop token or the limit."""
         answer: list[int] = []
-        asked = num_steps = 1
-        while drawn is not None:
-            ahead = runner.decode(num_steps) if asked < max_new_tokens else None
-            asked += num_steps
-            began = time.perf_counter()
-            tokens = runner.read(drawn)
-            if answer and tokens:
-                seconds = (time.perf_counter() - began) / len(tokens)
-                num_steps = max(1, min(BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))
-            for token in tokens:
+        for block in self._blocks():
+            for token in block:
                 # The tokens before this one were read into the cache to draw it; itself it may not be there yet.
-                runner.cached_ids = [*request.token_ids, *answer]
-                if token.id in request.stop_ids:
+                self._runner.cached_ids = [*self.request.token_ids, *answer]
+                if token.id in self.request.stop_ids:
                     self.stopped = True
                     return
                 answer.append(token.id)
                 yield token
-            drawn = ahead
+
+    def _blocks(self) -> Iterator[list[Token]]:
+        """The first token alone, then blocks, each computed while the one before it is read."""
+        runner, request = self._runner, self.request
+        drawn, self.cached_tokens = runner.prefill(request)
+        yield runner.read(drawn)
+        left = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids)) - 1
+        num_steps = 1
+        pending: list[Drawn] = []
+        while pending or left > 0:
+            if left > 0:
+                num_steps = min(num_steps, left)
+                pending.append(runner.decode(num_steps))
+                left -= num_steps
+            if len(pending) > 1 or left <= 0:
+                began = time.perf_counter()
+                block = runner.read(pending.pop(0))
+                seconds = (time.perf_counter() - began) / max(len(block), 1)
+                num_steps = max(1, min(BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))
+                yield block

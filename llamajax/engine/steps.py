@@ -101,15 +101,11 @@ def decode(
     """
     model = Llama.with_weights(config, weights)
 
-    def draw_one(cache: Cache, slots: Slots) -> tuple[Drawn, Cache, Slots]:
+    def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
+        t, block, cache, slots = carry
         x, cache = _over_slots(model, slots.token[:, None], cache, slots.position)
         slots = replace(slots, position=slots.position + (slots.left > 0))
         drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests, with_logprobs)
-        return drawn, cache, slots
-
-    def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
-        t, block, cache, slots = carry
-        drawn, cache, slots = draw_one(cache, slots)
         block = jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, t, axis=1), block, drawn)
         return t + 1, block, cache, slots
 
@@ -117,10 +113,11 @@ def decode(
         t, _, _, slots = carry
         return (t < steps) & (slots.left > 0).any()
 
-    cache = _enter(cache)
-    drawn, _, _ = jax.eval_shape(draw_one, cache, slots)
-    block = jax.tree.map(lambda x: jnp.full((x.shape[0], BLOCK_LEN, *x.shape[1:]), -1, x.dtype), drawn)
-    _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, cache, slots))
+    drawn = jax.eval_shape(
+        partial(_draw, with_logprobs=with_logprobs), slots.counts.astype(jnp.float32), slots, requests
+    )
+    block = jax.tree.map(lambda x: jnp.full((x.shape[0], BLOCK_LEN, *x.shape[1:]), -1, x.dtype), drawn[0])
+    _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, _enter(cache), slots))
     return block, _leave(cache), slots
 
 

@@ -36,7 +36,7 @@ def resolve(name: str, *, progress: bool = True) -> Path:
     """
     if local := _local(name):
         return local
-    path_like = name.startswith((".", "~", os.sep)) or (name.endswith(".gguf") and ":" not in name)
+    path_like = name.startswith((".", "~", os.sep)) or (name.lower().endswith(".gguf") and ":" not in name)
     if not path_like:
         if alias := ALIASES.get(name.lower()):
             return _fetch(alias, progress)

@@ -23,6 +23,4 @@ Cache = tuple[LayerCache, ...]
 def empty_cache(config: LlamaConfig, length: int, dtype: DTypeLike) -> Cache:
     """A cache of `length` positions. Zeros, since masked positions are multiplied, and 0 * NaN is NaN."""
     shape = (config.num_key_value_heads, length, config.head_dim)
-    return tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
-    )
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))

@@ -56,7 +56,8 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         return _read_text(file)
     template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 

@@ -72,7 +72,7 @@ def load_sentencepiece(path: Path, config: TokenizerConfig = _NO_CONFIG) -> Sent
         return SentencePieceTokenizer(
             model, bos_id=None if config.add_bos is False else ids.get(bos_token), eos_ids=[ids.get(eos_token)]
         )
-    except (OSError, DecodeError, ValueError) as error:
+    except (OSError, DecodeError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"{path}: expected a SentencePiece or tiktoken model, but it cannot be read as either: {one_line(error)}"
         ) from error

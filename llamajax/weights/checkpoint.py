@@ -1,6 +1,7 @@
 """A model on disk, whatever its layout: its configuration and its stored tensors. Loads no weights."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _open_directory(path: Path) -> Checkpoint:
     # Meta's files stand in original/ when both layouts are downloaded.
     params = next((p for p in (path / "params.json", path / "original" / "params.json") if p.is_file()), None)
+    make: Callable[[Mapping[str, Any]], LlamaConfig]
     if (path / "config.json").is_file():
         source, make = path / "config.json", LlamaConfig.from_hf
     elif params is not None:

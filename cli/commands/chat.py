@@ -1,0 +1,111 @@
+"""`llamajax chat`: one answer, or a conversation."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llamajax.errors import RequestError
+from llamajax.hub.aliases import DEFAULT
+from llamajax.types import Message, SamplingParams
+
+from .. import loading, options, render
+
+ONE_ANSWER_TOKENS = 50
+CONVERSATION_TOKENS = 512
+
+
+def chat(
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="A text; - reads it from stdin, @FILE from a file.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--max-new-tokens",
+            min=1,
+            help=f"Longest answer, in tokens: {ONE_ANSWER_TOKENS}, or {CONVERSATION_TOKENS} in a conversation.",
+        ),
+    ] = None,
+    model: options.Model = DEFAULT,
+    system: Annotated[str | None, typer.Option("-s", "--system", help="The system message.")] = None,
+    temperature: options.Temperature = 0.6,
+    top_p: options.TopP = 0.9,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 42,
+    stop: options.Stop = [],  # noqa: B006 (Typer's way of an option that may be repeated)
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    stats: options.Stats = True,
+    max_seq_len: options.MaxSeqLen = None,
+    dtype: options.DTypeOption = "auto",
+    device: options.DeviceOption = None,
+    debug: options.Debug = False,
+) -> None:
+    """Answer a prompt; without one, on a terminal, hold a conversation.
+
+    The answer goes to stdout, everything else to stderr.
+    """
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if not all(stop):
+        raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
+    if raw and system is not None:
+        raise typer.BadParameter("a system message needs a chat template: leave out --raw or --system")
+    text = _read_prompt(prompt)
+    if text is None and (raw or as_json):
+        raise typer.BadParameter("--raw and --json need a prompt: give one with -p")
+    if text is not None and not text.strip() and not raw:
+        raise RequestError("the prompt is empty: give a text with -p, a file with -p @FILE, or one on stdin")
+
+    llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device)
+    if text is None:
+        from ..repl import Repl
+
+        Repl(llm, system, sampling, max_new_tokens or CONVERSATION_TOKENS, stop, stats).run()
+        return
+
+    messages: list[Message] = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    stream = llm.stream(
+        text if raw else messages, max_new_tokens=max_new_tokens or ONE_ANSWER_TOKENS, stop=stop, sampling=sampling
+    )
+    if as_json:
+        print(render.as_json(stream.finish(), model))
+    else:
+        render.write_stream(stream)
+    if stats:
+        render.note(render.stats_line(stream.completion))
+
+
+def _read_prompt(prompt: str | None) -> str | None:
+    """The prompt's text; None where a conversation is wanted."""
+    if prompt is None and sys.stdin.isatty():
+        return None
+    if prompt is None or prompt == "-":
+        source, data = "stdin", sys.stdin.buffer.read()
+    elif prompt.startswith("@"):
+        path = Path(prompt[1:])
+        try:
+            source, data = str(path), path.read_bytes()
+        except OSError as e:
+            raise RequestError(f"cannot read the prompt from {path}: {e.strerror}") from None
+    else:
+        source, data = "the prompt", prompt.encode("utf-8", "surrogateescape")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{source} is not UTF-8 text: byte {data[e.start]:#04x} at offset {e.start}") from None

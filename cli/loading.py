@@ -1,0 +1,64 @@
+"""Loads a model for a command, with a progress bar when it takes long."""
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from llamajax.types import Device, DType
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from llamajax import LLM
+
+_BAR_AFTER_SECONDS = 1.0
+
+
+def prepare_jax(device: Device | None) -> None:
+    """Settings that jax reads when it is imported: it must not have been yet."""
+    assert "jax" not in sys.modules
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    # XLA's own notes (missing accelerators, features of the processor) are for developers.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | None) -> "LLM":
+    """As `llamajax.load`, showing on stderr how far it is."""
+    prepare_jax(device)
+    import llamajax
+
+    with _Bar() as bar:
+        return llamajax.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
+
+
+class _Bar:
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._began = time.monotonic()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == 0 or not sys.stderr.isatty():
+            self._began = time.monotonic()
+            return
+        if self._progress is None and time.monotonic() - self._began > _BAR_AFTER_SECONDS:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+            console = Console(stderr=True)
+            self._progress = Progress(
+                TextColumn("loading"), BarColumn(), DownloadColumn(), console=console, transient=True
+            )
+            self._task = self._progress.add_task("", total=total)
+            self._progress.start()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)

@@ -1,0 +1,81 @@
+"""Assembles the commands, and is the one place where errors become a line on stderr and an exit code."""
+
+import io
+import os
+import sys
+from typing import NoReturn, cast
+
+import typer
+
+from llamajax.errors import LlamaJaxError
+
+from .commands.chat import chat
+from .commands.info import info
+from .commands.models import models
+
+# Typer has click's exceptions, but does not export the base classes.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+app = typer.Typer(
+    name="llamajax",
+    help="Llama models on JAX: chat with one, or see what there is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(chat)
+app.command()(models)
+app.command()(info)
+
+
+def main() -> NoReturn:
+    """Runs the command. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 141 for a closed pipe."""
+    # Text that the terminal's encoding lacks must not end an answer half way.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        sys.exit(_run())
+    except BrokenPipeError:
+        # The reader is gone; flushing at exit would only fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
+
+
+def _run() -> int:
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
+    except _UsageError as e:
+        command = e.ctx.command_path if e.ctx else "llamajax"
+        return _fail(f"{e.format_message()} (see '{command} --help')", e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except LlamaJaxError as e:
+        _raise_for_debugging()
+        return _fail(str(e))
+    except MemoryError:
+        _raise_for_debugging()
+        return _fail("out of memory: choose a smaller model, or a shorter --max-seq-len")
+    except Exception as e:
+        _raise_for_debugging()
+        first_line = str(e).partition("\n")[0]
+        if first_line.startswith("RESOURCE_EXHAUSTED"):
+            return _fail("out of device memory: choose a smaller model, or a shorter --max-seq-len")
+        return _fail(f"internal error, {type(e).__name__}: {first_line} (--debug shows where)")
+
+
+def _raise_for_debugging() -> None:
+    if "--debug" in sys.argv:
+        raise
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"llamajax: {' '.join(message.split())}", file=sys.stderr)
+    return code

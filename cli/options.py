@@ -1,0 +1,36 @@
+"""The options that commands share: their names, help and ranges, once."""
+
+from typing import Annotated
+
+import typer
+
+from llamajax.types import Device, DType
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "-m",
+        "--model",
+        help="A name ('llamajax models' lists them), a directory, a .gguf file, or a hub id: org/repo[:file.gguf].",
+    ),
+]
+MaxSeqLen = Annotated[
+    int | None,
+    typer.Option("--max-seq-len", min=1, help="Tokens that prompt and answer may take; the model's context."),
+]
+DTypeOption = Annotated[
+    DType, typer.Option("--dtype", help="How weights are kept; auto: as shipped, quantized ones in int8.")
+]
+DeviceOption = Annotated[
+    Device | None, typer.Option("--device", help="Where to compute; the first accelerator if there is one.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 always takes the most probable token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the smallest set of tokens of this probability.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k most probable tokens; 0: all.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less probable than this, relative to the first.")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeats become rarer.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same answer.")]
+Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends the answer; may be given several times.")]
+Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="Tokens and speed, on stderr, after the answer.")]
+# Read by main, which handles errors; commands only accept it.
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,80 @@
+"""How answers and figures look. stdout is the answer, stderr is everything else."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+
+from llamajax.types import Completion
+
+
+def write_stream(pieces: Iterable[str]) -> None:
+    """Writes an answer as it comes, and ends its last line."""
+    end = ""
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            end = piece[-1]
+    finally:
+        if end != "\n":
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def stats_line(completion: Completion) -> str:
+    """What an answer took, in one line."""
+    prompt = f"{completion.prompt_tokens} prompt"
+    if completion.cached_tokens:
+        prompt += f" ({completion.cached_tokens} cached)"
+    return (
+        f"[{prompt} + {len(completion.token_ids)} generated tokens, "
+        f"first token {completion.timings.time_to_first_token:.2f} s, "
+        f"{completion.tokens_per_second:.1f} tokens/s, {completion.finish_reason}]"
+    )
+
+
+def note(text: str) -> None:
+    """Something said about the answer, dimmed on a terminal."""
+    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)
+
+
+def as_json(completion: Completion, model: str) -> str:
+    """An answer as one JSON object."""
+    generated = len(completion.token_ids)
+    return json.dumps(
+        {
+            "model": model,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "usage": {
+                "prompt_tokens": completion.prompt_tokens,
+                "completion_tokens": generated,
+                "total_tokens": completion.prompt_tokens + generated,
+            },
+            "timings": {
+                "time_to_first_token": completion.timings.time_to_first_token,
+                "decode_time": completion.timings.decode_time,
+                "tokens_per_second": completion.tokens_per_second,
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+def human_count(number: int) -> str:
+    """1235814400 -> '1.24 B'."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def human_bytes(number: int) -> str:
+    """98362432 -> '98.4 MB'; powers of ten, as disks and downloads are counted."""
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} B"

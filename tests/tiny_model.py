@@ -1,0 +1,115 @@
+"""A tiny Llama of random weights: its runner, its forward pass in numpy, and a count of what gets compiled."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llamajax.config import LlamaConfig
+from llamajax.engine.runner import Runner
+from llamajax.model.llama import Llama
+
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=2048,
+    rope_divisors=(1.0, 1.0, 2.0, 4.0),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion() -> Iterator[None]:
+    """Implicit conversions and broadcasts are errors, in each module that has this name."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def random_weights(config: LlamaConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
+    """Each parameter's path in the model -> float32, of a size that makes scores and attention vary."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for path, parameter in _parameters(Llama(config)).items():
+        shape = parameter.get_value().shape
+        noise = rng.standard_normal(shape)
+        gain = 1.0 if "embed" in path else 3 / np.sqrt(shape[-1])
+        weights[path] = (1 + noise / 10 if len(shape) == 1 else gain * noise).astype(np.float32)
+    return weights
+
+
+def tiny_runner(
+    max_seq_len: int | None = None, config: LlamaConfig = CONFIG, weights: Mapping[str, np.ndarray] | None = None
+) -> Runner:
+    """A runner of its own, with an empty cache; programs are shared with all runners of the same configuration."""
+    model = Llama(config)
+    weights = random_weights(config) if weights is None else weights
+    for path, parameter in _parameters(model).items():
+        parameter.set_value(weights[path])
+    return Runner(model, device=jax.devices()[0], max_seq_len=max_seq_len, cache_dtype=np.float32)
+
+
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length).tolist()
+
+
+def reference_logits(ids: Sequence[int], config: LlamaConfig = CONFIG) -> np.ndarray:
+    """Scores [T, V] of the model with `random_weights`, in float64: the whole sequence at once, without a cache."""
+    w = {path: weight.astype(np.float64) for path, weight in random_weights(config).items()}
+    T, H, K = len(ids), config.head_dim, config.num_key_value_heads
+
+    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * weight
+
+    def rotate(x: np.ndarray) -> np.ndarray:
+        frequency = config.rope_theta ** -(np.arange(H // 2) / (H // 2)) / (config.rope_divisors or 1.0)
+        turned = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * np.arange(T)[:, None, None] * frequency)
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    def attend(x: np.ndarray, layer: str) -> np.ndarray:
+        heads = (x @ w[f"{layer}.self_attn.qkv_proj.weight"].T).reshape(T, -1, H)
+        query, key, value = np.split(heads, [config.num_attention_heads, heads.shape[1] - K], 1)
+        query, key = rotate(query).reshape(T, K, -1, H), rotate(key)
+        scores = np.einsum("tkgh,skh->kgts", query, key) / np.sqrt(H)
+        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("kgts,skh->tkgh", scores / scores.sum(-1, keepdims=True), value)
+        return mixed.reshape(T, -1) @ w[f"{layer}.self_attn.o_proj.weight"].T
+
+    def mlp(x: np.ndarray, layer: str) -> np.ndarray:
+        gate, up = np.split(x @ w[f"{layer}.mlp.gate_up_proj.weight"].T, 2, -1)
+        return (gate / (1 + np.exp(-gate)) * up) @ w[f"{layer}.mlp.down_proj.weight"].T
+
+    x = w["embed_tokens.weight"][np.asarray(ids)]
+    for i in range(config.num_hidden_layers):
+        layer = f"layers.{i}"
+        x = x + attend(norm(x, w[f"{layer}.input_layernorm.weight"]), layer)
+        x = x + mlp(norm(x, w[f"{layer}.post_attention_layernorm.weight"]), layer)
+    head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return norm(x, w["norm.weight"]) @ w[head].T
+
+
+@contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """The names of the functions that XLA compiled since, such as "jit(decode)"; a cached program counts too."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **metadata: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(str(metadata["fun_name"]))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _parameters(model: Llama) -> dict[str, nnx.Param]:
+    return {".".join(map(str, path)): parameter for path, parameter in nnx.to_flat_state(nnx.state(model))}

@@ -1,0 +1,419 @@
+"""Chat templates: what they write, that user text stays text, and how bad ones end."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamajax.errors import RequestError, TokenizerError
+from llamajax.tokenizers import sandbox, templates
+from llamajax.tokenizers.base import Tokenizer
+from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
+from llamajax.tokenizers.gguf import from_gguf
+from llamajax.tokenizers.sentencepiece import load_sentencepiece
+from llamajax.tokenizers.tiktoken import load_tiktoken
+from llamajax.types import Message
+from llamajax.weights.gguf import read_gguf
+
+LLAMA3 = ChatTemplate(templates.LLAMA3, "<|begin_of_text|>", "<|eot_id|>")
+CHATML = ChatTemplate(templates.CHATML, "<|im_start|>", "<|im_end|>")
+TINYLLAMA = ChatTemplate(templates.TINYLLAMA, "<s>", "</s>")
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+TALK = [system(" Be brief. "), user("  Hi\n"), assistant("Hello! "), user("Bye")]
+
+
+@pytest.fixture(scope="module")
+def llama3(llama3_tokenizer_model: Path) -> Tokenizer:
+    return load_tiktoken(llama3_tokenizer_model)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: Path) -> Tokenizer:
+    return from_gguf(read_gguf(smollm2_gguf).metadata)
+
+
+@pytest.fixture(scope="module")
+def spm(spm_model: Path) -> Tokenizer:
+    return load_sentencepiece(spm_model)
+
+
+# What the built-in templates write
+
+
+def test_llama3() -> None:
+    assert LLAMA3.render(TALK) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert LLAMA3.render([user("Hi")], add_generation_prompt=False).endswith("\n\nHi<|eot_id|>")
+
+
+def test_llama3_ids(llama3: Tokenizer) -> None:
+    assert encode_chat(llama3, LLAMA3, [user("Hi")]) == [
+        *(128000, 128006, 882, 128007, 271, 13347, 128009),
+        *(128006, 78191, 128007, 271),
+    ]
+
+
+@pytest.mark.parametrize("source", [templates.LLAMA3_1, templates.LLAMA3_2], ids=["3.1", "3.2"])
+def test_llama3_1_and_3_2_always_have_a_system_block(source: str) -> None:
+    template = ChatTemplate(source, "<|begin_of_text|>")
+    block = (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 01 Feb 2025\n\n{}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    )
+    assert template.render([user("Hi")], date_string="01 Feb 2025", add_generation_prompt=False) == block.format("")
+    assert template.render(TALK, date_string="01 Feb 2025").startswith(block.format("Be brief."))
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>" in template.render(
+        [user("Hi"), {"role": "tool", "content": "42"}]
+    )
+
+
+def test_dates() -> None:
+    assert "Today Date: 26 Jul 2024\n" in ChatTemplate(templates.LLAMA3_1).render([user("Hi")])
+    before = datetime.now()
+    text = ChatTemplate(templates.LLAMA3_2).render([user("Hi")])
+    assert any(f"Today Date: {day:%d %b %Y}\n" in text for day in (before, datetime.now()))
+
+
+def test_tinyllama() -> None:
+    assert TINYLLAMA.render(TALK) == (
+        "<|system|>\n Be brief. </s>\n<|user|>\n  Hi\n</s>\n<|assistant|>\nHello! </s>\n<|user|>\nBye</s>\n"
+        "<|assistant|>\n"
+    )
+    with pytest.raises(RequestError, match="refuses this conversation: TinyLlama knows the roles"):
+        TINYLLAMA.render([{"role": "tool", "content": ""}])
+
+
+def test_chatml() -> None:
+    turn = "<|im_start|>user\nHi<|im_end|>\n"
+    assert CHATML.render([user("Hi")]) == f"{turn}<|im_start|>assistant\n"
+    smollm2 = ChatTemplate(templates.SMOLLM2)
+    default = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    assert smollm2.render([user("Hi")], add_generation_prompt=False) == default + turn
+    assert smollm2.render(TALK) == CHATML.render(TALK)
+
+
+SHIPPED_LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+SHIPPED_TINYLLAMA = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+    "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+    "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("ours", "shipped"), [(templates.LLAMA3, SHIPPED_LLAMA3), (templates.TINYLLAMA, SHIPPED_TINYLLAMA)]
+)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[:2], TALK[1:2]])
+def test_builtin_templates_write_what_their_publishers_do(
+    ours: str, shipped: str, add_generation_prompt: bool, messages: list[Message]
+) -> None:
+    rendered = [
+        ChatTemplate(source, "<s>", "</s>").render(messages, add_generation_prompt=add_generation_prompt)
+        for source in (ours, shipped)
+    ]
+    assert rendered[0] == rendered[1]
+
+
+def test_the_default_models_own_template(smollm2: Tokenizer, smollm2_gguf: Path) -> None:
+    own = find_template(read_gguf(smollm2_gguf).metadata)
+    builtin = builtin_template(smollm2, [2], "SmolLM2-135M-Instruct")
+    assert own is not None
+    assert builtin is not None
+    for messages in (TALK, TALK[1:], [user("Hi")]):
+        assert own.render(messages) == builtin.render(messages)
+    assert encode_chat(smollm2, own, [user("Hi")])[-10:] == [1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198]
+
+
+# Rendering as Hugging Face does
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{% if true %}\n  a\n  {% endif %}\nb\n\n", "  a\nb\n"),
+        ("{{ {'b': '<é>', 'a': [1, none]} | tojson }}", '{"b": "<é>", "a": [1, null]}'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{% for m in messages %}{{ loop.index }}{% break %}{% endfor %}", "1"),
+        ("{% for m in messages %}{{ loop.length }}{{ loop.last }}{% endfor %}", "2False2True"),
+        ("{% for x in [[1, [2]], 3] recursive %}{{ x if x is number else loop(x) }}{% endfor %}", "123"),
+        ("{% for x in nothing %}{% else %}none{% endfor %}", "none"),
+        ("{% generation %}a{{ bos_token }}{% endgeneration %}", "aB"),
+        ("{{ tools is none }}{{ documents is none }}{{ date_string is defined }}", "TrueTrueFalse"),
+        ("{{ undefined_thing }}{{ eos_token }}", "E"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ messages[0].content.strip() }}{{ messages[1]['role'] }}", "Hiassistant"),
+        ("{{ extra }}", "7"),
+    ],
+)
+def test_rendering(source: str, text: str) -> None:
+    assert ChatTemplate(source, "B", "E").render([user(" Hi "), assistant("<a>")], extra=7) == text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ messages", "TemplateSyntaxError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ nothing.at.all }}", "UndefinedError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% include 'other' %}", "TypeError"),
+        ("{% for x in range(999999999) %}{% endfor %}", "OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'a' * 10**18 }}", "MemoryError"),
+    ],
+)
+def test_broken_templates(source: str, message: str) -> None:
+    with pytest.raises(TokenizerError, match=f"^the chat template failed: {message}: ?[^\n]*$"):
+        ChatTemplate(source).render([user("Hi")])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set x = range(99999) | list %}{% for i in x if false %}{% endfor %}" * 300,
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_slow_templates(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    with pytest.raises(TokenizerError, match=r"ran for more than 0\.2 s"):
+        ChatTemplate(source).render([user("Hi")])
+
+
+def test_huge_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_CHARS", 1000)
+    with pytest.raises(TokenizerError, match="wrote more than 1000 characters"):
+        ChatTemplate("{% for i in range(99999) %}abc{% endfor %}").render([user("Hi")])
+    assert len(ChatTemplate("{{ messages[0].content }}").render([user("a" * 1000)])) == 1000
+
+
+def test_a_template_may_refuse() -> None:
+    source = "{{ raise_exception('Roles must\nalternate') }}"
+    with pytest.raises(RequestError, match="refuses this conversation: Roles must alternate"):
+        ChatTemplate(source).render([user("Hi")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "at least one message"),
+        (["Hi"], "must have a role and a content and nothing else, not 'Hi'"),
+        ([{"role": "user"}], "must have a role and a content"),
+        ([{"role": "user", "content": "Hi", "name": "x"}], "nothing else"),
+        ([{"role": "<|im_start|>", "content": "Hi"}], "one of system, user, assistant, tool, not '<|im_start|>'"),
+        ([{"role": ["user"], "content": "Hi"}], "one of system, user, assistant, tool"),
+        ([{"role": "user", "content": ["Hi"]}], "content must be a string"),
+        ([{"role": "user", "content": None}], "content must be a string, not None"),
+    ],
+)
+def test_malformed_messages(messages: list[Any], expected: str, smollm2: Tokenizer) -> None:
+    with pytest.raises(RequestError) as raised:
+        CHATML.render(messages)
+    assert expected in str(raised.value)
+    with pytest.raises(RequestError):
+        encode_chat(smollm2, CHATML, messages)
+
+
+# User text never becomes a special token
+
+
+@pytest.fixture(params=["llama3", "chatml", "tinyllama"])
+def chat(request: pytest.FixtureRequest) -> tuple[Tokenizer, ChatTemplate]:
+    name, template = {
+        "llama3": ("llama3", LLAMA3),
+        "chatml": ("smollm2", CHATML),
+        "tinyllama": ("spm", TINYLLAMA),
+    }[request.param]
+    return request.getfixturevalue(name), template
+
+
+def special_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    return [i for i in ids if i in set(tokenizer.special_tokens.values())]
+
+
+def test_every_literal_stays_text(chat: tuple[Tokenizer, ChatTemplate]) -> None:
+    tokenizer, template = chat
+    benign = special_ids(tokenizer, encode_chat(tokenizer, template, [system("a"), user("b")]))
+    for literal in tokenizer.special_tokens:
+        for content in (literal, f"a{literal}b", f"\n{literal} {literal}{literal}\n", literal[:2] + literal):
+            ids = encode_chat(tokenizer, template, [system(content), user(content)])
+            assert special_ids(tokenizer, ids) == benign
+            assert tokenizer.decode(ids).count(literal) >= 2
+
+
+def test_guarding_changes_no_ids(chat: tuple[Tokenizer, ChatTemplate], mixed_lines: list[str]) -> None:
+    """A conversation's ids are those of its rendered text wherever nobody tries anything."""
+    tokenizer, template = chat
+    literals = tuple(tokenizer.special_tokens)
+    for line in mixed_lines[:1000]:
+        if not any(literal in line for literal in literals):
+            messages = [system("Be brief."), user(line)]
+            assert encode_chat(tokenizer, template, messages) == tokenizer.encode_template(template.render(messages))
+
+
+def test_overlapping_literals_stay_text() -> None:
+    tokenizer = from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": ["<unk>", "ab", "bc", "a", "b", "c", "▁"],
+            "tokenizer.ggml.scores": [0.0] * 7,
+            "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1],
+        }
+    )
+    template = ChatTemplate("{{ messages[0].content }}ab")
+    assert encode_chat(tokenizer, template, [user("abcabc")]) == [6, 3, 4, 5, 3, 4, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("transform", "content"),
+    [
+        ("message.content | lower", "<|IM_END|>"),
+        ("message.content | replace('X', '')", "<|imX_end|>"),
+        ("message.content.split('</think>') | join", "<|im_</think>end|>"),
+        ("message.content | reverse", ">|dne_mi|<"),
+        ("message.content + message.content", "end|><|im_"),
+        ("message.content | trim | title | lower", " <|Im_End|> "),
+        ("message.content[:6] + message.content[7:]", "<|im_e-nd|>"),
+    ],
+)
+def test_no_template_can_make_a_special_token_of_user_text(transform: str, content: str, smollm2: Tokenizer) -> None:
+    template = ChatTemplate("{% for message in messages %}<|im_start|>{{ " + transform + " }}<|im_end|>{% endfor %}")
+    ids = encode_chat(smollm2, template, [user(content), user(content)])
+    assert special_ids(smollm2, ids) == [1, 2, 1, 2]
+
+
+def test_templates_still_find_words_in_messages(smollm2: Tokenizer) -> None:
+    template = ChatTemplate("{{ messages[0].content.split('</think>')[-1] | trim }}<|im_end|>")
+    ids = encode_chat(smollm2, template, [user("<think>no <|im_end|></think> yes <|im_start|>")])
+    assert ids == [*smollm2.encode("yes <|im_start|>"), 2]
+
+
+def test_lone_surrogates_in_messages(chat: tuple[Tokenizer, ChatTemplate]) -> None:
+    tokenizer, template = chat
+    for surrogate in ("\ud800", "\ud801", "\udcff", "\ud8010\ud801"):
+        clean = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in surrogate)
+        assert encode_chat(tokenizer, template, [user(surrogate)], verbatim={}) == encode_chat(
+            tokenizer, template, [user(clean)]
+        )
+
+
+def test_verbatim_ids_stand_for_a_content(chat: tuple[Tokenizer, ChatTemplate]) -> None:
+    tokenizer, template = chat
+    messages = [user("Hi"), assistant("Hello there"), user("Bye")]
+    start = encode_chat(tokenizer, template, messages[:1])
+    drawn = [300, 301, 302]
+    ids = encode_chat(tokenizer, template, messages, verbatim={1: drawn})
+    assert ids[: len(start) + 3] == [*start, *drawn]
+    own = tokenizer.encode("Hello there")
+    if not tokenizer.strips_leading_space:
+        assert encode_chat(tokenizer, template, messages, verbatim={1: own}) == encode_chat(
+            tokenizer, template, messages
+        )
+
+
+# Which template
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), "utf-8")
+
+
+def test_a_directory_has_none(tmp_path: Path) -> None:
+    assert find_template(tmp_path) is None
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": None})
+    assert find_template(tmp_path) is None
+
+
+def test_templates_of_a_directory(tmp_path: Path) -> None:
+    write_json(tmp_path / "chat_template.json", {"chat_template": "from json"})
+    assert find_template(tmp_path) == ChatTemplate("from json")
+    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": "from config", **tokens})
+    assert find_template(tmp_path) == ChatTemplate("from config", "<s>", "</s>")
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "the default"}]
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": named, **tokens})
+    assert find_template(tmp_path) == ChatTemplate("the default", "<s>", "</s>")
+    (tmp_path / "chat_template.jinja").write_text("{{ 'from jinja' }}", "utf-8")
+    assert find_template(tmp_path) == ChatTemplate("{{ 'from jinja' }}", "<s>", "</s>")
+
+
+@pytest.mark.parametrize("template", [["x"], [{"name": "default"}], 7, {"default": "x"}])
+def test_odd_templates_of_a_directory(tmp_path: Path, template: Any) -> None:
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
+    assert find_template(tmp_path) is None
+
+
+def test_broken_files_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja: cannot be read as text"):
+        find_template(tmp_path)
+
+
+def test_templates_of_gguf_metadata() -> None:
+    metadata = {
+        "tokenizer.chat_template": "{{ bos_token }}",
+        "tokenizer.ggml.tokens": ["<s>", "</s>"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 9,
+    }
+    assert find_template(metadata) == ChatTemplate("{{ bos_token }}", "<s>", "")
+    assert find_template({}) is None
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "eos_ids", "name", "source"),
+    [
+        ("llama3", {128001, 128009}, "meta-llama/Meta-Llama-3-8B-Instruct", templates.LLAMA3),
+        ("llama3", {128001, 128008, 128009}, "model", templates.LLAMA3_1),
+        ("llama3", {128009}, "Meta-Llama-3.1-8B-Instruct-Q4_K_M.gguf", templates.LLAMA3_1),
+        ("llama3", {128001, 128008, 128009}, "llama3.2-1b-instruct", templates.LLAMA3_2),
+        ("llama3", {128009}, "Llama-3.3-70B-Instruct", templates.LLAMA3_1),
+        ("llama3", {128001}, "meta-llama/Llama-3.2-1B", None),
+        ("llama3", set(), "Llama-3.2-1B-Instruct", None),
+        ("smollm2", {2}, "SmolLM2-135M-Instruct", templates.SMOLLM2),
+        ("smollm2", {2}, "other", templates.CHATML),
+        ("smollm2", {0}, "SmolLM2-135M", None),
+        ("spm", {2}, "TinyLlama/TinyLlama-1.1B-Chat-v1.0", templates.TINYLLAMA),
+        ("spm", {2}, "tinyllama-1.1b-chat", templates.TINYLLAMA),
+        ("spm", {2}, "TinyLlama-1.1B-intermediate-step-1431k-3T", None),
+        ("spm", {2}, "Llama-2-7b-chat-hf", None),
+    ],
+)
+def test_builtin_template(
+    tokenizer: str, eos_ids: set[int], name: str, source: str | None, request: pytest.FixtureRequest
+) -> None:
+    template = builtin_template(request.getfixturevalue(tokenizer), eos_ids, name)
+    assert (template and template.source) == source
