@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from llamajax.types import Device, DType
 
+from .render import note
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -28,10 +30,19 @@ def prepare_jax(device: Device | None) -> None:
 def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | None) -> "LLM":
     """As `llamajax.load`, showing on stderr how far it is."""
     prepare_jax(device)
+    import jax
+
     import llamajax
 
+    compiled: list[str] = []
+    jax.monitoring.register_event_listener(
+        lambda event, **_: compiled.append(event) if event == "/jax/compilation_cache/cache_misses" else None
+    )
     with _Bar() as bar:
-        return llamajax.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
+        llm = llamajax.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
+    if compiled:
+        note("(first run of this model here: compiling for this machine; the next runs start quickly)")
+    return llm
 
 
 class _Bar:

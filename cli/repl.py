@@ -3,7 +3,9 @@
 import json
 import signal
 import sys
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -108,7 +110,8 @@ class Repl:
 
         before = signal.signal(signal.SIGINT, stop)
         try:
-            write_stream(stream)
+            with _no_echo():
+                write_stream(stream)
         finally:
             signal.signal(signal.SIGINT, before)
         self._last = stream.completion
@@ -178,6 +181,23 @@ class Repl:
         note(f"{len(messages)} messages, {tokens} of {self._llm.max_seq_len} tokens")
         if self._last:
             note(stats_line(self._last))
+
+
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """Keys pressed while an answer is written do not show up in it."""
+    try:
+        settings = termios.tcgetattr(sys.stdin)
+    except termios.error:  # not a terminal
+        yield
+        return
+    quiet = settings.copy()
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
 
 
 def _history() -> History:

@@ -76,7 +76,9 @@ def main() -> None:
         arrays[f"{case}/inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
     positions = torch.tensor([ROPE_POSITIONS])
     for name, (head_dim, parameters) in ROPE.items():
-        config = AutoConfig.for_model("llama", head_dim=head_dim, rope_parameters=parameters)
+        config = AutoConfig.for_model(
+            "llama", head_dim=head_dim, rope_parameters=parameters, max_position_embeddings=131072
+        )
         rope = LlamaRotaryEmbedding(config)
         cos, sin = rope(torch.zeros(1), positions)
         arrays[f"rope/{name}/inv_freq"] = rope.inv_freq.numpy()
@@ -180,7 +182,9 @@ def _perplexity(model: PreTrainedModel, ids: list[int]) -> tuple[float, int]:
     losses = []
     for begin in range(0, len(ids), WINDOW):
         window = torch.tensor(ids[begin : begin + WINDOW])
-        losses.append(torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
+        )
     loss = torch.cat(losses).double()
     return loss.mean().exp().item(), len(loss)
 

@@ -94,8 +94,6 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
     from llamajax.tokenizers.sentencepiece import SentencePieceTokenizer
 
-    if _UNKNOWN not in types:
-        types[metadata.get("tokenizer.ggml.unknown_token_id", 0)] = _UNKNOWN
     model = ModelProto()
     for token, score, token_type in zip(tokens, _list(metadata, "scores"), types, strict=True):
         model.pieces.add(piece=token, score=score, type=token_type)

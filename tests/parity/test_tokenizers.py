@@ -13,6 +13,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from llamajax.tokenizers.base import BREAK
 from llamajax.tokenizers.base import Tokenizer as OurTokenizer
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.tokenizers.hf import byte_alphabet, load_hf
@@ -245,6 +246,7 @@ def test_sentencepiece_like_json_is_hugging_faces(
     assert_same(map(ours.encode, mixed_lines), plain, mixed_lines)
     if not metaspace:  # which adds no space before a space, unlike sentencepiece
         assert_same(plain, spm.encode(mixed_lines), mixed_lines)
+    assert ours.encode_template(f"a</s>b<{BREAK}/s>").count(2) == 1
     assert ours.bos_id == 1
     for i in range(3, 259):
         assert ours.token_bytes(i) == bytes([i - 3])

@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "head_dim": 12,
+        "max_position_embeddings": 131072,
         "rope_theta": 500000.0,
         "rope_scaling": _llama3_scaling(32.0, 8192),
         "tie_word_embeddings": True,
@@ -229,7 +230,9 @@ def write_hf(path: Path, hf: Mapping[str, Any], weights: Weights, *, num_shards:
     names = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
     weight_map = {name: names[i % num_shards] for i, name in enumerate(weights)}
     for shard in names:
-        safetensors.numpy.save_file({name: weights[name] for name in weights if weight_map[name] == shard}, path / shard)
+        safetensors.numpy.save_file(
+            {name: weights[name] for name in weights if weight_map[name] == shard}, path / shard
+        )
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
 

@@ -147,6 +147,12 @@ def test_a_stop_that_began_first_is_waited_for() -> None:
     assert matcher.matched
 
 
+def test_a_stop_that_begins_another_is_not_waited_for() -> None:
+    matcher = StopStrings(["abc", "ab"])
+    assert matcher.push("xab") == "x"
+    assert matcher.matched
+
+
 def test_no_stop_strings() -> None:
     matcher = StopStrings([])
     assert matcher.push("text") == "text"
