@@ -53,7 +53,7 @@ class Runner:
         self._cache: Cache = ()
         self._slots: Slots
         self._requests: Requests
-        self._with_logprobs = False
+        self._num_logprobs: int | None = None
         self._drawn_len = 0
 
     @property
@@ -92,7 +92,7 @@ class Runner:
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - len(ids))
         self.reserve(len(ids) + min(max_new_tokens, RESERVED_LEN))
         self._requests = self._device_requests(request)
-        self._with_logprobs = request.sampling.logprobs is not None
+        self._num_logprobs = request.sampling.logprobs
 
         # The last token is read in any case: its logits are not kept.
         reused = _common_prefix(self.cached_ids, ids[:-1])
@@ -118,7 +118,7 @@ class Runner:
             np.int32(num_steps),
             self._requests,
             config=self.config,
-            with_logprobs=self._with_logprobs,
+            with_logprobs=self._num_logprobs is not None,
         )
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
@@ -135,6 +135,7 @@ class Runner:
         if drawn.logprobs is None:
             return [Token(id, None) for id in ids]
         chosen, top, top_ids = (np.asarray(x)[0] for x in drawn.logprobs)
+        top, top_ids = top[:, : self._num_logprobs], top_ids[:, : self._num_logprobs]
         return [
             Token(id, TokenLogprobs(float(lp), tuple(zip(tops.tolist(), lps.tolist(), strict=True))))
             for id, lp, lps, tops in zip(ids, chosen, top, top_ids, strict=False)
@@ -182,7 +183,7 @@ class Runner:
             np.array([max_new_tokens], np.int32),
             self._requests,
             config=self.config,
-            with_logprobs=self._with_logprobs,
+            with_logprobs=self._num_logprobs is not None,
         )
         return drawn
 

@@ -82,7 +82,7 @@ def well_formed(text: str) -> str:
 
 def one_line(message: object) -> str:
     """A library's message, fit to stand in one of ours."""
-    return " ".join(str(message).split())[:300]
+    return " ".join(well_formed(str(message)).split())[:300]
 
 
 def looks_special(literal: str) -> bool:

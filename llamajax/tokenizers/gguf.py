@@ -100,7 +100,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     model.trainer_spec.model_type = model.trainer_spec.BPE
     model.trainer_spec.byte_fallback = _BYTE in types
     model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    model.normalizer_spec.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     model.normalizer_spec.remove_extra_whitespaces = False
     return SentencePieceTokenizer(
         model, bos_id=_bos_id(metadata, tokens, default=True), eos_ids=_eos_ids(metadata, tokens)

@@ -82,7 +82,7 @@ class HFTokenizer(Tokenizer):
         if token is None:  # a hole in the numbering
             return b""
         if self._is_byte_level:
-            return bytes(_BYTE_OF[c] for c in token)
+            return b"".join(_BYTES_OF.get(letter, letter.encode()) for letter in token)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
         return token.replace("▁", " ").encode()
@@ -124,7 +124,7 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
-_BYTE_OF = byte_alphabet()
+_BYTES_OF = {letter: bytes([byte]) for letter, byte in byte_alphabet().items()}
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:

@@ -15,7 +15,7 @@ class StreamDecoder:
 
     Args:
       tokenizer: of the ids.
-      continues: the text follows a prompt on the same line, so a space at its start belongs to it.
+      continues: the text continues a prompt, so a space at its start belongs to it.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:

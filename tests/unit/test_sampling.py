@@ -18,6 +18,7 @@ strict_promotion = tiny_model.strict_promotion
 
 OFF = SamplingParams(temperature=1, top_p=1)
 _sample = jax.jit(sampling.sample)
+_filtered_probs = jax.jit(sampling._filtered_probs)
 
 
 def draw(
@@ -42,7 +43,7 @@ def draw(
 
 def filtered(logits: Sequence[float] | np.ndarray, params: SamplingParams) -> np.ndarray:
     """The probabilities of one row after min-p, top-k and top-p."""
-    probs = np.asarray(sampling._filtered_probs(np.array([logits], np.float32), Sampling.of([params])))[0]
+    probs = np.asarray(_filtered_probs(np.array([logits], np.float32), Sampling.of([params])))[0]
     return probs / probs.sum()
 
 
@@ -91,11 +92,12 @@ BY_HAND = [
 @pytest.mark.parametrize(("probs", "options", "expected"), BY_HAND)
 def test_filters_by_hand(probs: tuple, options: dict, expected: tuple) -> None:
     params = replace(OFF, **options)
+    rest = (0,) * (8 - len(probs))
     with np.errstate(divide="ignore"):
-        logits = np.log(probs)
-    np.testing.assert_allclose(filtered(logits, params), expected, rtol=1e-5)
-    # Scores have no zero: a constant changes nothing.
-    np.testing.assert_allclose(filtered(logits + 17, params), expected, rtol=1e-4)
+        logits = np.log(probs + rest)
+    np.testing.assert_allclose(filtered(logits, params), expected + rest, rtol=1e-5)
+    # A constant added to all scores changes nothing.
+    np.testing.assert_allclose(filtered(logits + 17, params), expected + rest, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_reference_by_hand(probs: tuple, options: dict, expected: tuple) -> None
 
 
 def test_a_negative_zero_is_a_zero() -> None:
-    assert filtered([-0.0, 0.0, -0.0], replace(OFF, top_k=1)).tolist() == [1, 0, 0]
+    assert filtered([-1.0, -0.0, 0.0, -0.0, -1, -1, -1, -1], replace(OFF, top_k=1)).argmax() == 1
 
 
 def test_penalties_by_hand() -> None:
@@ -143,20 +145,22 @@ def test_greedy_takes_the_lowest_of_equal_scores() -> None:
 
 
 def test_greedy_is_of_the_penalized_scores() -> None:
-    params = replace(OFF, temperature=0, repetition_penalty=4.0)
-    assert draw(np.array([3.0, 2.0, 1.0]), [params], prompt_mask=np.array([True, False, False])).tolist() == [1]
-    params = replace(OFF, temperature=0, frequency_penalty=2.0)
-    assert draw(np.array([3.0, 2.0, 1.0]), [params], counts=np.array([1, 1, 0])).tolist() == [0]
-    assert draw(np.array([3.0, 2.0, 1.0]), [params], counts=np.array([2, 1, 0])).tolist() == [2]
+    greedy = replace(OFF, temperature=0)
+    repetition, frequency = replace(greedy, repetition_penalty=4.0), replace(greedy, frequency_penalty=2.0)
+    rows = [repetition, repetition, frequency, frequency]
+    mask = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    counts = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0], [2, 1, 0, 0]])
+    assert draw(np.array([3.0, 2.0, 1.5, 0.7]), rows, 0, mask, counts).tolist() == [1, 0, 2, 2]
 
 
-@pytest.mark.parametrize("others", [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-def test_scores_that_are_not_numbers_give_no_token(others: list[float]) -> None:
-    logits = np.zeros((3, 300))
-    logits[:, 7] = 30
-    logits[1, 299] = np.nan
-    rows = [replace(OFF, temperature=t) for t in (others[0], others[1], others[0])]
-    assert draw(logits, rows).tolist() == [7, 300, 7]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_not_numbers_give_no_token(temperature: float) -> None:
+    logits = np.full((4, 4), [0.0, 0, 90, 0])
+    logits[1, 0] = np.nan
+    logits[3, :] = np.nan
+    rows = [replace(OFF, temperature=t) for t in (0, 0, temperature, temperature)]
+    assert draw(logits, rows).tolist() == [2, 4, 2, 4]
+    assert draw(logits, rows[::-1]).tolist() == [2, 4, 2, 4]
 
 
 # What every draw is made from: many (seed, position) pairs.
@@ -184,7 +188,7 @@ def assert_frequencies(tokens: np.ndarray, probs: np.ndarray) -> None:
     assert statistic < freedom * (1 - spread + 3.719 * spread**0.5) ** 3
 
 
-EIGHT = np.array([1.0, -0.5, 0.25, 2.0, 0.25, -1.5, 1.5, 0.0])
+EIGHT = np.array([1.0, -0.5, 0.25, 1.5, 0.25, -1.25, 0.75, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_frequencies_are_the_probabilities(options: dict) -> None:
     assert_frequencies(tokens, reference_probs(EIGHT, params, prompt_mask, counts))
 
 
-@pytest.mark.parametrize("vocab_size", [2, 127, 128, 129, 300])
+@pytest.mark.parametrize("vocab_size", [128, 257])
 def test_frequencies_of_large_vocabularies(vocab_size: int) -> None:
     logits = np.random.default_rng(vocab_size).normal(size=vocab_size) / 3
     logits[vocab_size // 3 : vocab_size // 2] = -np.inf
@@ -219,7 +223,7 @@ def test_frequencies_of_large_vocabularies(vocab_size: int) -> None:
 
 
 def test_positions_and_seeds_draw_independently() -> None:
-    tokens = draw_many(np.zeros(4), OFF)
+    tokens = draw_many(np.array([0] * 4 + [-np.inf] * 4), OFF)
     pairs = np.full(16, 1 / 16)
     assert_frequencies(tokens[:, :-1] * 4 + tokens[:, 1:], pairs)
     assert_frequencies(tokens[:-1] * 4 + tokens[1:], pairs)
@@ -229,9 +233,9 @@ def test_positions_and_seeds_draw_independently() -> None:
 
 
 def test_all_seeds_count() -> None:
-    seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-    tokens = [draw(np.zeros(100), [replace(OFF, seed=seed)] * 8, range(8)).tolist() for seed in seeds]
-    assert len({tuple(row) for row in tokens}) == len(seeds)
+    seeds = np.repeat([0, 1, 2**31 - 1, 2**31, 2**32 - 1], 8).tolist()
+    tokens = draw(np.zeros(500), [replace(OFF, seed=seed) for seed in seeds], np.arange(40) % 8)
+    assert len(np.unique(tokens.reshape(5, 8), axis=0)) == 5
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:
@@ -264,6 +268,7 @@ def test_a_row_draws_the_same_in_any_company() -> None:
     # With filters that nothing of the batch needs, and without.
     plain = [i for i, row in enumerate(rows) if row.top_p == 1 and not row.top_k and row.temperature]
     assert plain
+    plain = np.resize(plain, 40).tolist()
     apart = draw(logits[plain], [rows[i] for i in plain], position[plain], mask[plain], counts[plain])
     assert apart.tolist() == together[plain].tolist()
 

@@ -112,6 +112,21 @@ def test_ordinary_added_tokens_are_found_in_text_but_not_role_markers(tmp_path: 
     assert tokenizer.encode_template("<｜User｜>a") == [257, 97]
 
 
+@pytest.mark.parametrize("lstrip", [False, True])
+@pytest.mark.parametrize("rstrip", [False, True])
+def test_special_tokens_take_the_whitespace_they_ask_for(tmp_path: Path, lstrip: bool, rstrip: bool) -> None:
+    backend = byte_tokenizer(
+        [
+            AddedToken("<|end|>", special=True, lstrip=lstrip, rstrip=rstrip, normalized=False),
+            AddedToken("</s>", special=True, normalized=False),
+        ]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_directory(tmp_path)
+    for text in ("a <|end|> b", "a \n<|end|>\t\n <|end|> </s> b", "<|end|>", "  <|end|>  "):
+        assert tokenizer.encode_template(text) == backend.encode(text).ids
+
+
 def test_tokenizer_json_never_truncates_or_pads(tmp_path: Path) -> None:
     backend = byte_tokenizer()
     backend.enable_truncation(4)

@@ -203,7 +203,7 @@ def test_broken_templates(source: str, message: str) -> None:
     "source",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-"{% set x = range(9999) | list %}{% for a in x %}{% for b in x %}{% for c in x %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% set x = range(9999) | list %}" + "{% for i in x %}" * 3 + "{% endfor %}" * 3,
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     ],
 )
@@ -224,6 +224,8 @@ def test_a_template_may_refuse() -> None:
     source = "{{ raise_exception('Roles must\nalternate') }}"
     with pytest.raises(RequestError, match="refuses this conversation: Roles must alternate"):
         ChatTemplate(source).render([user("Hi")])
+    with pytest.raises(RequestError, match="conversation: caf\ufffd"):
+        ChatTemplate("{{ raise_exception(messages[0].content) }}").render([user("caf\udce9")])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""The model against transformers' logits: every shape of the family, every layout of a checkpoint, every split."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llamajax.config import LlamaConfig
+from llamajax.engine.runner import Runner
+from llamajax.engine.sequential import Sequential
+from llamajax.errors import CheckpointError, ConfigError
+from llamajax.model.cache import Cache, empty_cache
+from llamajax.model.llama import Llama
+from llamajax.ops import Weight
+from llamajax.types import DType, Request, SamplingParams
+from llamajax.weights.checkpoint import open_checkpoint
+from llamajax.weights.load import load_weights
+
+from .tiny import CASES, PROMPT_LEN, goldens, prompt, state_dict, write_gguf, write_hf, write_meta
+
+GOLDENS = goldens()
+DEVICE = jax.devices()[0]
+
+
+def load(path: Path, dtype: DType = "auto") -> Llama:
+    checkpoint = open_checkpoint(path)
+    model = Llama(checkpoint.config)
+    load_weights(model, checkpoint.tensors, DEVICE, dtype)
+    return model
+
+
+def logits(path: Path, case: str, dtype: DType = "auto") -> np.ndarray:
+    return Runner(load(path, dtype), device=DEVICE, cache_dtype=jnp.float32).logits(prompt(case))
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def divisors(case: str) -> np.ndarray | None:
+    """Of llama3 scaling, from transformers' frequencies."""
+    rope = CASES[case].get("rope_parameters") or CASES[case].get("rope_scaling") or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    scaled = GOLDENS[f"{case}/inv_freq"]
+    theta = rope.get("rope_theta", CASES[case].get("rope_theta"))
+    return theta ** -(np.arange(len(scaled)) / len(scaled)) / scaled
+
+
+# The layouts
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hugging_face_and_gguf(case: str, tmp_path: Path) -> None:
+    weights = state_dict(case)
+    found = logits(write_hf(tmp_path / "hf", CASES[case], weights), case)
+    assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
+    same = logits(write_gguf(tmp_path / "model.gguf", CASES[case], weights, divisors(case)), case)
+    assert relative_error(same, found) < 1e-5
+
+
+@pytest.mark.parametrize(("case", "ffn_dim_multiplier"), [("llama3.2-1b", 0.5), ("llama3-8b", 0.5), ("tinyllama", 0.5)])
+def test_meta(case: str, ffn_dim_multiplier: float, tmp_path: Path) -> None:
+    path = write_meta(tmp_path / "meta", CASES[case], state_dict(case), ffn_dim_multiplier=ffn_dim_multiplier)
+    assert relative_error(logits(path, case), GOLDENS[f"{case}/logits"]) < 1e-4
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    case, weights = "llama3.1-8b", state_dict("llama3.1-8b")
+    whole = logits(write_hf(tmp_path / "whole", CASES[case], weights), case)
+    sharded = logits(write_hf(tmp_path / "sharded", CASES[case], weights, num_shards=3), case)
+    np.testing.assert_array_equal(sharded, whole)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(ml_dtypes.bfloat16, 3e-2), (np.float16, 4e-3)])
+def test_half_precision(dtype: Any, tolerance: float, tmp_path: Path) -> None:
+    """Stored in half, computed in f32, a model is the f32 one of the rounded weights; in half, it is near."""
+    case = "llama3.1-8b"
+    halves = {name: array.astype(dtype) for name, array in state_dict(case).items()}
+    path = write_hf(tmp_path / "half", CASES[case], halves)
+    rounded = {name: array.astype(np.float32) for name, array in halves.items()}
+    expected = logits(write_hf(tmp_path / "rounded", CASES[case], rounded), case)
+    np.testing.assert_array_equal(logits(path, case, "float32"), expected)
+    assert relative_error(logits(path, case), expected) < tolerance
+    assert relative_error(expected, GOLDENS[f"{case}/logits"]) < tolerance
+
+
+def test_a_tied_model_may_store_its_head(tmp_path: Path) -> None:
+    case, weights = "smollm2", state_dict("smollm2")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    found = logits(write_hf(tmp_path / "hf", CASES[case], weights), case)
+    assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
+
+
+# Refusals
+
+
+def test_all_misfits_are_reported_at_once(tmp_path: Path) -> None:
+    weights = state_dict("llama3-8b")
+    del weights["model.norm.weight"], weights["model.layers.1.self_attn.k_proj.weight"]
+    weights["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+    weights["model.layers.2.mlp.up_proj.weight"] = np.zeros((96, 64), np.float32)
+    weights["model.layers.0.mlp.down_proj.weight"] = np.zeros((96, 64), np.float32)
+    weights["lm_head.weight"] = np.zeros((161, 64), np.float32)
+    with pytest.raises(CheckpointError) as raised:
+        load(write_hf(tmp_path / "hf", CASES["llama3-8b"], weights))
+    missing, unexpected, misshapen = str(raised.value).split("; ")
+    assert "2 missing" in missing
+    assert "model.norm.weight (64,)" in missing
+    assert "model.layers.1.self_attn.k_proj.weight (16, 64)" in missing
+    assert "2 unexpected" in unexpected
+    assert "model.layers.0.self_attn.q_proj.bias" in unexpected
+    assert "model.layers.2.mlp.up_proj.weight" in unexpected
+    assert "2 misshapen" in misshapen
+    assert "model.layers.0.mlp.down_proj.weight (96, 64), expected (64, 96)" in misshapen
+    assert "lm_head.weight (161, 64), expected (160, 64)" in misshapen
+
+
+def test_an_untied_model_needs_its_head(tmp_path: Path) -> None:
+    weights = state_dict("llama3-8b")
+    del weights["lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"1 missing: lm_head\.weight \(160, 64\)"):
+        load(write_hf(tmp_path / "hf", CASES["llama3-8b"], weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
+        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "Gemma2ForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM"),
+        ({"architectures": None, "model_type": "phi3"}, "phi3"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
+            "MistralForCausalLM with sliding_window=4096",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+    ],
+)
+def test_other_computations_are_refused_by_name(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "hf", CASES["llama3-8b"] | changes, {})
+    with pytest.raises(ConfigError) as raised:
+        open_checkpoint(path)
+    assert named in str(raised.value)
+    assert str(path / "config.json") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("general.architecture", "qwen2", "qwen2"),
+        ("llama.expert_count", 8, "Mixtral"),
+        ("llama.attention.sliding_window", 4096, "sliding_window=4096"),
+        ("llama.rope.scaling.type", "yarn", "yarn"),
+        ("llama.rope.dimension_count", 8, "dimension_count"),
+        ("llama.attention.value_length", 8, "value_length"),
+    ],
+)
+def test_other_ggufs_are_refused_by_name(key: str, value: str | int, named: str) -> None:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.vocab_size": 160,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.block_count": 2,
+        "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    LlamaConfig.from_gguf(metadata)
+    with pytest.raises(ConfigError) as raised:
+        LlamaConfig.from_gguf(metadata | {key: value})
+    assert named in str(raised.value)
+
+
+# Splits and batches
+
+
+@pytest.fixture(scope="module", params=["llama3.1-8b", "smollm2"])
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case: str, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    return load(write_hf(tmp_path_factory.mktemp(case) / "hf", CASES[case], state_dict(case)))
+
+
+@partial(jax.jit, static_argnames="config")
+def forward(
+    weights: list[Weight], ids: jax.Array, cache: Cache, start: jax.Array, *, config: LlamaConfig
+) -> tuple[jax.Array, Cache]:
+    model = Llama.with_weights(config, weights)
+    x, cache = model(ids, cache, start)
+    return model.logits(x), cache
+
+
+def full_of_noise(cache: Cache) -> Cache:
+    """As a cache that other text was in before."""
+    noise = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(10 * noise.standard_normal(x.shape), x.dtype), cache)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    chunks=st.lists(st.sampled_from((1, 3, 12)), max_size=PROMPT_LEN),
+    used=st.booleans(),
+)
+def test_any_split_is_the_full_forward(model: Llama, case: str, chunks: list[int], cache_len: int, used: bool) -> None:
+    ids = np.array(prompt(case), np.int32)
+    weights = model.weights()
+    cache = empty_cache(model.config, PROMPT_LEN + 3, jnp.float32)
+    if used:
+        cache = full_of_noise(cache)
+    rows: list[np.ndarray] = []
+    for length in [*chunks, *[1] * PROMPT_LEN]:
+        start = len(rows)
+        if start + length <= PROMPT_LEN:
+            scores, cache = forward(weights, ids[start : start + length], cache, jnp.int32(start), config=model.config)
+            rows += list(np.asarray(scores))
+    assert relative_error(np.stack(rows), GOLDENS[f"{case}/logits"]) < 1e-4
+
+
+def test_a_batch_is_its_rows(model: Llama, case: str) -> None:
+    ids = np.array(prompt(case), np.int32).reshape(5, 8)
+    starts = np.array([0, 3, 30, 32, 17], np.int32)
+    caches = [full_of_noise(empty_cache(model.config, PROMPT_LEN, jnp.float32))] * len(starts)
+    run = partial(forward, model.weights(), config=model.config)
+    batch = jax.tree.map(lambda *rows: jnp.stack(rows), *caches)
+    scores, batch = jax.vmap(run)(ids, batch, starts)
+    for row, start in enumerate(starts):
+        expected, cache = run(ids[row], caches[row], jnp.int32(start))
+        assert relative_error(np.asarray(scores[row]), np.asarray(expected)) < 1e-5
+        for x, y in zip(jax.tree.leaves(batch), jax.tree.leaves(cache), strict=True):
+            np.testing.assert_allclose(x[row], y, atol=1e-4)
+
+
+# The runner: chunks of fixed lengths, a cache that grows and is used again
+
+
+RUNNER_CASE = "small-head-dim"
+LONG = 512
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    return load(write_hf(tmp_path_factory.mktemp("runner") / "hf", CASES[RUNNER_CASE], state_dict(RUNNER_CASE)))
+
+
+def _texts() -> list[list[int]]:
+    """Two, with a common beginning."""
+    ids = np.random.default_rng(0).integers(CASES[RUNNER_CASE]["vocab_size"], size=(2, LONG))
+    ids[1, :150] = ids[0, :150]
+    return ids.tolist()
+
+
+TEXTS = _texts()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    max_seq_len=st.integers(230, LONG - 1),
+    requests=st.lists(st.tuples(st.sampled_from((0, 1)), st.floats(0, 1), st.integers(1, 24)), min_size=1, max_size=4),
+)
+@example(max_seq_len=251, requests=[(0, 0.4, 3), (0, 1.0, 1)])  # the last chunk passes the end of the cache
+@example(max_seq_len=509, requests=[(1, 1.0, 24), (0, 1.0, 24), (1, 0.97, 24)])  # so it does, and answers are cut
+def test_the_runner_draws_what_a_full_forward_says(
+    small: Llama, max_seq_len: int, requests: list[tuple[int, float, int]]
+) -> None:
+    reference = Runner(small, device=DEVICE, max_seq_len=LONG + 1, cache_dtype=jnp.float32)
+    runner = Runner(small, device=DEVICE, max_seq_len=max_seq_len, cache_dtype=jnp.float32)
+    for text, fraction, max_new_tokens in requests:
+        ids = TEXTS[text][: 1 + round(fraction * (max_seq_len - 2))]
+        cached = runner.cached_ids
+        answer = Sequential(runner, Request(ids, max_new_tokens, SamplingParams(temperature=0, logprobs=0)))
+        tokens = list(answer)
+        assert len(tokens) == min(max_new_tokens, max_seq_len - len(ids))
+        shared = next((i for i, (a, b) in enumerate(zip(cached, ids[:-1], strict=False)) if a != b), None)
+        assert answer.cached_tokens == (min(len(cached), len(ids) - 1) if shared is None else shared)
+
+        whole = [*ids, *(token.id for token in tokens)]
+        scores = reference.logits(whole + [0] * (LONG - len(whole)))[len(ids) - 1 : len(whole) - 1]
+        logprobs = np.asarray(jax.nn.log_softmax(scores))
+        drawn = logprobs[np.arange(len(tokens)), whole[len(ids) :]]
+        np.testing.assert_allclose(drawn, logprobs.max(axis=1), atol=1e-3)
+        reported = [token.logprobs.logprob for token in tokens if token.logprobs]
+        np.testing.assert_allclose(reported, drawn, atol=1e-3)
