@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -186,11 +185,12 @@ class Repl:
 @contextmanager
 def _no_echo() -> Iterator[None]:
     """Keys pressed while an answer is written do not show up in it."""
-    try:
-        settings = termios.tcgetattr(sys.stdin)
-    except termios.error:  # not a terminal
+    if sys.platform == "win32":
         yield
         return
+    import termios
+
+    settings = termios.tcgetattr(sys.stdin)
     quiet = settings.copy()
     quiet[3] &= ~termios.ECHO
     termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)

@@ -48,7 +48,9 @@ class Conversation:
         self._record_answer()
         messages: list[Message] = [*self._messages, {"role": "user", "content": question}]
         messages, answers, forgotten = self._fitting(messages, min(max_new_tokens, self._llm.max_seq_len // 2))
-        stream = self._llm.stream(messages, max_new_tokens=max_new_tokens, verbatim=answers, **options)
+        stream = self._llm.stream(
+            messages, max_new_tokens=max_new_tokens, verbatim=answers, reuse_cache=True, **options
+        )
         self._messages, self._answers, self.forgotten, self._stream = messages, answers, forgotten, stream
         return stream
 
@@ -77,7 +79,7 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": answer.text})
 
     def _fitting(self, messages: list[Message], room: int) -> tuple[list[Message], dict[int, tuple[int, ...]], int]:
-        """The messages without the oldest exchanges if they leave too little room, their answers' ids, how many went."""
+        """The messages without the oldest exchanges if they leave too little room, its answers' ids, how many went."""
         answers, forgotten = self._answers, 0
         first = 1 if messages[0]["role"] == "system" else 0
         num_tokens = len(self._llm.encode_chat(messages, answers))

@@ -72,6 +72,7 @@ class LLM:
         stop: str | Sequence[str] = (),
         sampling: SamplingParams | None = None,
         verbatim: Mapping[int, Sequence[int]] | None = None,
+        reuse_cache: bool = False,
         **sampling_options: Any,
     ) -> "Stream":
         """Starts an answer and returns its text piece by piece.
@@ -83,6 +84,8 @@ class LLM:
           sampling: how tokens are drawn; or give its fields (temperature, top_p, top_k, seed, ...) themselves.
           verbatim: message index -> token ids that stand for the content of that message, such as an earlier
             answer's: text encoded anew need not give the ids that were drawn.
+          reuse_cache: leave unread what the KV cache still holds of the prompt. Off, the same request gives the
+            same answer whatever was asked before.
 
         Raises RequestError for a bad option or a model without a chat template, CapacityError for a prompt that
         leaves no room for an answer.
@@ -96,7 +99,7 @@ class LLM:
             ids = bos + self.tokenizer.encode(prompt)
         else:
             ids = self.encode_chat(prompt, verbatim or {})
-        request = Request(ids, max_new_tokens, params, self._stop_ids)
+        request = Request(ids, max_new_tokens, params, self._stop_ids, reuse_cache)
         self._runner.check(request)
         decoder = StreamDecoder(self.tokenizer, continues=isinstance(prompt, str))
         stops = StopStrings((stop,) if isinstance(stop, str) else stop)
@@ -246,7 +249,8 @@ def find_device(kind: Device | None) -> jax.Device:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between processes, unless the user's own settings already do."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(hub.home() / "xla"))
+    setting = "jax_compilation_cache_dir"
+    if getattr(jax.config, setting) is None:
+        jax.config.update(setting, str(hub.home() / "xla"))
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

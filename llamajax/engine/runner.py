@@ -22,7 +22,9 @@ from llamajax.types import Request, Token, TokenLogprobs
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
 CHUNKS = (32, 128, 512)
-MIN_CACHE_LEN = 256
+# In a shorter cache XLA's CPU compiler adds up a softmax in another order, so that a request's last bits would
+# depend on how long the cache has grown; from 512 on they were the same for every length (512 to 4096 compared).
+MIN_CACHE_LEN = 512
 # An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
 RESERVED_LEN = 512
 MAX_STOP_IDS = 16
@@ -34,8 +36,7 @@ class Runner:
     Attributes:
       config: the model's.
       max_seq_len: positions that a prompt and its answer may take.
-      cached_ids: the tokens whose keys and values the cache holds. A request that begins with the same ones
-        does not read them again.
+      cached_ids: the tokens whose keys and values the cache holds.
     """
 
     def __init__(
@@ -64,12 +65,7 @@ class Runner:
     def check(self, request: Request) -> None:
         """Raises CapacityError if the prompt leaves no room for an answer, RequestError for what is invalid."""
         ids = request.token_ids
-        if not ids:
-            raise RequestError("the prompt is empty: it needs at least one token")
-        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-            raise RequestError(
-                f"token ids must be from 0 to {self.config.vocab_size - 1}, found {min(ids)} to {max(ids)}"
-            )
+        self._check_ids(ids)
         if request.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
         if len(request.stop_ids) > MAX_STOP_IDS:
@@ -90,12 +86,13 @@ class Runner:
         self.check(request)
         ids = list(request.token_ids)
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - len(ids))
-        self.reserve(len(ids) + min(max_new_tokens, RESERVED_LEN))
         self._requests = self._device_requests(request)
         self._num_logprobs = request.sampling.logprobs
 
         # The last token is read in any case: its logits are not kept.
-        reused = _common_prefix(self.cached_ids, ids[:-1])
+        reused = _common_prefix(self.cached_ids, ids[:-1]) if request.reuse_cache else 0
+        self.cached_ids = ids[:reused]
+        self.reserve(len(ids) + min(max_new_tokens, RESERVED_LEN))
         self._drawn_len = len(ids)
         end = reused
         while end < len(ids):
@@ -157,19 +154,27 @@ class Runner:
         self.cached_ids = []
         self.reserve(min(num_positions, self.max_seq_len))
         for chunk_len in CHUNKS:
-            if chunk_len <= self.cache_len:
-                self.read(self.prefill(Request([0] * min(chunk_len, self.max_seq_len - 1), 1))[0])
-                self.cached_ids = []
+            self.read(self.prefill(Request([0] * min(chunk_len, self.max_seq_len - 1), 1))[0])
         self.read(self.decode(1))
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones. The cache is left as it is."""
-        self.check(Request(token_ids, 1))
+        self._check_ids(token_ids)
+        if len(token_ids) > self.max_seq_len:
+            raise CapacityError(f"{len(token_ids)} tokens are more than the context, {self.max_seq_len}")
         length = _power_of_two(len(token_ids), CHUNKS[0])
         padded = np.zeros(length, np.int32)
         padded[: len(token_ids)] = token_ids
         scores = steps.logits(self._weights, padded, config=self.config, cache_dtype=self._cache_dtype)
         return np.asarray(scores)[: len(token_ids)]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty: it needs at least one token")
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise RequestError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, found {min(ids)} to {max(ids)}"
+            )
 
     def _read_chunk(self, ids: list[int], start: int, end: int, chunk_len: int, max_new_tokens: int) -> Drawn:
         chunk = np.zeros((1, chunk_len), np.int32)
@@ -188,8 +193,7 @@ class Runner:
         return drawn
 
     def _chunk_len(self, remaining: int) -> int:
-        fitting = [length for length in CHUNKS if length <= self.cache_len]
-        return next((length for length in fitting if length >= remaining), fitting[-1])
+        return next((length for length in CHUNKS if length >= remaining), CHUNKS[-1])
 
     def _device_requests(self, request: Request) -> Requests:
         stop_ids = np.full((1, MAX_STOP_IDS), -1, np.int32)

@@ -1,0 +1,89 @@
+"""Products with dense and int8 weights against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax import ops
+from llamajax.ops.linear import MANY_ROWS
+
+ROWS = (1, 2, 31, 32, 100)
+ON_CPU = jax.default_backend() == "cpu"
+
+
+@pytest.fixture(scope="module")
+def weight() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((48, 96)).astype(np.float32)
+
+
+def inputs(rows: int) -> np.ndarray:
+    """Rows of very different sizes, one of them zero."""
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, 96)) * 10.0 ** rng.uniform(-4, 4, (rows, 1))
+    x[rows // 2] *= rows == 1
+    return x.astype(np.float32)
+
+
+def magnitude(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Sums of the products' absolute values: what rounding is relative to."""
+    return np.abs(x.astype(float)) @ np.abs(weight.astype(float)).T
+
+
+def test_quantized_rows_are_within_half_a_step(weight: np.ndarray) -> None:
+    weight = weight * np.float32(10.0) ** np.arange(-24, 24, dtype=np.float32)[:, None]
+    weight[7] = 0
+    quantized = ops.quantize_int8(jnp.asarray(weight))
+    assert quantized.values.dtype == jnp.int8
+    values, scale = np.asarray(quantized.values, float), np.asarray(quantized.scale, float)
+    half = np.abs(weight).max(axis=1).astype(float) / 127 / 2
+    assert (np.abs(values * scale[:, None] - weight) <= half[:, None] * (1 + 1e-4)).all()
+    assert not (values[7] * scale[7]).any()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8(weight: np.ndarray, rows: int) -> None:
+    x, quantized = inputs(rows), ops.quantize_int8(jnp.asarray(weight))
+    kept = np.asarray(quantized.values, float) * np.asarray(quantized.scale, float)[:, None]
+    error = np.abs(jax.jit(ops.linear)(x, quantized) - x.astype(float) @ kept.T)
+    if rows < MANY_ROWS and ON_CPU:
+        # Activations in two bytes, precise to 1 / (127 * 254 * 2) of the row's largest.
+        bound = np.abs(x).max(axis=1, keepdims=True) * np.abs(kept).sum(axis=1) / (127 * 254 * 2)
+    else:
+        bound = magnitude(x, kept) * 2.0**-9  # activations in bf16
+    assert (error <= bound * 1.01 + magnitude(x, kept) * 1e-6).all()
+
+
+@pytest.mark.skipif(not ON_CPU, reason="elsewhere activations are bf16 at any number of rows")
+def test_int8_rows_do_not_depend_on_their_neighbours(weight: np.ndarray) -> None:
+    x, quantized = inputs(MANY_ROWS - 1), ops.quantize_int8(jnp.asarray(weight))
+    linear = jax.jit(ops.linear)
+    together = np.asarray(linear(x, quantized))
+    batched = np.asarray(jax.jit(jax.vmap(ops.linear, in_axes=(0, None)))(x[:, None], quantized))
+    pairs = np.asarray(jax.jit(jax.vmap(ops.linear, in_axes=(0, None)))(x[:-1].reshape(-1, 2, 96), quantized))
+    np.testing.assert_array_equal(batched[:, 0], together)
+    np.testing.assert_array_equal(pairs.reshape(-1, 48), together[:-1])
+    for row in range(len(x)):
+        np.testing.assert_array_equal(linear(x[row : row + 1], quantized)[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2.0**-9), (jnp.float16, 2.0**-11)]
+)
+@pytest.mark.parametrize("rows", ROWS)
+def test_dense(weight: np.ndarray, rows: int, dtype: jnp.dtype, precision: float) -> None:
+    """Only the activations are rounded, to the weight's dtype; sums are in f32."""
+    x, kept = np.clip(inputs(rows), -6e4, 6e4), jnp.asarray(weight, dtype)
+    x[np.abs(x) < 1e-3] = 0  # f16 has few digits there
+    found = jax.jit(ops.linear)(x, kept)
+    assert found.dtype == jnp.float32
+    exact = x.astype(float) @ np.asarray(kept, float).T
+    assert (np.abs(found - exact) <= magnitude(x, np.asarray(kept, float)) * (precision * 1.01 + 1e-6)).all()
+
+
+def test_embed(weight: np.ndarray) -> None:
+    ids = jnp.array([3, 0, 47, 3])
+    np.testing.assert_array_equal(ops.embed(ids, jnp.asarray(weight)), weight[np.asarray(ids)])
+    quantized = ops.quantize_int8(jnp.asarray(weight))
+    rows = quantized.values[ids] * quantized.scale[ids][:, None]
+    np.testing.assert_array_equal(ops.embed(ids, quantized), rows)

@@ -1,0 +1,186 @@
+"""The runner's cache, its errors, and what it compiles."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llamajax.engine.runner import CHUNKS
+from llamajax.engine.sequential import Sequential
+from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.types import Request, SamplingParams
+
+from ... import tiny_model
+from ...tiny_model import CONFIG, count_compilations, random_ids, random_weights, reference_logits, tiny_runner
+
+strict_promotion = tiny_model.strict_promotion
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 300, 512])
+def test_logits_are_the_models(length: int) -> None:
+    ids = random_ids(length)
+    scores = tiny_runner(512).logits(ids)
+    assert scores.shape == (length, CONFIG.vocab_size) and scores.dtype == np.float32
+    np.testing.assert_allclose(scores, reference_logits(ids), atol=1e-3)
+
+
+def test_logits_leave_the_cache_as_it_is() -> None:
+    runner, ids = tiny_runner(256), random_ids(40)
+    tokens = iter(Sequential(runner, Request(ids, 30, GREEDY)))
+    found = [next(tokens).id for _ in range(5)]
+    cached = list(runner.cached_ids)
+    runner.logits(random_ids(20, seed=1))
+    assert runner.cached_ids == cached
+    found += [token.id for token in tokens]
+    assert found == reference_logits(ids + found).argmax(-1)[len(ids) - 1 : -1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"), [([], RequestError), ([-1], RequestError), ([97], RequestError), ([0] * 65, CapacityError)]
+)
+def test_bad_ids_have_no_logits(ids: Sequence[int], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        tiny_runner(64).logits(ids)
+
+
+@pytest.mark.parametrize("max_seq_len", [0, -1, CONFIG.max_position_embeddings + 1])
+def test_a_context_that_the_model_does_not_have(max_seq_len: int) -> None:
+    with pytest.raises(RequestError, match=f"{CONFIG.max_position_embeddings}, not {max_seq_len}"):
+        tiny_runner(max_seq_len)
+
+
+def test_the_context_is_the_models_if_none_is_given() -> None:
+    runner = tiny_runner()
+    assert runner.max_seq_len == CONFIG.max_position_embeddings == 2048
+    runner.check(Request([0] * 2047, 1))
+    with pytest.raises(CapacityError):
+        runner.check(Request([0] * 2048, 1))
+
+
+def test_prefill_says_how_much_of_the_prompt_was_there() -> None:
+    runner, ids = tiny_runner(256), random_ids(50)
+    assert runner.cached_ids == []
+    first, reused = runner.prefill(Request(ids, 5, GREEDY))
+    assert (reused, runner.cached_ids) == (0, ids)
+    again, reused = runner.prefill(Request(ids, 5, GREEDY))
+    assert (reused, runner.cached_ids) == (49, ids)
+    assert runner.read(first) == runner.read(again)
+    _, reused = runner.prefill(Request(ids[:20] + [ids[20] ^ 1], 5, GREEDY))
+    assert (reused, len(runner.cached_ids)) == (20, 21)
+
+
+def test_decode_draws_no_more_than_was_asked_for() -> None:
+    runner, ids = tiny_runner(256), random_ids(7)
+    found = [token.id for token in runner.read(runner.prefill(Request(ids, 12, GREEDY))[0])]
+    lengths = []
+    for num_steps in (1, 3, 5, 4, 2):
+        block = runner.read(runner.decode(num_steps))
+        lengths.append(len(block))
+        found += [token.id for token in block]
+    assert lengths == [1, 3, 5, 2, 0]
+    assert found == reference_logits(ids + found).argmax(-1)[len(ids) - 1 : -1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "num_positions", "cache_len"),
+    [
+        (2048, 1, 256),
+        (2048, 256, 256),
+        (2048, 257, 512),
+        (2048, 1025, 2048),
+        (2048, 9999, 2048),
+        (700, 600, 768),
+        (20, 20, 256),
+    ],
+)
+def test_the_cache_has_few_lengths(max_seq_len: int, num_positions: int, cache_len: int) -> None:
+    runner = tiny_runner(max_seq_len)
+    assert runner.cache_len == 0
+    runner.reserve(num_positions)
+    assert runner.cache_len == cache_len
+    runner.reserve(1)
+    assert runner.cache_len == cache_len
+
+
+def test_reserve_keeps_what_the_cache_holds() -> None:
+    runner, ids = tiny_runner(1024), random_ids(60)
+    runner.read(runner.prefill(Request(ids, 1, GREEDY))[0])
+    runner.reserve(1000)
+    assert runner.cached_ids == ids and runner.cache_len == 1024
+    tokens = Sequential(runner, Request(ids + random_ids(5, seed=1), 9, GREEDY))
+    found = [token.id for token in tokens]
+    assert tokens.cached_tokens == 60
+    prompt = [*ids, *random_ids(5, seed=1)]
+    assert found == reference_logits(prompt + found).argmax(-1)[len(prompt) - 1 : -1].tolist()
+
+
+def test_nothing_compiles_in_the_steady_state() -> None:
+    # A configuration of its own, whose programs no other test has compiled.
+    runner = tiny_runner(1024, replace(CONFIG, num_hidden_layers=1))
+    run_requests = _requests_within(256)
+
+    with count_compilations() as compiled:
+        runner.warm_up()
+    assert runner.cache_len == 256 and runner.cached_ids == []
+    assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (2, 1)
+    list(Sequential(runner, Request([1, 2, 3], 5)))
+    with count_compilations() as compiled:
+        run_requests(runner)
+    assert runner.cache_len == 256 and compiled == []
+
+    with count_compilations() as compiled:
+        runner.warm_up(512)
+    assert runner.cache_len == 512 and runner.cached_ids == []
+    assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1)
+    list(Sequential(runner, Request([1, 2, 3], 5)))
+    with count_compilations() as compiled:
+        run_requests(runner)
+        _requests_within(512)(runner)
+    assert runner.cache_len == 512 and compiled == []
+
+
+def _requests_within(context: int) -> Callable[[tiny_model.Runner], None]:
+    """Requests of every kind but log-probabilities, that need no more room."""
+
+    def run(runner: tiny_model.Runner) -> None:
+        for length, max_new_tokens in ((1, 1), (1, 40), (33, 2), (128, 17), (129, 50), (context - 56, 56)):
+            for seed, sampling in (
+                (0, GREEDY),
+                (1, SamplingParams(temperature=1, top_k=5, min_p=0.1, seed=3)),
+                (1, SamplingParams(repetition_penalty=1.1, presence_penalty=1, frequency_penalty=1, top_p=1)),
+            ):
+                ids = random_ids(length, seed)
+                list(Sequential(runner, Request(ids, max_new_tokens, sampling, frozenset([5, 6]))))
+                tokens = iter(Sequential(runner, Request(ids, max_new_tokens, sampling)))
+                next(tokens)
+
+    return run
+
+
+def test_compiled_programs_are_counted() -> None:
+    """Else the test above would pass whatever happened."""
+    runner = tiny_runner(256, replace(CONFIG, num_hidden_layers=1, rms_norm_eps=1e-4))
+    with count_compilations() as compiled:
+        list(Sequential(runner, Request([1, 2, 3], 1)))
+    assert compiled.count("jit(prefill)") == 1
+    with count_compilations() as compiled:
+        list(Sequential(runner, Request([1, 2, 3], 1)))
+    assert compiled == []
+
+
+@pytest.mark.parametrize("max_seq_len", [2, 20, 256])
+def test_warm_up_of_a_short_context(max_seq_len: int) -> None:
+    runner = tiny_runner(max_seq_len)
+    runner.warm_up(1024)
+    assert runner.cache_len == 256 and runner.cached_ids == []
+    assert len(list(Sequential(runner, Request([1], 1000, GREEDY)))) == max_seq_len - 1
+
+
+def test_warm_up_reports_broken_weights() -> None:
+    weights = random_weights()
+    weights["norm.weight"][3] = np.nan
+    with pytest.raises(CheckpointError, match="not numbers"):
+        tiny_runner(256, weights=weights).warm_up()
