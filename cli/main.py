@@ -50,7 +50,11 @@ def _run() -> int:
         code = app(standalone_mode=False)
         sys.stdout.flush()
         return code or 0
+    except SystemExit as e:  # how Typer ends a command whose reader is gone
+        raise BrokenPipeError from e
     except _UsageError as e:
+        if not e.format_message():  # no arguments: the help is what there is to say
+            return e.exit_code
         command = e.ctx.command_path if e.ctx else "llamajax"
         return _fail(f"{e.format_message()} (see '{command} --help')", e.exit_code)
     except (KeyboardInterrupt, typer.Abort):

@@ -60,7 +60,7 @@ def as_json(completion: Completion, model: str) -> str:
                 "tokens_per_second": completion.tokens_per_second,
             },
         },
-        ensure_ascii=False,
+        ensure_ascii=sys.stdout.encoding != "utf-8",
     )
 
 

@@ -152,21 +152,23 @@ class Repl:
             return
         try:
             text = json.dumps({"messages": self._conversation.messages}, ensure_ascii=False, indent=1)
-            Path(file).expanduser().write_text(text + "\n", "utf-8")
+            Path(file).expanduser().write_text(text + "\n", "utf-8", errors="replace")
             note(f"(saved to {file})")
         except OSError as e:
             note(f"cannot write {file}: {e.strerror}")
+        except (ValueError, RuntimeError) as e:  # a name that cannot be: ~ of no known user, a null byte
+            note(f"cannot write {file}: {e}")
 
     def _load(self, file: str) -> None:
         if not file:
             note("/load needs a file name")
             return
         try:
-            messages = json.loads(Path(file).expanduser().read_text("utf-8"))["messages"]
+            messages = list(json.loads(Path(file).expanduser().read_text("utf-8"))["messages"])
         except OSError as e:
             note(f"cannot read {file}: {e.strerror}")
             return
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RuntimeError):
             note(f"{file} is not a saved conversation")
             return
         # The template says what is wrong with malformed messages, before they replace the present ones.

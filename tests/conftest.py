@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -147,3 +148,21 @@ def _fragment(rng: random.Random) -> str:
             # Latin, punctuation, symbols, CJK and Hangul: blocks that the Unicode tables of all libraries know
             low, high = rng.choice(((0xA1, 0x370), (0x2000, 0x2C00), (0x3041, 0xD7A4)))
             return chr(rng.randrange(low, high))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def llamajax_home() -> Iterator[Path]:
+    """LLAMAJAX_HOME of the whole session: a cache folder that keeps compiled programs from one session to the next."""
+    home = Path(platformdirs.user_cache_dir("llamajax-tests"), "home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMAJAX_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="session")
+def default_model(llamajax_home: Path, smollm2_gguf: Path) -> None:
+    """The default model stands where the library looks for it, without a second fetch."""
+    link = llamajax_home / "models" / smollm2_gguf.name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(smollm2_gguf)

@@ -12,12 +12,13 @@ from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
 from llamajax.model.llama import Llama
 
+# Eight heads: with fewer, the length of the cache would show in the last bits (see engine/runner.py).
 CONFIG = LlamaConfig(
     vocab_size=97,
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
-    num_attention_heads=4,
+    num_attention_heads=8,
     num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=2048,
@@ -75,12 +76,14 @@ def reference_logits(ids: Sequence[int], config: LlamaConfig = CONFIG) -> np.nda
     def attend(x: np.ndarray, layer: str) -> np.ndarray:
         heads = (x @ w[f"{layer}.self_attn.qkv_proj.weight"].T).reshape(T, -1, H)
         query, key, value = np.split(heads, [config.num_attention_heads, heads.shape[1] - K], 1)
-        query, key = rotate(query).reshape(T, K, -1, H), rotate(key)
-        scores = np.einsum("tkgh,skh->kgts", query, key) / np.sqrt(H)
-        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = np.einsum("kgts,skh->tkgh", scores / scores.sum(-1, keepdims=True), value)
-        return mixed.reshape(T, -1) @ w[f"{layer}.self_attn.o_proj.weight"].T
+        query, key = rotate(query), rotate(key)
+        mixed = []
+        for n in range(config.num_attention_heads):
+            k = n * K // config.num_attention_heads
+            scores = query[:, n] @ key[:, k].T / np.sqrt(H)
+            scores = np.exp(np.where(np.tri(T, dtype=bool), scores - scores.max(-1, keepdims=True), -np.inf))
+            mixed.append(scores / scores.sum(-1, keepdims=True) @ value[:, k])
+        return np.concatenate(mixed, -1) @ w[f"{layer}.self_attn.o_proj.weight"].T
 
     def mlp(x: np.ndarray, layer: str) -> np.ndarray:
         gate, up = np.split(x @ w[f"{layer}.mlp.gate_up_proj.weight"].T, 2, -1)
@@ -100,9 +103,9 @@ def count_compilations() -> Iterator[list[str]]:
     """The names of the functions that XLA compiled since, such as "jit(decode)"; a cached program counts too."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **metadata: str | int) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(str(metadata["fun_name"]))
+            compiled.append(str(kwargs["fun_name"]))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -52,14 +52,17 @@ def chat(
 
     The answer goes to stdout, everything else to stderr.
     """
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    try:
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+    except RequestError as e:
+        raise typer.BadParameter(str(e)) from None
     if not all(stop):
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
     if raw and system is not None:

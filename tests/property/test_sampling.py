@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ strict_promotion = tiny_model.strict_promotion
 # Rows and vocabulary sizes, around the width of a vector and of a block. Each pair is a program: few.
 SHAPES = [(1, 1), (5, 2), (2, 127), (3, 128), (4, 129), (5, 1000)]
 # Arithmetic may take subnormal numbers for zeros.
-_BOUNDED = {"allow_nan": False, "allow_infinity": False, "allow_subnormal": False, "width": 32}
+_floats = partial(st.floats, allow_nan=False, allow_infinity=False, allow_subnormal=False, width=32)
 
 filters = st.builds(
     SamplingParams,
@@ -40,8 +41,8 @@ exact_params = st.builds(
     frequency_penalty=st.sampled_from([-0.25, 0.0, 1.0]),
 )
 scores = st.one_of(
-    st.floats(-12, 12, **_BOUNDED),
-    st.floats(-(2.0**100), 2.0**100, **_BOUNDED),
+    _floats(-12, 12),
+    _floats(-(2.0**100), 2.0**100),
     st.sampled_from([-0.0, 0.0, 1.0, 1.0 + 2**-20, -50.0, -np.inf]),
 )
 
@@ -115,7 +116,7 @@ def test_filters_of_any_scores(case: tuple) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows(_exact_scores, exact_params, SHAPES[::2]))
+@given(rows(_exact_scores, exact_params, [(1, 97)]))
 def test_greedy_and_drawn_tokens_are_kept_ones(case: tuple) -> None:
     logits, params, mask, counts = case
     for rows_params in (params, [replace(row, temperature=0.0) for row in params]):

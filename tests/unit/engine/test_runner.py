@@ -1,12 +1,13 @@
 """The runner's cache, its errors, and what it compiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
-from llamajax.engine.runner import CHUNKS
+from llamajax.engine.runner import CHUNKS, Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CapacityError, CheckpointError, RequestError
 from llamajax.types import Request, SamplingParams
@@ -19,6 +20,35 @@ strict_promotion = tiny_model.strict_promotion
 GREEDY = SamplingParams(temperature=0)
 
 
+# The first of all, since what it compiles serves the other tests.
+def test_nothing_compiles_in_the_steady_state() -> None:
+    jax.clear_caches()
+    runner = tiny_runner(1024)
+    with count_compilations() as compiled:
+        runner.warm_up(512)
+    assert runner.cache_len == 512
+    assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1)
+    list(Sequential(runner, Request([1, 2, 3], 5)))
+    with count_compilations() as compiled:
+        _run_requests(runner, 512)
+    assert runner.cache_len == 512
+    assert compiled == []
+
+
+def _run_requests(runner: Runner, room: int) -> None:
+    """Requests of every kind but log-probabilities, finished and broken off, within a cache of this length."""
+    for length, max_new_tokens in ((1, 1), (1, 40), (33, 2), (128, 17), (129, 50), (room - 56, 56)):
+        for seed, sampling in (
+            (0, GREEDY),
+            (1, SamplingParams(temperature=1, top_k=5, min_p=0.1, seed=3)),
+            (1, SamplingParams(repetition_penalty=1.1, presence_penalty=1, frequency_penalty=1, top_p=1)),
+        ):
+            request = Request(random_ids(length, seed), max_new_tokens, sampling, frozenset([5, 6]))
+            for reuse_cache in (False, True):
+                list(Sequential(runner, replace(request, reuse_cache=reuse_cache)))
+            next(iter(Sequential(runner, request)), None)
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 300, 512])
 def test_logits_are_the_models(length: int) -> None:
     ids = random_ids(length)
@@ -28,7 +58,7 @@ def test_logits_are_the_models(length: int) -> None:
 
 
 def test_logits_leave_the_cache_as_it_is() -> None:
-    runner, ids = tiny_runner(256), random_ids(40)
+    runner, ids = tiny_runner(512), random_ids(40)
     tokens = iter(Sequential(runner, Request(ids, 30, GREEDY)))
     found = [next(tokens).id for _ in range(5)]
     cached = list(runner.cached_ids)
@@ -61,19 +91,23 @@ def test_the_context_is_the_models_if_none_is_given() -> None:
 
 
 def test_prefill_says_how_much_of_the_prompt_was_there() -> None:
-    runner, ids = tiny_runner(256), random_ids(50)
+    runner, ids = tiny_runner(512), random_ids(50)
     assert runner.cached_ids == []
-    first, reused = runner.prefill(Request(ids, 5, GREEDY))
+    request = Request(ids, 5, GREEDY, reuse_cache=True)
+    first, reused = runner.prefill(request)
     assert (reused, runner.cached_ids) == (0, ids)
-    again, reused = runner.prefill(Request(ids, 5, GREEDY))
+    again, reused = runner.prefill(request)
     assert (reused, runner.cached_ids) == (49, ids)
     assert runner.read(first) == runner.read(again)
-    _, reused = runner.prefill(Request(ids[:20] + [ids[20] ^ 1], 5, GREEDY))
-    assert (reused, len(runner.cached_ids)) == (20, 21)
+    other = [*ids[:20], ids[20] ^ 1]
+    _, reused = runner.prefill(replace(request, token_ids=other))
+    assert (reused, runner.cached_ids) == (20, other)
+    _, reused = runner.prefill(replace(request, reuse_cache=False))
+    assert (reused, runner.cached_ids) == (0, ids)
 
 
 def test_decode_draws_no_more_than_was_asked_for() -> None:
-    runner, ids = tiny_runner(256), random_ids(7)
+    runner, ids = tiny_runner(512), random_ids(7)
     found = [token.id for token in runner.read(runner.prefill(Request(ids, 12, GREEDY))[0])]
     lengths = []
     for num_steps in (1, 3, 5, 4, 2):
@@ -87,13 +121,13 @@ def test_decode_draws_no_more_than_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("max_seq_len", "num_positions", "cache_len"),
     [
-        (2048, 1, 256),
-        (2048, 256, 256),
-        (2048, 257, 512),
+        (2048, 1, 512),
+        (2048, 512, 512),
+        (2048, 513, 1024),
         (2048, 1025, 2048),
         (2048, 9999, 2048),
-        (700, 600, 768),
-        (20, 20, 256),
+        (1300, 1200, 1536),
+        (20, 20, 512),
     ],
 )
 def test_the_cache_has_few_lengths(max_seq_len: int, num_positions: int, cache_len: int) -> None:
@@ -110,72 +144,18 @@ def test_reserve_keeps_what_the_cache_holds() -> None:
     runner.read(runner.prefill(Request(ids, 1, GREEDY))[0])
     runner.reserve(1000)
     assert runner.cached_ids == ids and runner.cache_len == 1024
-    tokens = Sequential(runner, Request(ids + random_ids(5, seed=1), 9, GREEDY))
+    prompt = ids + random_ids(5, seed=1)
+    tokens = Sequential(runner, Request(prompt, 9, GREEDY, reuse_cache=True))
     found = [token.id for token in tokens]
     assert tokens.cached_tokens == 60
-    prompt = [*ids, *random_ids(5, seed=1)]
     assert found == reference_logits(prompt + found).argmax(-1)[len(prompt) - 1 : -1].tolist()
 
 
-def test_nothing_compiles_in_the_steady_state() -> None:
-    # A configuration of its own, whose programs no other test has compiled.
-    runner = tiny_runner(1024, replace(CONFIG, num_hidden_layers=1))
-    run_requests = _requests_within(256)
-
-    with count_compilations() as compiled:
-        runner.warm_up()
-    assert runner.cache_len == 256 and runner.cached_ids == []
-    assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (2, 1)
-    list(Sequential(runner, Request([1, 2, 3], 5)))
-    with count_compilations() as compiled:
-        run_requests(runner)
-    assert runner.cache_len == 256 and compiled == []
-
-    with count_compilations() as compiled:
-        runner.warm_up(512)
-    assert runner.cache_len == 512 and runner.cached_ids == []
-    assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1)
-    list(Sequential(runner, Request([1, 2, 3], 5)))
-    with count_compilations() as compiled:
-        run_requests(runner)
-        _requests_within(512)(runner)
-    assert runner.cache_len == 512 and compiled == []
-
-
-def _requests_within(context: int) -> Callable[[tiny_model.Runner], None]:
-    """Requests of every kind but log-probabilities, that need no more room."""
-
-    def run(runner: tiny_model.Runner) -> None:
-        for length, max_new_tokens in ((1, 1), (1, 40), (33, 2), (128, 17), (129, 50), (context - 56, 56)):
-            for seed, sampling in (
-                (0, GREEDY),
-                (1, SamplingParams(temperature=1, top_k=5, min_p=0.1, seed=3)),
-                (1, SamplingParams(repetition_penalty=1.1, presence_penalty=1, frequency_penalty=1, top_p=1)),
-            ):
-                ids = random_ids(length, seed)
-                list(Sequential(runner, Request(ids, max_new_tokens, sampling, frozenset([5, 6]))))
-                tokens = iter(Sequential(runner, Request(ids, max_new_tokens, sampling)))
-                next(tokens)
-
-    return run
-
-
-def test_compiled_programs_are_counted() -> None:
-    """Else the test above would pass whatever happened."""
-    runner = tiny_runner(256, replace(CONFIG, num_hidden_layers=1, rms_norm_eps=1e-4))
-    with count_compilations() as compiled:
-        list(Sequential(runner, Request([1, 2, 3], 1)))
-    assert compiled.count("jit(prefill)") == 1
-    with count_compilations() as compiled:
-        list(Sequential(runner, Request([1, 2, 3], 1)))
-    assert compiled == []
-
-
-@pytest.mark.parametrize("max_seq_len", [2, 20, 256])
+@pytest.mark.parametrize("max_seq_len", [2, 20, 512])
 def test_warm_up_of_a_short_context(max_seq_len: int) -> None:
     runner = tiny_runner(max_seq_len)
     runner.warm_up(1024)
-    assert runner.cache_len == 256 and runner.cached_ids == []
+    assert runner.cache_len == 512
     assert len(list(Sequential(runner, Request([1], 1000, GREEDY)))) == max_seq_len - 1
 
 
@@ -183,4 +163,4 @@ def test_warm_up_reports_broken_weights() -> None:
     weights = random_weights()
     weights["norm.weight"][3] = np.nan
     with pytest.raises(CheckpointError, match="not numbers"):
-        tiny_runner(256, weights=weights).warm_up()
+        tiny_runner(512, weights=weights).warm_up()

@@ -1,0 +1,158 @@
+"""`llamajax models`, `info` and help: facts about models, without loading any."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from llamajax import CONFIGS
+from llamajax.hub import ALIASES, DEFAULT
+
+from .command import run, start
+
+
+def rows(text: str) -> dict[str, str]:
+    """`name  value` lines."""
+    pairs = (line.split("  ", 1) for line in text.splitlines())
+    return {name: value.strip() for name, value in pairs}
+
+
+def test_help_names_the_commands() -> None:
+    for flag in ("--help", "-h"):
+        done = run(flag)
+        assert (done.code, done.stderr) == (0, "")
+        for command in ("chat", "models", "info"):
+            assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("chat", ["--prompt", "--max-new-tokens", "--system", "--stop", "--raw", "--json", "--no-stats", "--debug"]),
+        ("models", []),
+        ("info", ["--model", "--dtype", "--device"]),
+    ],
+)
+def test_each_command_has_help(command: str, options: list[str]) -> None:
+    done = run(command, "--help", COLUMNS="120")
+    assert (done.code, done.stderr) == (0, "")
+    assert all(option in done.stdout for option in options)
+
+
+def test_no_command_is_wrong_usage_and_shows_the_help() -> None:
+    done = run()
+    assert done.code == 2
+    assert done.stdout.split() == run("--help").stdout.split()
+    assert done.stderr == ""
+
+
+def test_an_unknown_command_is_one_line_and_code_2() -> None:
+    for arguments in (["speak"], ["--colour"], ["models", "--colour"], ["info", "Hi"]):
+        done = run(*arguments)
+        assert done.code == 2
+        assert "--help')" in done.error
+
+
+def test_models_lists_every_name(default_model: None) -> None:
+    done = run("models")
+    assert (done.code, done.stderr) == (0, "")
+    table, _, explanation = done.stdout.partition("\n\n")
+    heading, *lines = table.splitlines()
+    assert heading.split()[:3] == ["NAME", "PARAMETERS", "CONTEXT"]
+    assert [line.split()[0] for line in lines] == list(ALIASES)
+    [default] = [line for line in lines if " * " in line]
+    for fact in (DEFAULT, "135 M", "8192", "98.4 MB", "Apache-2.0"):
+        assert fact in default
+    assert default.endswith("yes")
+    assert "1.24 B" in lines[2] and "131072" in lines[2] and "Llama 3.2 Community" in lines[2]
+    assert explanation.startswith("* the default.")
+
+
+def test_models_of_an_empty_home(tmp_path: Path) -> None:
+    done = run("models", LLAMAJAX_HOME=str(tmp_path), HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path))
+    table, _, _ = done.stdout.partition("\n\n")
+    assert all(line.endswith(" no") for line in table.splitlines()[1:])
+    assert not any(tmp_path.iterdir())
+
+
+def test_info_of_the_default_model(default_model: None, smollm2_gguf: Path) -> None:
+    done = run("info", "--device", "cpu")
+    assert (done.code, done.stderr) == (0, "")
+    told = rows(done.stdout)
+    assert told["model"] == DEFAULT
+    assert Path(told["path"]).samefile(smollm2_gguf)
+    # 49152 embeddings and 30 layers of width 576, feed-forward 1536, 9 heads and 3 for keys and values of size 64.
+    layer = 2 * 576 + 576 * (9 + 3 + 3) * 64 + 9 * 64 * 576 + 3 * 576 * 1536
+    assert told["parameters"] == f"{49152 * 576 + 30 * layer + 576:,} (135 M)"
+    assert told["layers"] == "30"
+    assert told["attention heads"] == "9, 3 for keys and values"
+    assert told["context"] == "8192 tokens"
+    assert told["RoPE"] == "theta 100000"
+    assert told["embeddings"] == "tied"
+    assert told["tensors"] == "210 q4_1, 61 f32, 1 q8_0"
+    kv_bytes = 2 * 30 * 3 * 64 * 4  # keys and values, f32
+    whole = f"{kv_bytes * 8192 / 1e6:.3g} MB for the whole context"
+    assert told["KV cache"] == f"{kv_bytes / 1e3:.3g} kB a token (float32), {whole}"
+    assert "(cpu)" in told["device"]
+
+
+def test_info_does_not_load_the_weights(tmp_path: Path) -> None:
+    """The file has a hole where 16 GB of weights would be."""
+    config = CONFIGS["llama3.1-8b"]
+    path = tmp_path / "hole.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    D, F, KV = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (config.vocab_size, D), "output": (config.vocab_size, D)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"blk.{i}.attn_{name}": (rows, D) for name, rows in (("q", D), ("k", KV), ("v", KV), ("output", D))}
+        shapes |= {f"blk.{i}.ffn_gate": (F, D), f"blk.{i}.ffn_up": (F, D), f"blk.{i}.ffn_down": (D, F)}
+        shapes |= {f"blk.{i}.attn_norm": (D,), f"blk.{i}.ffn_norm": (D,)}
+    shapes["output_norm"] = (D,)
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = 2 * int(np.prod(shape))
+        size += num_bytes
+        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.float16), num_bytes, GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, path.stat().st_size + size + writer.data_alignment)
+
+    with start("info", "-m", str(path)) as process:
+        assert process.stdout
+        told = rows(process.stdout.read().decode())
+        _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    assert used.ru_maxrss * 1024 < 1e9
+    assert told["parameters"] == "8,030,261,248 (8.03 B)"
+    assert told["on disk"] == "16.1 GB"
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"Once upon a time", "not a GGUF file"), (b"", "the file is empty")])
+def test_info_of_what_is_not_a_model_is_one_line_and_code_1(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "text.gguf"
+    path.write_bytes(content)
+    done = run("info", "-m", str(path))
+    assert done.code == 1
+    assert says in done.error
+
+
+def test_a_closed_pipe_ends_a_table_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with start("models", stdout=writing) as process:
+        os.close(writing)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (141, b"")

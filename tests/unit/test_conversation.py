@@ -1,0 +1,197 @@
+"""Conversations with the default model: what is remembered, what is read again, what is forgotten."""
+
+from typing import Any
+
+import pytest
+
+import llamajax
+from llamajax import LLM, CapacityError, Completion, Conversation, LlamaJaxError, Message, RequestError
+
+from ..tiny_model import count_compilations
+
+
+@pytest.fixture(scope="module")
+def llama(default_model: None) -> LLM:
+    return llamajax.load(max_seq_len=1024)
+
+
+@pytest.fixture(scope="module")
+def small(default_model: None) -> LLM:
+    return llamajax.load(max_seq_len=256)
+
+
+def ask(conversation: Conversation, question: str, **options: Any) -> Completion:
+    """A whole answer, the same each time."""
+    return conversation.ask(question, **{"max_new_tokens": 12, "temperature": 0, **options}).finish()
+
+
+def roles(conversation: Conversation) -> list[str]:
+    return [message["role"] for message in conversation.messages]
+
+
+def test_a_turn_reads_only_what_is_new(llama: LLM) -> None:
+    conversation = Conversation(llama)
+    first = ask(conversation, "What is the capital of France?")
+    second = ask(conversation, "And of Italy?")
+    assert "Paris" in first.text and "Rome" in second.text
+    assert first.cached_tokens == 0
+    # All that was read or drawn, but for the last token, which nothing followed.
+    assert second.cached_tokens >= first.prompt_tokens + len(first.token_ids) - 1
+    assert second.cached_tokens < second.prompt_tokens
+    assert conversation.messages == [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And of Italy?"},
+        {"role": "assistant", "content": second.text},
+    ]
+    assert conversation.forgotten == 0
+
+
+def test_after_two_turns_nothing_compiles(llama: LLM) -> None:
+    conversation = Conversation(llama)
+    ask(conversation, "Name a colour.")
+    ask(conversation, "Another one?", temperature=0.8)
+    length = llama._runner.cache_len
+    with count_compilations() as compiled:
+        for question in ("And one more?", "Which of them is the colour of the sky on a bright day in summer?", "Why?"):
+            assert ask(conversation, question, temperature=0.8, top_k=40, stop="\n\n\n").cached_tokens > 0
+        conversation.ask_again(max_new_tokens=12, seed=7).finish()
+    assert llama._runner.cache_len == length
+    assert compiled == []
+
+
+def test_asking_again_replaces_the_answer(llama: LLM) -> None:
+    conversation = Conversation(llama, "You are a poet.")
+    ask(conversation, "Hello!")
+    first = ask(conversation, "Tell me about the sea.", temperature=1, seed=1)
+    again = conversation.ask_again(max_new_tokens=12, temperature=1, seed=2).finish()
+    assert again.text != first.text
+    assert again.prompt_tokens == first.prompt_tokens
+    assert again.cached_tokens == again.prompt_tokens - 1  # whose scores are needed again
+    assert roles(conversation) == ["system", "user", "assistant", "user", "assistant"]
+    assert conversation.messages[-1]["content"] == again.text
+    same = conversation.ask_again(max_new_tokens=12, temperature=1, seed=2).finish()
+    assert same.token_ids == again.token_ids
+
+
+def test_asking_again_before_anything_was_asked_changes_nothing(llama: LLM) -> None:
+    conversation = Conversation(llama, "Be brief.")
+    with pytest.raises(RequestError, match="nothing was asked yet"):
+        conversation.ask_again(max_new_tokens=12)
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_restart(llama: LLM) -> None:
+    conversation = Conversation(llama, "Be brief.")
+    ask(conversation, "Hello!")
+    conversation.restart()
+    assert conversation.messages == []
+    before: list[Message] = [
+        {"role": "user", "content": "My name is Ada."},
+        {"role": "assistant", "content": "Hello Ada."},
+    ]
+    conversation.restart("Be polite.", before)
+    assert roles(conversation) == ["system", "user", "assistant"]
+    expected = llama.encode_chat([*conversation.messages, {"role": "user", "content": "What is my name?"}])
+    assert ask(conversation, "What is my name?").prompt_tokens == len(expected)
+    assert len(before) == 2
+
+
+def test_the_oldest_exchanges_are_forgotten_when_the_context_is_full(small: LLM) -> None:
+    conversation = Conversation(small, "You are a helpful guide.")
+    questions = [f"Tell me about the number {number}." for number in range(20)]
+    for question in questions:
+        before = list(conversation.messages)
+        answer = ask(conversation, question, max_new_tokens=30)
+        asked = conversation.messages[:-1]
+        assert answer.prompt_tokens + 30 <= small.max_seq_len
+        # The rule: what is left is the system message and the newest exchanges, at most half of the context.
+        forgotten = conversation.forgotten
+        assert asked == [before[0], *before[1 + 2 * forgotten :], {"role": "user", "content": question}]
+        if forgotten:
+            break
+    assert forgotten > 1
+    assert answer.prompt_tokens <= small.max_seq_len // 2
+    one_more = asked[:1] + before[1 + 2 * (forgotten - 1) :] + asked[-1:]
+    assert len(small.encode_chat(one_more)) > small.max_seq_len // 2
+    # And it goes on, reading only what is new.
+    after = ask(conversation, "Tell me more.")
+    assert conversation.forgotten == 0
+    assert after.cached_tokens >= answer.prompt_tokens
+
+
+def test_an_answer_is_recorded_as_far_as_it_came(llama: LLM) -> None:
+    conversation = Conversation(llama)
+    stream = conversation.ask("Tell me a long story.", max_new_tokens=500, temperature=0)
+    pieces = [next(stream) for _ in range(4)]
+    stream.cancel()
+    stream.finish()
+    assert conversation.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
+    assert ask(conversation, "Go on.").cached_tokens > 0
+    assert roles(conversation) == ["user", "assistant"] * 2
+
+
+def test_a_question_whose_answer_never_began_is_dropped(llama: LLM) -> None:
+    conversation = Conversation(llama)
+    ask(conversation, "Hello!")
+    stream = conversation.ask("Tell me a long story.", max_new_tokens=500)
+    stream.cancel()
+    stream.finish()
+    assert roles(conversation) == ["user", "assistant"]
+
+
+def test_looking_at_the_messages_does_not_cut_the_answer(llama: LLM) -> None:
+    conversation = Conversation(llama)
+    stream = conversation.ask("Tell me a long story.", max_new_tokens=12, temperature=0)
+    begun = next(stream)
+    assert conversation.messages[-1] == {"role": "assistant", "content": begun}
+    answer = stream.finish()
+    assert conversation.messages[-1] == {"role": "assistant", "content": answer.text}
+
+
+def test_an_answer_cut_by_a_stop_string_is_remembered_without_it(llama: LLM) -> None:
+    whole = ask(Conversation(llama), "What is the capital of France?").text
+    conversation = Conversation(llama)
+    cut = ask(conversation, "What is the capital of France?", stop=whole[8:12])
+    assert cut.finish_reason == "stop"
+    assert conversation.messages[-1]["content"] == whole[:8] == cut.text
+    # The tokens that were drawn are not those of what is remembered.
+    question: Message = {"role": "user", "content": "Why?"}
+    expected = llama.encode_chat([*conversation.messages, question])
+    after = ask(conversation, "Why?")
+    assert after.prompt_tokens == len(expected)
+    assert after.cached_tokens >= cut.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "kind"),
+    [
+        ("word " * 300, {"max_new_tokens": 12}, CapacityError),
+        ("Why?", {"max_new_tokens": 0}, RequestError),
+        ("Why?", {"max_new_tokens": 12, "heat": 1}, RequestError),
+        ("Why?", {"max_new_tokens": 12, "stop": ""}, RequestError),
+    ],
+    ids=["too long", "no tokens", "unknown option", "empty stop"],
+)
+def test_a_failure_leaves_the_conversation_as_it_was(
+    small: LLM, question: str, options: dict[str, Any], kind: type[LlamaJaxError]
+) -> None:
+    conversation = Conversation(small, "Be brief.")
+    first = ask(conversation, "Hello!")
+    before = list(conversation.messages)
+    with pytest.raises(kind):
+        conversation.ask(question, **options)
+    assert conversation.messages == before
+    if kind is RequestError:
+        with pytest.raises(kind):
+            conversation.ask_again(**options)
+        assert conversation.messages == before
+    assert ask(conversation, "And now?").cached_tokens >= first.prompt_tokens
+
+
+def test_two_conversations_share_a_model_in_turns(llama: LLM) -> None:
+    france, italy = Conversation(llama), Conversation(llama)
+    ask(france, "What is the capital of France?")
+    ask(italy, "What is the capital of Italy?")
+    assert "Paris" in ask(france, "What did you say the capital is?").text
+    assert "Rome" in ask(italy, "What did you say the capital is?").text

@@ -1,0 +1,66 @@
+"""What importing costs, and what is installed."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llamajax
+
+SLOW = {"jax", "flax", "transformers", "torch", "huggingface_hub", "tokenizers", "sentencepiece", "tiktoken", "jinja2"}
+COMMAND = str(Path(sys.executable).with_name("llamajax"))
+
+RUN_COMMAND = """
+import runpy, sys
+sys.argv = {argv!r}
+try:
+    runpy.run_path({command!r}, run_name="__main__")
+except SystemExit as ended:
+    assert ended.code in (None, 0, 2), ended
+"""
+
+
+def imported_by(code: str) -> set[str]:
+    """The slow packages that a process has imported once it ran this code."""
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nimport sys; print('\\n', *sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return SLOW & {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+def test_the_package_imports_nothing_slow() -> None:
+    assert (
+        imported_by("import llamajax; llamajax.__version__; llamajax.LlamaJaxError; llamajax.SamplingParams") == set()
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["chat", "-n", "0"]], ids=" ".join)
+def test_the_command_imports_nothing_slow_before_it_needs_it(arguments: list[str]) -> None:
+    assert imported_by(RUN_COMMAND.format(argv=["llamajax", *arguments], command=COMMAND)) == set()
+
+
+def test_listing_models_may_ask_the_hub_s_cache_only() -> None:
+    imported = imported_by(RUN_COMMAND.format(argv=["llamajax", "models"], command=COMMAND))
+    assert imported <= {"huggingface_hub"}
+
+
+def test_names_appear_when_they_are_used() -> None:
+    assert {name: getattr(llamajax, name).__name__ for name in llamajax.__all__ if name != "CONFIGS"} == {
+        name: name for name in llamajax.__all__ if name != "CONFIGS"
+    }
+    assert dir(llamajax) == sorted(llamajax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Llama'"):
+        _ = llamajax.Llama
+
+
+def test_no_module_called_cli_is_installed(tmp_path: Path) -> None:
+    top_level = importlib.metadata.distribution("llamajax").read_text("top_level.txt")
+    assert top_level and set(top_level.split()) == {"llamajax", "llamajax_cli"}
+    code = "from importlib.util import find_spec; print(*(name for name in ('cli', 'llamajax_cli') if find_spec(name)))"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["llamajax_cli"]

@@ -1,0 +1,303 @@
+"""The library's front door, with the default model."""
+
+from collections.abc import Sequence
+from threading import Event, Thread
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import llamajax
+from llamajax import LLM, CapacityError, Completion, Message, RequestError, SamplingParams
+
+from ..tiny_model import count_compilations
+
+START = "Once upon a time"
+FRANCE: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def llama(default_model: None) -> LLM:
+    return llamajax.load("smollm2-135m-instruct", max_seq_len=1024)
+
+
+@pytest.fixture(scope="module")
+def tale(llama: LLM) -> Completion:
+    return llama.generate(START, max_new_tokens=24, temperature=0)
+
+
+def tell(llama: LLM, **options: Any) -> Completion:
+    """As `tale`, but for what the options change."""
+    return llama.generate(START, **{"max_new_tokens": 24, "temperature": 0, **options})
+
+
+def test_a_warm_model_compiles_nothing(llama: LLM) -> None:
+    jax.clear_caches()
+    llama.warm_up(100)
+    with count_compilations() as compiled:
+        llama.chat(FRANCE, max_new_tokens=4)
+        llama.generate("word " * 150, max_new_tokens=4, temperature=0, top_k=5, stop="x")
+    assert compiled == []
+
+
+def test_generate_continues_a_text(llama: LLM, tale: Completion) -> None:
+    assert tale.prompt_tokens == len(llama.tokenizer.encode(START))
+    assert (len(tale.token_ids), tale.finish_reason, tale.cached_tokens) == (24, "length", 0)
+    assert llama.tokenizer.decode(tale.token_ids) == tale.text
+    assert tale.timings.time_to_first_token > 0
+    assert tale.tokens_per_second == pytest.approx(23 / tale.timings.decode_time)
+    assert llama.generate("The capital of France is", max_new_tokens=1, temperature=0).text == " Paris"
+
+
+def test_chat_answers_messages_and_leaves_out_the_stop_token(llama: LLM) -> None:
+    answer = llama.chat(FRANCE, max_new_tokens=50, temperature=0)
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+    assert answer.prompt_tokens == len(llama.encode_chat(FRANCE))
+    assert not set(answer.token_ids) & set(llama.tokenizer.special_tokens.values())
+
+
+def test_stream_gives_the_same_text_piece_by_piece(llama: LLM, tale: Completion) -> None:
+    stream = llama.stream(START, max_new_tokens=24, temperature=0)
+    text = ""
+    for pieces, piece in enumerate(stream, 1):
+        text += piece
+        so_far = stream.completion
+        assert so_far.text == text
+        assert len(so_far.token_ids) >= pieces
+        assert (so_far.finish_reason, so_far.prompt_tokens) == ("cancelled", tale.prompt_tokens)
+    assert text == tale.text
+    assert pieces > 12
+    assert stream.finish() == stream.completion
+    assert (stream.completion.token_ids, stream.completion.finish_reason) == (tale.token_ids, "length")
+    assert list(stream) == []
+
+
+def test_a_seed_decides_the_answer(llama: LLM) -> None:
+    first, same, other, by_params = (
+        tell(llama, temperature=1, seed=1),
+        tell(llama, temperature=1, seed=1),
+        tell(llama, temperature=1, seed=2),
+        llama.generate(START, max_new_tokens=24, sampling=SamplingParams(temperature=1, seed=1)),
+    )
+    assert first.text == same.text == by_params.text != other.text
+
+
+def test_emoji_are_never_cut(llama: LLM) -> None:
+    stream = llama.stream("🦙🔥" * 8, max_new_tokens=14, temperature=0)
+    pieces = list(stream)
+    assert len(pieces) < len(stream.completion.token_ids)
+    assert any(piece in "🦙🔥" for piece in pieces)
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_tokens": 5}, "unknown option.*'max_tokens'"),
+        ({"temperature": -1}, "temperature must be a finite number >= 0, not -1"),
+        ({"top_p": 0}, r"top_p must be in \(0, 1\], not 0"),
+        ({"logprobs": 21}, "logprobs must be None or 0 to 20, not 21"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"stop": ""}, "a stop string must not be empty"),
+        ({"stop": ["a", ""]}, "a stop string must not be empty"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(llama: LLM, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        llama.stream(START, **options)
+
+
+def test_options_beside_sampling_are_refused_not_forgotten(llama: LLM) -> None:
+    with pytest.raises(RequestError):
+        llama.stream(START, sampling=SamplingParams(), temperature=0)
+
+
+def test_a_prompt_must_fit_and_hold_something(llama: LLM) -> None:
+    with pytest.raises(CapacityError, match="the prompt has 1024 tokens, the context 1024"):
+        llama.stream("\n" + " word" * 1023)
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        llama.stream("")
+    with pytest.raises(RequestError, match="at least one message"):
+        llama.stream([])
+
+
+# Stop strings.
+
+
+def assert_cut(llama: LLM, tale: Completion, stops: Sequence[str], at: int) -> None:
+    stream = llama.stream(START, max_new_tokens=24, temperature=0, stop=stops)
+    assert "".join(stream) == tale.text[:at]
+    assert (stream.completion.text, stream.completion.finish_reason) == (tale.text[:at], "stop")
+    # What was drawn is told, the stop string's tokens too, and nothing was drawn after them.
+    drawn = stream.completion.token_ids
+    assert drawn == tale.token_ids[: len(drawn)]
+    without_last, whole = llama.tokenizer.decode(drawn[:-1]), llama.tokenizer.decode(drawn)
+    assert [any(stop in text for stop in stops) for text in (without_last, whole)] == [False, True]
+
+
+def test_a_stop_string_may_span_tokens(llama: LLM, tale: Completion) -> None:
+    texts = [llama.tokenizer.decode([token]) for token in tale.token_ids]
+    start = len("".join(texts[:6])) + 1
+    stop = tale.text[start : len("".join(texts[:9])) + 1]  # from within the 7th token into the 10th
+    assert_cut(llama, tale, [stop], tale.text.index(stop))
+    assert tell(llama, stop=stop).text == tale.text[: tale.text.index(stop)]
+
+
+def test_of_several_stop_strings_the_first_in_the_text_counts(llama: LLM, tale: Completion) -> None:
+    late, early = tale.text[30:36], tale.text[12:20]
+    assert_cut(llama, tale, [late, "never said", early], tale.text.index(early))
+
+
+def test_a_stop_string_that_almost_comes_changes_nothing(llama: LLM, tale: Completion) -> None:
+    almost = tell(llama, stop=[tale.text[5:12] + "\x00", tale.text[-3:] + " and more"])
+    assert (almost.text, almost.finish_reason) == (tale.text, "length")
+
+
+# Scores.
+
+
+def test_logits_agree_with_what_is_generated(llama: LLM, tale: Completion) -> None:
+    """One by one or all at once, sums round differently: a score may move by some hundredths."""
+    prompt = llama.tokenizer.encode(START)
+    ids = [*prompt, *tale.token_ids]
+    scores = llama.logits(ids)
+    assert (scores.shape, scores.dtype) == ((len(ids), llama.config.vocab_size), np.float32)
+    after = scores[len(prompt) - 1 : -1]
+    chosen = after[np.arange(24), list(tale.token_ids)]
+    assert (after.max(axis=1) - chosen).max() < 0.1
+    assert np.median(np.sort(after, axis=1)[:, -1] - np.sort(after, axis=1)[:, -2]) > 0.5  # which is not easy to meet
+
+    told = tell(llama, logprobs=3)
+    assert told.token_ids == tale.token_ids
+    logprobs = after - np.log(np.exp(after).sum(axis=1, keepdims=True))
+    for row, token, said in zip(logprobs, told.token_ids, told.logprobs or (), strict=True):
+        assert said.logprob == pytest.approx(row[token], abs=0.1)
+        assert dict(said.top) == pytest.approx({id: row[id] for id, _ in said.top}, abs=0.3)
+        assert said.top[0] == (token, said.logprob)
+
+
+@pytest.mark.parametrize("count", [0, 3, 20])
+def test_as_many_logprobs_as_were_asked_for(llama: LLM, count: int) -> None:
+    told = tell(llama, max_new_tokens=3, logprobs=count).logprobs
+    assert told is not None
+    assert [len(token.top) for token in told] == [count] * 3
+    for token in told:
+        values = [value for _, value in token.top]
+        assert values == sorted(values, reverse=True)
+
+
+def test_logprobs_are_not_there_unless_asked_for(tale: Completion) -> None:
+    assert tale.logprobs is None
+
+
+def test_logits_refuse_what_is_no_prompt(llama: LLM) -> None:
+    with pytest.raises(RequestError, match="at least one token"):
+        llama.logits([])
+    for id in (-1, llama.config.vocab_size):
+        with pytest.raises(RequestError, match="token ids must be from 0 to 49151"):
+            llama.logits([1, id])
+    with pytest.raises(CapacityError, match="1025 tokens"):
+        llama.logits([1] * 1025)
+
+
+# A stream that does not run to its end.
+
+
+def test_cancel_inside_the_loop(llama: LLM, tale: Completion) -> None:
+    stream = llama.stream(START, max_new_tokens=24, temperature=0)
+    pieces = []
+    for piece in stream:
+        pieces.append(piece)
+        if len(pieces) == 5:
+            stream.cancel()
+    completion = stream.completion
+    assert completion.finish_reason == "cancelled"
+    assert completion.text == "".join(pieces)
+    assert tale.text.startswith(completion.text)
+    assert completion.token_ids == tale.token_ids[:5]
+
+
+def test_cancel_from_another_thread(llama: LLM) -> None:
+    begun = Event()
+    stream = llama.stream(START, max_new_tokens=900)
+
+    def cancel() -> None:
+        begun.wait()
+        stream.cancel()
+
+    Thread(target=cancel).start()
+    for _ in stream:
+        begun.set()
+    assert stream.completion.finish_reason == "cancelled"
+    assert 0 < len(stream.completion.token_ids) < 900
+
+
+def test_cancel_before_it_began(llama: LLM) -> None:
+    stream = llama.stream(START, max_new_tokens=900)
+    stream.cancel()
+    completion = stream.finish()
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("", (), "cancelled")
+
+
+def test_a_dropped_stream_leaves_no_trace(llama: LLM, tale: Completion) -> None:
+    for prompt in ("The capital of France is", START):
+        stream = llama.stream(prompt, max_new_tokens=500)
+        next(stream)
+        next(stream)
+        del stream
+        assert tell(llama).token_ids == tale.token_ids
+
+
+def test_a_stream_that_was_overtaken_does_not_continue_with_another_s_tokens(llama: LLM, tale: Completion) -> None:
+    """One model has one cache."""
+    overtaken = llama.stream("The capital of France is", max_new_tokens=24, temperature=0)
+    next(overtaken)
+    running = llama.stream(START, max_new_tokens=24, temperature=0)
+    next(running)
+    with pytest.raises(RequestError):
+        overtaken.finish()
+    assert running.finish().token_ids == tale.token_ids
+
+
+# Loading.
+
+
+def test_load_tells_its_progress_and_keeps_to_max_seq_len(default_model: None) -> None:
+    told: list[tuple[int, int]] = []
+    small = llamajax.load(max_seq_len=32, progress=lambda done, total: told.append((done, total)))
+    done = [done for done, _ in told]
+    assert done == sorted(done)
+    assert {total for _, total in told} == {done[-1]}
+    assert 90e6 < done[-1] < 100e6
+
+    answer = small.generate("Count: one two three", max_new_tokens=1000)
+    assert answer.prompt_tokens + len(answer.token_ids) == 32
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "smolm2-135m"}, "did you mean 'smollm2-135m-instruct'"),
+        ({"max_seq_len": 0}, "max_seq_len must be from 1 to the model's context, 8192, not 0"),
+        ({"max_seq_len": 8193}, "max_seq_len must be from 1 to the model's context, 8192, not 8193"),
+        ({"device": "tpu"}, "no tpu that jax can use"),
+    ],
+    ids=str,
+)
+def test_load_refuses_in_one_line(default_model: None, options: dict[str, Any], says: str) -> None:
+    if options.get("device") == jax.default_backend():
+        pytest.skip("there is one here")
+    with pytest.raises(RequestError, match=says) as error:
+        llamajax.load(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_chat_template_cannot_chat(llama: LLM) -> None:
+    base = LLM(llama._runner, llama.tokenizer, None, frozenset())
+    assert base.generate("The capital of France is", max_new_tokens=1, temperature=0).text == " Paris"
+    with pytest.raises(RequestError, match="no chat template"):
+        base.chat(FRANCE)
