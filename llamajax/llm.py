@@ -209,7 +209,8 @@ def load(
     Args:
       name: a directory, a .gguf file, an alias, or a hub id `org/repo` or `org/repo:file.gguf`.
       max_seq_len: tokens that a prompt and its answer may take; the model's context if None.
-      dtype: "auto" keeps dense weights as they were shipped and quantized ones in int8; or make all dense.
+      dtype: "auto" keeps dense weights as they were shipped and quantized ones in bf16; "int8" takes half of that
+        memory and is faster on a CPU, for a perplexity that is 0.6 % higher (the default model's).
       device: the first accelerator, or else the CPU, if None.
       progress: called with bytes of weights read so far, and in all.
 

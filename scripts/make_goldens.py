@@ -3,8 +3,9 @@
     pip install '.[dev]' torch transformers
     python -m scripts.make_goldens SmolLM2-135M-Instruct.Q4_1.gguf
 
-goldens.npz: logits of the tiny checkpoints of tests/parity/tiny.py, and RoPE tables of the named configurations.
-default_model.json: greedy continuations and the perplexity of a text, of the default model's dequantized weights.
+goldens.npz: logits of the tiny checkpoints of tests/parity/tiny.py, RoPE tables of the named configurations, and the
+default model's losses on text.txt; continuations.json: its greedy continuations of prompts. Both are of its
+dequantized weights.
 """
 
 import json
@@ -20,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.weights.gguf import read_gguf
-from tests.parity.tiny import CASES, DATA, prompt, state_dict
+from tests.parity.tiny import CASES, DATA, WINDOW, prompt, state_dict
 
 # RoPE of the published models: what their config.json says of it.
 _LLAMA3 = {
@@ -64,7 +65,6 @@ PROMPTS = [
 ]
 NEW_TOKENS = 40
 TIE = 1e-3  # logits no further apart may come out in either order
-WINDOW = 256
 
 
 def main() -> None:
@@ -85,18 +85,15 @@ def main() -> None:
         arrays[f"rope/{name}/cos"] = cos[0, :, : head_dim // 2].numpy()
         arrays[f"rope/{name}/sin"] = sin[0, :, : head_dim // 2].numpy()
     arrays["rope/positions"] = np.array(ROPE_POSITIONS)
-    np.savez_compressed(DATA / "goldens.npz", **arrays)
 
     path = Path(sys.argv[1])
     model = _default_model(path)
     tokenizer = from_gguf(read_gguf(path).metadata)
     ids = tokenizer.encode((DATA / "text.txt").read_text(encoding="utf-8"))
-    perplexity, num_tokens = _perplexity(model, ids)
-    stored = {
-        "perplexity": {"value": perplexity, "window": WINDOW, "num_tokens": num_tokens},
-        "continuations": [{"prompt": text} | _continue(model, tokenizer.encode(text)) for text in PROMPTS],
-    }
-    (DATA / "default_model.json").write_text(json.dumps(stored) + "\n")
+    arrays["default/losses"] = _losses(model, ids)
+    np.savez_compressed(DATA / "goldens.npz", **arrays)
+    continuations = [{"prompt": text} | _continue(model, tokenizer.encode(text)) for text in PROMPTS]
+    (DATA / "continuations.json").write_text("[\n" + ",\n".join(map(json.dumps, continuations)) + "\n]\n")
 
 
 def _tiny_model(case: str, hf: dict[str, Any]) -> PreTrainedModel:
@@ -177,16 +174,14 @@ def _continue(model: PreTrainedModel, ids: list[int]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _perplexity(model: PreTrainedModel, ids: list[int]) -> tuple[float, int]:
-    """Over windows that know nothing of each other, and how many tokens were predicted."""
+def _losses(model: PreTrainedModel, ids: list[int]) -> np.ndarray:
+    """Negative log-probabilities of each window's tokens but the first; windows know nothing of each other."""
     losses = []
     for begin in range(0, len(ids), WINDOW):
         window = torch.tensor(ids[begin : begin + WINDOW])
-        losses.append(
-            torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
-        )
-    loss = torch.cat(losses).double()
-    return loss.mean().exp().item(), len(loss)
+        scores = model(window[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(scores, window[1:], reduction="none"))
+    return torch.cat(losses).numpy()
 
 
 if __name__ == "__main__":

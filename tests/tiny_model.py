@@ -12,7 +12,7 @@ from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
 from llamajax.model.llama import Llama
 
-# Eight heads: with fewer, the length of the cache would show in the last bits (see engine/runner.py).
+# On a CPU, a cache's length shows in the last bits while heads * length < 4096 (1 to 8 heads compared): 8 heads.
 CONFIG = LlamaConfig(
     vocab_size=97,
     hidden_size=32,
@@ -33,11 +33,11 @@ def strict_promotion() -> Iterator[None]:
         yield
 
 
-def random_weights(config: LlamaConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights() -> dict[str, np.ndarray]:
     """Each parameter's path in the model -> float32, of a size that makes scores and attention vary."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     weights = {}
-    for path, parameter in _parameters(Llama(config)).items():
+    for path, parameter in _parameters(Llama(CONFIG)).items():
         shape = parameter.get_value().shape
         noise = rng.standard_normal(shape)
         gain = 1.0 if "embed" in path else 3 / np.sqrt(shape[-1])
@@ -45,12 +45,10 @@ def random_weights(config: LlamaConfig = CONFIG, seed: int = 0) -> dict[str, np.
     return weights
 
 
-def tiny_runner(
-    max_seq_len: int | None = None, config: LlamaConfig = CONFIG, weights: Mapping[str, np.ndarray] | None = None
-) -> Runner:
-    """A runner of its own, with an empty cache; programs are shared with all runners of the same configuration."""
-    model = Llama(config)
-    weights = random_weights(config) if weights is None else weights
+def tiny_runner(max_seq_len: int | None = None, weights: Mapping[str, np.ndarray] | None = None) -> Runner:
+    """A runner of its own, with an empty cache; compiled programs are shared by all of them."""
+    model = Llama(CONFIG)
+    weights = random_weights() if weights is None else weights
     for path, parameter in _parameters(model).items():
         parameter.set_value(weights[path])
     return Runner(model, device=jax.devices()[0], max_seq_len=max_seq_len, cache_dtype=np.float32)
@@ -60,26 +58,26 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length).tolist()
 
 
-def reference_logits(ids: Sequence[int], config: LlamaConfig = CONFIG) -> np.ndarray:
+def reference_logits(ids: Sequence[int]) -> np.ndarray:
     """Scores [T, V] of the model with `random_weights`, in float64: the whole sequence at once, without a cache."""
-    w = {path: weight.astype(np.float64) for path, weight in random_weights(config).items()}
-    T, H, K = len(ids), config.head_dim, config.num_key_value_heads
+    w = {path: weight.astype(np.float64) for path, weight in random_weights().items()}
+    T, H, N, K = len(ids), CONFIG.head_dim, CONFIG.num_attention_heads, CONFIG.num_key_value_heads
 
     def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * weight
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps) * weight
 
     def rotate(x: np.ndarray) -> np.ndarray:
-        frequency = config.rope_theta ** -(np.arange(H // 2) / (H // 2)) / (config.rope_divisors or 1.0)
+        frequency = CONFIG.rope_theta ** -(np.arange(H // 2) / (H // 2)) / CONFIG.rope_divisors
         turned = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * np.arange(T)[:, None, None] * frequency)
         return np.concatenate([turned.real, turned.imag], -1)
 
     def attend(x: np.ndarray, layer: str) -> np.ndarray:
         heads = (x @ w[f"{layer}.self_attn.qkv_proj.weight"].T).reshape(T, -1, H)
-        query, key, value = np.split(heads, [config.num_attention_heads, heads.shape[1] - K], 1)
+        query, key, value = np.split(heads, [N, N + K], 1)
         query, key = rotate(query), rotate(key)
         mixed = []
-        for n in range(config.num_attention_heads):
-            k = n * K // config.num_attention_heads
+        for n in range(N):
+            k = n * K // N
             scores = query[:, n] @ key[:, k].T / np.sqrt(H)
             scores = np.exp(np.where(np.tri(T, dtype=bool), scores - scores.max(-1, keepdims=True), -np.inf))
             mixed.append(scores / scores.sum(-1, keepdims=True) @ value[:, k])
@@ -90,12 +88,11 @@ def reference_logits(ids: Sequence[int], config: LlamaConfig = CONFIG) -> np.nda
         return (gate / (1 + np.exp(-gate)) * up) @ w[f"{layer}.mlp.down_proj.weight"].T
 
     x = w["embed_tokens.weight"][np.asarray(ids)]
-    for i in range(config.num_hidden_layers):
+    for i in range(CONFIG.num_hidden_layers):
         layer = f"layers.{i}"
         x = x + attend(norm(x, w[f"{layer}.input_layernorm.weight"]), layer)
         x = x + mlp(norm(x, w[f"{layer}.post_attention_layernorm.weight"]), layer)
-    head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return norm(x, w["norm.weight"]) @ w[head].T
+    return norm(x, w["norm.weight"]) @ w["lm_head.weight"].T
 
 
 @contextmanager

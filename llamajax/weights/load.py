@@ -38,8 +38,8 @@ def load_weights(
       tensors: by the names of a Hugging Face, GGUF or Meta checkpoint.
       device: where the weights are put, and converted.
       dtype: "auto" keeps dense weights in the precision they were shipped in (f16 becomes f32 on a CPU, whose
-        products in f16 take three times as long) and quantized ones in int8 with a scale for each output; a
-        dtype makes all dense in it.
+        products in f16 take three times as long) and quantized ones dense in bf16; "int8" keeps all with a scale
+        for each output; another dtype makes all dense in it.
       progress: called with bytes read so far, and in all.
 
     Raises CheckpointError naming all missing, unexpected and misshapen tensors.
@@ -97,18 +97,19 @@ def _listed(names: list[str]) -> str:
 
 def _convert(parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType, platform: str) -> Weight:
     stored = [tensors[part.name] for part in parts]
-    quantized = any(tensor.format in FORMATS for tensor in stored)
     kept: np.dtype | None
-    if dtype != "auto":
-        kept = jnp.dtype(dtype)
-    elif quantized:
+    if len(parts[0].shape) == 1:
+        kept = jnp.dtype(jnp.float32)
+    elif dtype == "int8":
         kept = None
+    elif dtype != "auto":
+        kept = jnp.dtype(dtype)
+    elif any(tensor.format in FORMATS for tensor in stored):
+        kept = jnp.dtype(jnp.bfloat16)
     else:
         kept = jnp.result_type(*(tensor.data.dtype for tensor in stored))
         if kept == jnp.float16 and platform == "cpu":
             kept = jnp.dtype(jnp.float32)
-    if len(parts[0].shape) == 1:
-        kept = jnp.dtype(jnp.float32)
     formats = tuple(tensor.format for tensor in stored)
     heads = tuple(part.interleaved_heads for part in parts)
     return _converted(tuple(tensor.data for tensor in stored), formats, heads, kept)

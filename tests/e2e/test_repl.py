@@ -62,12 +62,12 @@ def test_a_conversation_with_its_commands(default_model: None, tmp_path: Path) -
 
 
 def test_emoji_and_a_context_that_fills_up(default_model: None) -> None:
-    with Terminal("--max-seq-len", "256", "-n", "60", "--temperature", "0") as terminal:
+    with Terminal("--max-seq-len", "160", "-n", "30", "--temperature", "0") as terminal:
         llamas = terminal.ask("Please repeat after me: 🦙🦙🦙🔥").answer
         assert "🦙" in llamas
         assert "\ufffd" not in llamas
 
-        topics = iter(["the sea", "mountains", "rivers", "deserts", "the moon", "islands"])
+        topics = iter(["the sea", "mountains", "rivers", "deserts"])
         while not (told := [note for note in terminal.ask(f"Tell me about {next(topics)}.").notes if "forg" in note]):
             pass
         [rule] = told
@@ -76,7 +76,7 @@ def test_emoji_and_a_context_that_fills_up(default_model: None) -> None:
         assert terminal.note("word " * 300).startswith("the prompt has ")
         after = terminal.ask("Tell me more.")
         assert after.answer.strip()
-        assert int(after.stats["cached"] or 0) > 60  # the conversation is what it was before
+        assert int(after.stats["cached"] or 0) > 40  # the conversation is what it was before
         assert terminal.end("\x04")[0] == 0
 
 

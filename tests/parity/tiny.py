@@ -16,6 +16,7 @@ import safetensors.numpy
 
 DATA = Path(__file__).parent / "data"
 PROMPT_LEN = 40
+WINDOW = 256  # tokens of a text that the default model reads at once
 
 Weights = dict[str, np.ndarray]
 
@@ -168,7 +169,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def goldens() -> dict[str, np.ndarray]:
-    """What transformers computed: `{case}/logits` [PROMPT_LEN, V] f32, `{case}/inv_freq` [H/2] f32, and RoPE tables."""
+    """What transformers computed, by the names that `scripts/make_goldens.py` gives it."""
     with np.load(DATA / "goldens.npz") as stored:
         return dict(stored)
 

@@ -33,7 +33,6 @@ def tell(llama: LLM, **options: Any) -> Completion:
 
 
 def test_a_warm_model_compiles_nothing(llama: LLM) -> None:
-    jax.clear_caches()
     llama.warm_up(100)
     with count_compilations() as compiled:
         llama.chat(FRANCE, max_new_tokens=4)

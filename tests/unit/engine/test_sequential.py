@@ -77,7 +77,7 @@ def test_an_answer_has_as_many_tokens_as_asked_for(max_new_tokens: int) -> None:
 def test_an_answer_ends_with_the_context(length: int, max_seq_len: int) -> None:
     runner = tiny_runner(max_seq_len)
     prompt = random_ids(length)
-    tokens = Sequential(runner, Request(prompt, 10**9, GREEDY))
+    tokens = Sequential(runner, Request(prompt, 10**12, GREEDY))
     found = [token.id for token in tokens]
     assert length + len(found) == max_seq_len and not tokens.stopped
     assert_greedy(prompt, found)
