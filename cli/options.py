@@ -22,7 +22,7 @@ DTypeOption = Annotated[
     DType,
     typer.Option(
         "--dtype",
-        help="How weights are kept; auto: as shipped, quantized ones in bf16; int8: less memory, faster on a CPU, less exact.",
+        help="How weights are kept; auto: as shipped, quantized in bf16; int8: smaller, less exact.",
     ),
 ]
 DeviceOption = Annotated[
