@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from llamajax.errors import ConfigError
 
 
@@ -35,8 +37,9 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in _SIZES:
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise ConfigError(f"{name} must be a positive integer, not {size!r}")
+            # The limits are far above any model; beyond them a broken file would only exhaust the memory.
+            if not isinstance(size, int) or not 1 <= size <= _LIMITS.get(name, 2**31 - 1):
+                raise ConfigError(f"{name} must be a positive integer of a possible size, not {size!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -48,6 +51,8 @@ class LlamaConfig:
             raise ConfigError("rope_theta and rms_norm_eps must be positive")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
             raise ConfigError(f"expected {self.head_dim // 2} RoPE divisors, found {len(self.rope_divisors)}")
+        if not all(0 < divisor < math.inf for divisor in self.rope_divisors or ()):
+            raise ConfigError("RoPE divisors must be positive and finite: the scaling's factor is not")
 
     @property
     def num_parameters(self) -> int:
@@ -68,31 +73,29 @@ class LlamaConfig:
         Raises ConfigError for a missing key, and for any architecture or option that is not a Llama's.
         """
         architecture = _hf_architecture(hf)
-        for key, llama in _HF_LLAMA_VALUES.items():
-            if hf.get(key, llama) not in (llama, None):
-                raise ConfigError(f"{architecture} with {key}={hf[key]!r} is not supported: a Llama has {llama!r}")
         # Newer configs put theta and scaling into one dictionary; older ones keep them apart.
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
             raise ConfigError(f"malformed RoPE scaling {rope!r}: expected an object")
         hf = {name: value for name, value in {**hf, **rope}.items() if value is not None}
+        for key, llama in _HF_LLAMA_VALUES.items():
+            if key in hf and hf[key] != llama:
+                raise ConfigError(f"{architecture} with {key}={hf[key]!r} is not supported: a Llama has {llama!r}")
         num_heads = _integer(hf, "num_attention_heads")
-        head_dim = _integer(hf, "head_dim", default=_integer(hf, "hidden_size") // max(num_heads, 1))
-        theta = _number(hf, "rope_theta", default=10000.0)
-        return cls(
+        config = cls(
             vocab_size=_integer(hf, "vocab_size"),
             hidden_size=_integer(hf, "hidden_size"),
             intermediate_size=_integer(hf, "intermediate_size"),
             num_hidden_layers=_integer(hf, "num_hidden_layers"),
             num_attention_heads=num_heads,
             num_key_value_heads=_integer(hf, "num_key_value_heads", default=num_heads),
-            head_dim=head_dim,
+            head_dim=_integer(hf, "head_dim", default=_integer(hf, "hidden_size") // max(num_heads, 1)),
             max_position_embeddings=_integer(hf, "max_position_embeddings", default=2048),
             rms_norm_eps=_number(hf, "rms_norm_eps", default=1e-6),
-            rope_theta=theta,
-            rope_divisors=_rope_divisors(hf, head_dim, theta),
+            rope_theta=_number(hf, "rope_theta", default=10000.0),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
         )
+        return replace(config, rope_divisors=_rope_divisors(hf, config))
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any]) -> "LlamaConfig":
@@ -108,22 +111,23 @@ class LlamaConfig:
             raise ConfigError("params.json needs 'ffn_dim_multiplier' or 'hidden_dim'")
         multiple = _integer(params, "multiple_of", default=256)
         ffn = int(_number(params, "ffn_dim_multiplier", default=1.0) * int(8 * dim / 3))
-        head_dim, theta = dim // max(num_heads, 1), _number(params, "rope_theta", default=10000.0)
         scaled = bool(params.get("use_scaled_rope", False))
-        factor = 32.0 if dim < 4096 else 8.0
-        return cls(
+        config = cls(
             vocab_size=_integer(params, "vocab_size"),
             hidden_size=dim,
-            intermediate_size=_integer(params, "hidden_dim", default=-(-ffn // multiple) * multiple),
+            intermediate_size=_integer(params, "hidden_dim", default=-(-ffn // max(multiple, 1)) * multiple),
             num_hidden_layers=_integer(params, "n_layers"),
             num_attention_heads=num_heads,
             num_key_value_heads=_integer(params, "n_kv_heads", default=num_heads),
-            head_dim=head_dim,
+            head_dim=dim // max(num_heads, 1),
             max_position_embeddings=131072 if scaled else 8192,
             rms_norm_eps=_number(params, "norm_eps"),
-            rope_theta=theta,
-            rope_divisors=llama3_divisors(factor, head_dim=head_dim, theta=theta) if scaled else None,
+            rope_theta=_number(params, "rope_theta", default=10000.0),
         )
+        if not scaled:
+            return config
+        divisors = llama3_divisors(32.0 if dim < 4096 else 8.0, head_dim=config.head_dim, theta=config.rope_theta)
+        return replace(config, rope_divisors=divisors)
 
     @classmethod
     def from_gguf(
@@ -142,14 +146,17 @@ class LlamaConfig:
 
         Raises ConfigError for a missing key, and for any architecture or option that is not a Llama's.
         """
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        # A Llama's are numbers and strings; arrays belong to architectures whose layers differ.
+        metadata = {key: value for key, value in metadata.items() if isinstance(value, str | int | float | np.number)}
         architecture = metadata.get("general.architecture")
         if architecture != "llama":
             raise ConfigError(
                 f"architecture {architecture!r} is not supported: llamajax runs Llama models (GGUF 'llama')"
             )
         hf = {name: metadata[key] for name, key in _GGUF_KEYS.items() if key in metadata}
-        if "vocab_size" not in hf and "tokenizer.ggml.tokens" in metadata:
-            hf["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
+        if "vocab_size" not in hf and isinstance(tokens, list):
+            hf["vocab_size"] = len(tokens)
         hf["tie_word_embeddings"] = tie_word_embeddings
         scaling = metadata.get("llama.rope.scaling.type", "none")
         if scaling == "linear":
@@ -203,6 +210,8 @@ _SIZES = (
     "max_position_embeddings",
 )
 
+_LIMITS = {"head_dim": 65536, "num_hidden_layers": 65536}
+
 # Architectures whose computation is a Llama's as long as the options below have a Llama's values.
 _HF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _HF_LLAMA_VALUES = {
@@ -230,47 +239,56 @@ _GGUF_KEYS = {
 
 
 def _hf_architecture(hf: Mapping[str, Any]) -> str:
-    model_type = hf.get("model_type", "llama")
-    (architecture,) = (hf.get("architectures") or [_HF_ARCHITECTURES.get(model_type)])[:1]
-    if _HF_ARCHITECTURES.get(model_type) != architecture:
+    model_type, architectures = hf.get("model_type", "llama"), hf.get("architectures")
+    expected = _HF_ARCHITECTURES.get(str(model_type))
+    named = architectures[0] if isinstance(architectures, list) and architectures else expected
+    if expected is None or named != expected:
         raise ConfigError(
-            f"architecture {architecture or model_type!r} is not supported: llamajax runs Llama models "
+            f"architecture {named or model_type!r} is not supported: llamajax runs Llama models "
             "(LlamaForCausalLM, or MistralForCausalLM without a sliding window)"
         )
-    return architecture
+    return expected
 
 
 def _integer(mapping: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = mapping.get(key, default)
-    # NumPy's integers come from GGUF metadata; booleans are integers to Python.
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ConfigError(f"the model's configuration needs an integer {key!r}, found {value!r}")
+    # Booleans are integers to Python.
+    integral = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integral or abs(value) >= 2**31:
+        raise ConfigError(f"the model's configuration needs an integer {key!r}, found {value!r:.80}")
     return int(value)
 
 
 def _number(mapping: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
     value = mapping.get(key, default)
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise ConfigError(f"the model's configuration needs a number {key!r}, found {value!r}")
+    # Compared before it is converted: an integer may be too large for a float.
+    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not real or not abs(value) < 2**63:
+        raise ConfigError(f"the model's configuration needs a number {key!r}, found {value!r:.80}")
     return float(value)
 
 
-def _rope_divisors(rope: Mapping[str, Any], head_dim: int, theta: float) -> tuple[float, ...] | None:
+def _rope_divisors(rope: Mapping[str, Any], config: LlamaConfig) -> tuple[float, ...] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
     if kind == "linear":
-        return (_number(rope, "factor"),) * (head_dim // 2)
-    if kind == "llama3":
+        return (_number(rope, "factor"),) * (config.head_dim // 2)
+    if kind != "llama3":
+        raise ConfigError(f"RoPE scaling {kind!r} is not supported: a Llama has default, linear or llama3")
+    try:
         return llama3_divisors(
             _number(rope, "factor"),
-            head_dim=head_dim,
-            theta=theta,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
             low_freq_factor=_number(rope, "low_freq_factor"),
             high_freq_factor=_number(rope, "high_freq_factor"),
             original_max_position_embeddings=_integer(rope, "original_max_position_embeddings"),
         )
-    raise ConfigError(f"RoPE scaling {kind!r} is not supported: a Llama has default, linear or llama3")
+    except ArithmeticError as e:
+        raise ConfigError(
+            f"RoPE scaling with an impossible factor, low_freq_factor or high_freq_factor ({e})"
+        ) from None
 
 
 _LLAMA_3_8B = LlamaConfig(
