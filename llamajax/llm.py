@@ -90,6 +90,8 @@ class LLM:
         Raises RequestError for a bad option or a model without a chat template, CapacityError for a prompt that
         leaves no room for an answer.
         """
+        if sampling is not None and sampling_options:
+            raise RequestError(f"give either sampling or its fields, not both: {', '.join(sampling_options)}")
         try:
             params = sampling or SamplingParams(**sampling_options)
         except TypeError as e:

@@ -112,8 +112,8 @@ def _penalize(
     answered = counts > 0
     repetition = jnp.where(prompt_mask | answered, sampling.repetition_penalty[:, None], 1)
     logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = logits - sampling.frequency_penalty[:, None] * counts
-    return logits - sampling.presence_penalty[:, None] * answered
+    logits = logits - sampling.frequency_penalty[:, None] * counts.astype(jnp.float32)
+    return logits - sampling.presence_penalty[:, None] * answered.astype(jnp.float32)
 
 
 def _filtered_probs(logits: Float32[Array, "B V"], sampling: Sampling) -> Float32[Array, "B V"]:
@@ -141,12 +141,12 @@ def _heaviest(
     """The smallest set of largest logits whose weights sum to `need`; of equal logits the first ones."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     # Flipping the magnitude of negative numbers makes the order of the bits that of the numbers.
-    keys = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = jnp.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     lowest = _bisect(
         lambda t: jnp.where(keys >= t[:, None], weights, 0).sum(axis=-1) >= need, -(2**31), 2**31 - 1, need
     )
     above, tied = keys > lowest[:, None], keys == lowest[:, None]
-    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
 
     def first_tied() -> Bool[Array, "B V"]:
         rest = need - jnp.where(above, weights, 0).sum(axis=-1)
@@ -203,5 +203,5 @@ def _passes(
 
 def _argmax(x: Array) -> Int32[Array, "B"]:
     # XLA's CPU argmax takes nine times as long as its two reductions (228 µs against 25 for 49,152 numbers).
-    ids = jnp.arange(x.shape[1], dtype=jnp.int32)
+    ids = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     return jnp.where(x == x.max(axis=-1, keepdims=True), ids, x.shape[1]).min(axis=-1)

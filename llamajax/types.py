@@ -1,6 +1,5 @@
 """The values that pass between rooms. Knows the standard library only."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict
@@ -27,11 +26,11 @@ class SamplingParams:
     top-p.
 
     Attributes:
-      temperature: >= 0; 0 is greedy.
+      temperature: in [0, 1000]; 0 is greedy.
       top_p: in (0, 1]; keeps the smallest set of tokens whose probability mass reaches it.
       top_k: in [0, 2**31); keeps the k most probable tokens; 0 keeps all.
       min_p: in [0, 1]; drops tokens less probable than min_p times the most probable one.
-      repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen in the prompt or
+      repetition_penalty: in [0.001, 1000]; divides positive and multiplies negative logits of tokens seen in the prompt or
         the answer (Keskar et al. 2019, CTRL); 1 is off.
       presence_penalty: in [-2, 2]; subtracted once from the logit of each token of the answer so far.
       frequency_penalty: in [-2, 2]; subtracted once for each time the token occurs in the answer so far.
@@ -51,18 +50,26 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number >= 0"),
+            ("temperature", 0 <= self.temperature <= 1000, "in [0, 1000]"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", 0 <= self.top_k < 2**31, "in [0, 2**31); 0 keeps every token"),
+            (
+                "top_k",
+                _is_integer(self.top_k) and 0 <= self.top_k < 2**31,
+                "an integer in [0, 2**31); 0 keeps all tokens",
+            ),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0"),
+            ("repetition_penalty", 0.001 <= self.repetition_penalty <= 1000, "in [0.001, 1000]"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS, "None or 0 to 20"),
+            ("seed", _is_integer(self.seed) and 0 <= self.seed < 2**32, "an integer in [0, 2**32)"),
+            ("logprobs", self.logprobs is None or self.logprobs in range(MAX_TOP_LOGPROBS + 1), "None or 0 to 20"),
         ):
             if not ok:
                 raise RequestError(f"{name} must be {expected}, not {getattr(self, name)}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from llamajax.types import Request, Token, TokenLogprobs
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
 CHUNKS = (32, 128, 512)
 # In a shorter cache XLA's CPU compiler adds up a softmax in another order, so that a request's last bits would
-# depend on how long the cache has grown; from 512 on they were the same for every length (512 to 4096 compared).
+# depend on how long the cache has grown; from 512 on they were the same for every length, with eight heads or more
+# (512 to 4096 compared).
 MIN_CACHE_LEN = 512
 # An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
 RESERVED_LEN = 512
@@ -37,6 +38,7 @@ class Runner:
       config: the model's.
       max_seq_len: positions that a prompt and its answer may take.
       cached_ids: the tokens whose keys and values the cache holds.
+      current: the request that `decode` draws for: the last one that was prefilled.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Runner:
         self.config = model.config
         context = self.config.max_position_embeddings
         self.max_seq_len = context if max_seq_len is None else max_seq_len
-        if not 1 <= self.max_seq_len <= context:
-            raise RequestError(f"max_seq_len must be from 1 to the model's context, {context}, not {max_seq_len}")
+        if not 2 <= self.max_seq_len <= context:
+            raise RequestError(f"max_seq_len must be from 2 to the model's context, {context}, not {max_seq_len}")
         self.device = device
         self.cached_ids: list[int] = []
+        self.current: Request | None = None
         self._weights = jax.device_put(model.weights(), device)
         self._cache_dtype = cache_dtype
         self._cache: Cache = ()
@@ -94,6 +97,7 @@ class Runner:
         self.cached_ids = ids[:reused]
         self.reserve(len(ids) + min(max_new_tokens, RESERVED_LEN))
         self._drawn_len = len(ids)
+        self.current = request
         end = reused
         while end < len(ids):
             chunk_len = self._chunk_len(len(ids) - end)
@@ -154,7 +158,7 @@ class Runner:
         self.cached_ids = []
         self.reserve(min(num_positions, self.max_seq_len))
         for chunk_len in CHUNKS:
-            self.read(self.prefill(Request([0] * min(chunk_len, self.max_seq_len - 1), 1))[0])
+            self.read(self.prefill(Request([0] * min(chunk_len, self.cache_len - 1, self.max_seq_len - 1), 1))[0])
         self.read(self.decode(1))
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
@@ -169,7 +173,7 @@ class Runner:
         return np.asarray(scores)[: len(token_ids)]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        if not ids:
+        if len(ids) == 0:
             raise RequestError("the prompt is empty: it needs at least one token")
         if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise RequestError(

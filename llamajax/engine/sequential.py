@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from llamajax.engine.runner import Runner
 from llamajax.engine.steps import BLOCK_LEN, Drawn
+from llamajax.errors import RequestError
 from llamajax.types import Request, Token
 
 # A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
@@ -48,6 +49,10 @@ class Sequential:
         num_steps = 1
         pending: list[Drawn] = []
         while pending or left > 0:
+            if runner.current is not request:
+                raise RequestError(
+                    "another request took the model: read a stream to its end before the next, or drop it"
+                )
             if left > 0:
                 num_steps = min(num_steps, left)
                 pending.append(runner.decode(num_steps))

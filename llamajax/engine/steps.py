@@ -104,7 +104,7 @@ def decode(
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
         x, cache = _over_slots(model, slots.token[:, None], cache, slots.position)
-        slots = replace(slots, position=slots.position + (slots.left > 0))
+        slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
         drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests, with_logprobs)
         block = jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, t, axis=1), block, drawn)
         return t + 1, block, cache, slots

@@ -46,7 +46,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * self.weight.get_value()
+        return x * jax.lax.rsqrt(mean_square + self.eps) * self.weight.get_value()[None]
 
 
 class MLP(nnx.Module):

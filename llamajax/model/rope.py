@@ -13,7 +13,7 @@ def rope_tables(
     """Cosines and sines of each position's angles, position * theta ** (-2i / H) / divisor[i]."""
     inverse = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     inverse = (inverse / (config.rope_divisors or 1.0)).astype(np.float32)
-    angles = positions.astype(jnp.float32)[:, None] * inverse
+    angles = jnp.outer(positions.astype(jnp.float32), inverse)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -24,8 +24,8 @@ def attention(
     # The operands of both products stand as they are stored: XLA would transpose the whole cache otherwise.
     queries = query.transpose(1, 2, 0, 3).reshape(K, G * T, H)
     scores = _batched_dot(queries, key, contract=2).reshape(K, G, T, -1) / math.sqrt(H)
-    visible = jnp.arange(key.shape[1]) <= (start + jnp.arange(T))[:, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    visible = jnp.arange(key.shape[1])[None] <= (start + jnp.arange(T))[:, None]
+    weights = jax.nn.softmax(jnp.where(visible[None, None], scores, -jnp.inf), axis=-1)
     mixed = _batched_dot(weights.reshape(K, G * T, -1), value, contract=1)
     return mixed.reshape(K, G, T, H).transpose(2, 0, 1, 3)
 

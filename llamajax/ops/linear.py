@@ -66,7 +66,7 @@ def _(axis_size: int, in_batched: list, x: Array, weight: Weight) -> tuple[Array
 def embed(token_ids: Int[Array, "T"], weight: Weight) -> Float32[Array, "T D"]:
     """Rows of the embedding table [V, D]."""
     if isinstance(weight, Int8Weight):
-        return weight.values[token_ids] * weight.scale[token_ids, None]
+        return weight.values[token_ids].astype(jnp.float32) * weight.scale[token_ids, None]
     return weight[token_ids].astype(jnp.float32)
 
 
@@ -89,7 +89,7 @@ def _dense_cpu(x: Float[Array, "T K"], weight: Float[Array, "N K"]) -> Float32[A
 
 def _int8_as_bf16(x: Float32[Array, "T K"], weight: Int8Weight) -> Float32[Array, "T N"]:
     # Scaling after the product lets a GPU read int8; before it, the bf16 weights would be materialised.
-    return _dense(x, weight.values.astype(jnp.bfloat16)) * weight.scale
+    return _dense(x, weight.values.astype(jnp.bfloat16)) * weight.scale[None]
 
 
 def _int8_rows(x: Float32[Array, "T K"], weight: Int8Weight) -> Float32[Array, "T N"]:
@@ -109,4 +109,4 @@ def _int8_rows(x: Float32[Array, "T K"], weight: Int8Weight) -> Float32[Array, "
         preferred_element_type=jnp.int32,
     ).astype(jnp.float32)
     rows = x.shape[0]
-    return (y[:rows] + y[rows:] / 254) * step * weight.scale
+    return (y[:rows] + y[rows:] / 254) * step * weight.scale[None]

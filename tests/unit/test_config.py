@@ -1,0 +1,389 @@
+"""Configurations: the published models', as each kind of file names them, and what is refused."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamajax.config import CONFIGS, LlamaConfig
+from llamajax.errors import ConfigError
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA_3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+_LLAMA_3_8B = _LLAMA_3 | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "tie_word_embeddings": False,
+}
+
+# The published models' config.json.
+HF: dict[str, dict[str, Any]] = {
+    "llama3.2-1b": _LLAMA_3
+    | {
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "rope_scaling": _LLAMA3_ROPE | {"factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "llama3.2-3b": _LLAMA_3
+    | {
+        "head_dim": 128,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 28,
+        "rope_scaling": _LLAMA3_ROPE | {"factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "llama3.1-8b": _LLAMA_3_8B | {"rope_scaling": _LLAMA3_ROPE | {"factor": 8.0}},
+    "llama3-8b": _LLAMA_3_8B | {"max_position_embeddings": 8192, "rope_scaling": None, "eos_token_id": 128001},
+    "tinyllama-1.1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 2048,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
+    "smollm2-135m": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 576,
+        "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "pad_token_id": 2,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 49152,
+    },
+}
+
+_META = {
+    "multiple_of": 1024,
+    "n_kv_heads": 8,
+    "norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+    "vocab_size": 128256,
+}
+_META_8B = _META | {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3}
+
+# Meta's params.json.
+META: dict[str, dict[str, Any]] = {
+    "llama3.2-1b": _META | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, "multiple_of": 256},
+    "llama3.2-3b": _META | {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0, "multiple_of": 256},
+    "llama3.1-8b": _META_8B,
+    "llama3-8b": {key: value for key, value in _META_8B.items() if key != "use_scaled_rope"},
+}
+
+
+def gguf_metadata(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a config.json."""
+    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+    return {
+        "general.architecture": "llama",
+        "llama.vocab_size": hf["vocab_size"],
+        "llama.context_length": hf["max_position_embeddings"],
+        "llama.embedding_length": hf["hidden_size"],
+        "llama.block_count": hf["num_hidden_layers"],
+        "llama.feed_forward_length": hf["intermediate_size"],
+        "llama.rope.dimension_count": head_dim,
+        "llama.attention.head_count": hf["num_attention_heads"],
+        "llama.attention.head_count_kv": hf["num_key_value_heads"],
+        "llama.attention.key_length": head_dim,
+        "llama.attention.value_length": head_dim,
+        "llama.attention.layer_norm_rms_epsilon": hf["rms_norm_eps"],
+        "llama.rope.freq_base": float(hf["rope_theta"]),
+    }
+
+
+# Facts
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+        ("llama3.1-8b", 8_030_261_248),
+        ("llama3-8b", 8_030_261_248),
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_num_parameters(name: str, published: int) -> None:
+    assert CONFIGS[name].num_parameters == published
+
+
+@pytest.mark.parametrize(
+    ("name", "kib"),
+    [
+        ("llama3.2-1b", 32),
+        ("llama3.2-3b", 112),
+        ("llama3.1-8b", 128),
+        ("llama3-8b", 128),
+        ("tinyllama-1.1b", 22),
+        ("smollm2-135m", 22.5),
+    ],
+)
+def test_kv_bytes_per_token(name: str, kib: float) -> None:
+    assert CONFIGS[name].kv_bytes_per_token(2) == kib * 1024
+
+
+# The files
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_from_hf(name: str) -> None:
+    assert LlamaConfig.from_hf(HF[name]) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_from_newer_hf(name: str) -> None:
+    """One dictionary for RoPE, `dtype`, and the kind of RoPE named even where it is the default one."""
+    hf = dict(HF[name])
+    scaling = hf.pop("rope_scaling") or {"rope_type": "default"}
+    hf["rope_parameters"] = scaling | {"rope_theta": hf.pop("rope_theta")}
+    hf["dtype"] = hf.pop("torch_dtype")
+    assert LlamaConfig.from_hf(hf) == CONFIGS[name]
+
+
+def test_from_hf_without_what_may_be_missing() -> None:
+    hf = {key: HF["tinyllama-1.1b"][key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    hf |= {"num_hidden_layers": 22, "num_attention_heads": 32, "head_dim": None, "rope_theta": None}
+    assert LlamaConfig.from_hf(hf) == replace(CONFIGS["tinyllama-1.1b"], num_key_value_heads=32, rms_norm_eps=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_linear_scaling(kind: str) -> None:
+    hf = HF["tinyllama-1.1b"] | {"rope_scaling": {kind: "linear", "factor": 2.5}}
+    assert LlamaConfig.from_hf(hf) == replace(CONFIGS["tinyllama-1.1b"], rope_divisors=(2.5,) * 32)
+
+
+def test_mistral_without_a_window_is_a_llama() -> None:
+    hf = HF["llama3-8b"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+    assert LlamaConfig.from_hf(hf) == CONFIGS["llama3-8b"]
+
+
+@pytest.mark.parametrize("name", META)
+def test_from_meta(name: str) -> None:
+    # Meta's files carry the head of tied models too.
+    assert LlamaConfig.from_meta(META[name]) == replace(CONFIGS[name], tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_from_gguf(name: str) -> None:
+    tied, divisors = CONFIGS[name].tie_word_embeddings, CONFIGS[name].rope_divisors
+    found = LlamaConfig.from_gguf(gguf_metadata(HF[name]), tie_word_embeddings=tied, rope_divisors=divisors)
+    assert found == CONFIGS[name]
+
+
+def test_from_gguf_without_what_may_be_missing() -> None:
+    metadata = gguf_metadata(HF["smollm2-135m"])
+    for key in ("vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count"):
+        del metadata[f"llama.{key}"]
+    metadata["tokenizer.ggml.tokens"] = ["x"] * 49152
+    assert LlamaConfig.from_gguf(metadata, tie_word_embeddings=True) == CONFIGS["smollm2-135m"]
+
+
+def test_linear_scaling_in_gguf() -> None:
+    metadata = gguf_metadata(HF["tinyllama-1.1b"])
+    metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert LlamaConfig.from_gguf(metadata).rope_divisors == (4.0,) * 32
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+)
+def test_what_must_be_there(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        LlamaConfig.from_hf({name: value for name, value in HF["llama3.2-1b"].items() if name != key})
+
+
+@pytest.mark.parametrize("key", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
+def test_what_llama3_scaling_must_have(key: str) -> None:
+    rope = {name: value for name, value in HF["llama3.2-1b"]["rope_scaling"].items() if name != key}
+    with pytest.raises(ConfigError, match=key):
+        LlamaConfig.from_hf(HF["llama3.2-1b"] | {"rope_scaling": rope})
+
+
+@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "ffn_dim_multiplier"])
+def test_what_metas_params_must_have(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        LlamaConfig.from_meta({name: value for name, value in META["llama3.1-8b"].items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 5}, "multiple"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"head_dim": 63}, "even"),
+        ({"head_dim": 2**40}, "head_dim"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor"),
+        ({"rope_scaling": _LLAMA3_ROPE | {"factor": 0.0}}, "factor"),
+        ({"rope_scaling": _LLAMA3_ROPE | {"factor": 8.0, "low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({"rope_scaling": ["linear"]}, "RoPE"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"architectures": [], "model_type": "phi3"}, "phi3"),
+        ({"architectures": None, "model_type": None}, "None"),
+    ],
+)
+def test_values_that_make_no_llama(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LlamaConfig.from_hf(HF["llama3.2-1b"] | changes)
+
+
+def test_divisors_must_fit_head_dim() -> None:
+    with pytest.raises(ConfigError, match="32 RoPE divisors, found 31"):
+        LlamaConfig.from_gguf(gguf_metadata(HF["llama3.2-1b"]), rope_divisors=(1.0,) * 31)
+
+
+# Garbage
+
+_NUMBERS = st.one_of(
+    st.integers(-3, 3),
+    st.integers(),
+    st.sampled_from((10**400, -(10**400))),
+    st.floats(),
+    st.sampled_from((np.uint32(7), np.float32(0.5), np.int64(-1))),
+)
+_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), _NUMBERS, st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=5), inner, max_size=2)),
+    max_leaves=4,
+)
+_ROPE = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(("linear", "llama3", "default"))},
+    optional={key: _JSON for key in [*_LLAMA3_ROPE, "factor", "rope_theta"] if key != "rope_type"},
+)
+
+
+# A GGUF file may hold an array of numbers anywhere.
+_GGUF = _JSON | st.just(np.arange(3)) | st.just(np.arange(0))
+
+
+def changed(
+    good: Mapping[str, Any], garbage: st.SearchStrategy, also: Mapping[str, st.SearchStrategy] | None = None
+) -> st.SearchStrategy[dict[str, Any]]:
+    """The good mapping, with a few values replaced by garbage or by what `also` makes for a key."""
+    strategies = dict.fromkeys(good, garbage) | {key: garbage | values for key, values in (also or {}).items()}
+    keys = st.lists(st.sampled_from(sorted(strategies)), min_size=1, max_size=3, unique=True)
+    return keys.flatmap(lambda keys: st.fixed_dictionaries({key: strategies[key] for key in keys})).map(
+        lambda new: {**good, **new}
+    )
+
+
+def makes_a_config_or_refuses(make: Callable[[], LlamaConfig]) -> None:
+    try:
+        config = make()
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return
+    assert config.num_parameters > 0
+    assert all(divisor > 0 and np.isfinite(divisor) for divisor in config.rope_divisors or ())
+
+
+@settings(max_examples=300, deadline=None)
+@given(hf=changed(HF["llama3.2-1b"], _JSON, {"rope_scaling": _ROPE, "rope_parameters": _ROPE, "sliding_window": _JSON}))
+def test_garbage_in_config_json(hf: dict[str, Any]) -> None:
+    makes_a_config_or_refuses(lambda: LlamaConfig.from_hf(hf))
+
+
+@settings(max_examples=200, deadline=None)
+@given(params=changed(META["llama3.2-1b"], _JSON))
+def test_garbage_in_params_json(params: dict[str, Any]) -> None:
+    makes_a_config_or_refuses(lambda: LlamaConfig.from_meta(params))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    metadata=changed(
+        gguf_metadata(HF["llama3.2-1b"]),
+        _GGUF,
+        {
+            "llama.rope.scaling.type": st.sampled_from(("linear", "none")),
+            "llama.rope.scaling.factor": _GGUF,
+            "llama.expert_count": _GGUF,
+            "llama.attention.sliding_window": _GGUF,
+            "tokenizer.ggml.tokens": _GGUF,
+        },
+    ),
+    divisors=st.none() | st.lists(st.floats(), min_size=32, max_size=32).map(tuple),
+)
+def test_garbage_in_gguf_metadata(metadata: dict[str, Any], divisors: tuple[float, ...] | None) -> None:
+    makes_a_config_or_refuses(lambda: LlamaConfig.from_gguf(metadata, rope_divisors=divisors))
