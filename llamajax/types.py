@@ -26,12 +26,12 @@ class SamplingParams:
     top-p.
 
     Attributes:
-      temperature: in [0, 1000]; 0 is greedy.
+      temperature: in [0, 1000000]; 0 is greedy.
       top_p: in (0, 1]; keeps the smallest set of tokens whose probability mass reaches it.
       top_k: in [0, 2**31); keeps the k most probable tokens; 0 keeps all.
       min_p: in [0, 1]; drops tokens less probable than min_p times the most probable one.
-      repetition_penalty: in [0.001, 1000]; divides positive and multiplies negative logits of tokens seen in the prompt or
-        the answer (Keskar et al. 2019, CTRL); 1 is off.
+      repetition_penalty: in [0.001, 1000]; divides positive and multiplies negative logits of tokens seen in
+        the prompt or the answer (Keskar et al. 2019, CTRL); 1 is off.
       presence_penalty: in [-2, 2]; subtracted once from the logit of each token of the answer so far.
       frequency_penalty: in [-2, 2]; subtracted once for each time the token occurs in the answer so far.
       seed: in [0, 2**32); with the position it decides each token.
@@ -50,7 +50,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
-            ("temperature", 0 <= self.temperature <= 1000, "in [0, 1000]"),
+            ("temperature", 0 <= self.temperature <= 1e6, "in [0, 1000000]"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             (
                 "top_k",

@@ -12,8 +12,8 @@ def rope_tables(
 ) -> tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]]:
     """Cosines and sines of each position's angles, position * theta ** (-2i / H) / divisor[i]."""
     inverse = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    inverse = (inverse / (config.rope_divisors or 1.0)).astype(np.float32)
-    angles = jnp.outer(positions.astype(jnp.float32), inverse)
+    inverse = inverse / (config.rope_divisors or 1.0)
+    angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(inverse, jnp.float32))
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -37,15 +37,15 @@ def test_every_parameter_is_checked() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
-        ("temperature", (-0.1, math.inf, math.nan, -math.inf), "a finite number >= 0"),
+        ("temperature", (-0.1, math.inf, math.nan, -math.inf), "in [0, 1000000]"),
         ("top_p", (0, -0.5, 1.0001, math.nan), "in (0, 1]"),
-        ("top_k", (-1, 2**31), "in [0, 2**31); 0 keeps every token"),
+        ("top_k", (-1, 2**31, 2.5, True), "an integer in [0, 2**31); 0 keeps all tokens"),
         ("min_p", (-0.1, 1.1, math.nan), "in [0, 1]"),
-        ("repetition_penalty", (0, -1, math.inf, math.nan), "a finite number > 0"),
+        ("repetition_penalty", (0, -1, 1e39, math.inf, math.nan), "in [0.001, 1000]"),
         ("presence_penalty", (-2.1, 2.1, math.nan), "in [-2, 2]"),
         ("frequency_penalty", (-2.1, 2.1, math.nan), "in [-2, 2]"),
-        ("seed", (-1, 2**32), "in [0, 2**32)"),
-        ("logprobs", (-1, 21), "None or 0 to 20"),
+        ("seed", (-1, 2**32, 1.5), "an integer in [0, 2**32)"),
+        ("logprobs", (-1, 21, 2.5), "None or 0 to 20"),
     ],
 )
 def test_parameters_out_of_range_are_named(name: str, values: tuple, expected: str) -> None:
