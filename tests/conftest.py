@@ -13,7 +13,6 @@ import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
 
-
 # Machines differ in speed, and a build must not fail by chance.
 settings.register_profile(
     "llamajax", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
