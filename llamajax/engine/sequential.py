@@ -9,7 +9,7 @@ from llamajax.errors import RequestError
 from llamajax.types import Request, Token
 
 # A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
-_BLOCK_SECONDS = 0.05
+_BLOCK_SECONDS = 0.1
 
 
 class Sequential:
