@@ -214,7 +214,7 @@ def full_of_noise(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: jnp.asarray(10 * noise.standard_normal(x.shape), x.dtype), cache)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     chunks=st.lists(st.sampled_from((1, 3, 12)), max_size=PROMPT_LEN),
     used=st.booleans(),
@@ -270,7 +270,7 @@ def _texts() -> list[list[int]]:
 TEXTS = _texts()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     max_seq_len=st.integers(300, 512),
     requests=st.lists(st.tuples(st.sampled_from((0, 1)), st.floats(0, 1), st.integers(1, 24)), min_size=1, max_size=4),
