@@ -1,7 +1,9 @@
 """The library's front door: text -> ids -> engine -> text. Wires the tokenizer to the engine; computes nothing."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -252,8 +254,11 @@ def find_device(kind: Device | None) -> jax.Device:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between processes, unless the user's own settings already do."""
-    setting = "jax_compilation_cache_dir"
-    if getattr(jax.config, setting) is None:
-        jax.config.update(setting, str(hub.home() / "xla"))
+    setting, folder = "jax_compilation_cache_dir", hub.home() / "xla"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Where nothing can be written, programs are compiled anew each time, and jax need not warn of each one.
+    if getattr(jax.config, setting) is None and os.access(folder, os.W_OK):
+        jax.config.update(setting, str(folder))
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

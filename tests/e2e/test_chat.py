@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,30 +139,6 @@ def test_ctrl_c_ends_a_long_answer_and_its_line(shallow_model: str) -> None:
     assert stderr == b""
 
 
-CTRL_C_IN_A_CALLBACK = f"""
-import gc, runpy, signal, sys
-
-def press(phase, info):
-    if "jax" in sys.modules and press in gc.callbacks:
-        gc.callbacks.remove(press)
-        signal.raise_signal(signal.SIGINT)
-
-gc.callbacks.append(press)
-runpy.run_path({COMMAND!r}, run_name="__main__")
-"""
-
-
-def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(shallow_model: str) -> None:
-    """Python drops what such a callback raises, and jax has one."""
-    done = subprocess.run(
-        [sys.executable, "-c", CTRL_C_IN_A_CALLBACK, "chat", "-m", shallow_model, "-p", "Hi"],
-        env=environment(),
-        capture_output=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
-
-
 def test_without_a_home_the_model_cannot_be_fetched(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     home = str(tmp_path / "file" / "home")
@@ -207,10 +181,10 @@ def test_no_color_leaves_a_terminal_without_styles(shallow_model: str) -> None:
         (["-n", "0"], "'-n' / '--max-new-tokens': Input should be greater than or equal to 1"),
         (["-n", "many"], "'-n' / '--max-new-tokens'"),
         (["--max-seq-len", "0"], "'--max-seq-len'"),
-        (["--temperature", "-1"], "temperature must be a finite number >= 0, not -1.0"),
-        (["--temperature", "nan"], "temperature must be a finite number >= 0, not nan"),
+        (["--temperature", "-1"], "temperature must be in [0, 1000000], not -1.0"),
+        (["--temperature", "nan"], "temperature must be in [0, 1000000], not nan"),
         (["--top-p", "0"], "top_p must be in (0, 1], not 0.0"),
-        (["--seed", "-1"], "seed must be in [0, 2**32), not -1"),
+        (["--seed", "-1"], "seed must be an integer in [0, 2**32), not -1"),
         (["--dtype", "int3"], "'--dtype'"),
         (["--device", "abacus"], "'--device'"),
         (["--stop", ""], "a stop text must not be empty"),

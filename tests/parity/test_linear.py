@@ -8,6 +8,10 @@ import pytest
 from llamajax import ops
 from llamajax.ops.linear import MANY_ROWS
 
+from .. import tiny_model
+
+strict_promotion = tiny_model.strict_promotion
+
 ROWS = (1, 2, 31, 32, 100)
 ON_CPU = jax.default_backend() == "cpu"
 
@@ -85,5 +89,5 @@ def test_embed(weight: np.ndarray) -> None:
     ids = jnp.array([3, 0, 47, 3])
     np.testing.assert_array_equal(ops.embed(ids, jnp.asarray(weight)), weight[np.asarray(ids)])
     quantized = ops.quantize_int8(jnp.asarray(weight))
-    rows = quantized.values[ids] * quantized.scale[ids][:, None]
+    rows = np.asarray(quantized.values)[ids] * np.asarray(quantized.scale)[ids, None]
     np.testing.assert_array_equal(ops.embed(ids, quantized), rows)

@@ -7,7 +7,10 @@ import pytest
 from llamajax.config import CONFIGS, LlamaConfig
 from llamajax.model.rope import rope_tables, rotate
 
+from .. import tiny_model
 from .tiny import CASES, goldens
+
+strict_promotion = tiny_model.strict_promotion
 
 GOLDENS = goldens()
 

@@ -191,11 +191,13 @@ def test_a_failure_leaves_the_conversation_as_it_was(
 
 def test_two_conversations_share_a_model_in_turns(llama: LLM) -> None:
     france, italy = Conversation(llama), Conversation(llama)
-    ask(france, "What is the capital of France?")
-    ask(italy, "What is the capital of Italy?")
-    for conversation in (france, italy, france):
+    said = {
+        france: ask(france, "What is the capital of France?").token_ids,
+        italy: ask(italy, "What is the capital of Italy?").token_ids,
+    }
+    for conversation, first in said.items():
         answer = ask(conversation, "Why is it the capital?")
         # Each token is the most probable one, but for rounding, after its own conversation.
-        prompt = llama.encode_chat(conversation.messages[:-1])
+        prompt = llama.encode_chat(conversation.messages[:-1], {1: first})
         scores = llama.logits([*prompt, *answer.token_ids])[len(prompt) - 1 : -1]
         assert (scores.max(axis=1) - scores[range(len(answer.token_ids)), list(answer.token_ids)]).max() < 0.2
