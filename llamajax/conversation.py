@@ -37,50 +37,55 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """All that is remembered, oldest first; an answer as far as it has come."""
-        self._record_answer()
-        return self._messages
+        return self._remembered()[0]
 
     def ask(self, question: str, *, max_new_tokens: int, **options: Any) -> Stream:
         """Starts the answer to a question. Options as in `LLM.stream`.
 
         Raises CapacityError if the question does not fit the context alone; the conversation is then as before.
         """
-        self._record_answer()
-        messages: list[Message] = [*self._messages, {"role": "user", "content": question}]
-        messages, answers, forgotten = self._fitting(messages, min(max_new_tokens, self._llm.max_seq_len // 2))
+        messages, answers = self._remembered()
+        return self._start([*messages, {"role": "user", "content": question}], answers, max_new_tokens, options)
+
+    def ask_again(self, *, max_new_tokens: int, **options: Any) -> Stream:
+        """Starts another answer to the last question; the one there was is dropped.
+
+        Raises RequestError if nothing was asked yet.
+        """
+        messages, answers = self._remembered()
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not asked:
+            raise RequestError("nothing was asked yet")
+        earlier = {i: ids for i, ids in answers.items() if i < asked[-1]}
+        return self._start(messages[: asked[-1] + 1], earlier, max_new_tokens, options)
+
+    def _start(
+        self, messages: list[Message], answers: dict[int, tuple[int, ...]], max_new_tokens: int, options: dict[str, Any]
+    ) -> Stream:
+        room = min(max_new_tokens, self._llm.max_seq_len // 2)
+        messages, answers, forgotten = self._fitting(messages, answers, room)
         stream = self._llm.stream(
             messages, max_new_tokens=max_new_tokens, verbatim=answers, reuse_cache=True, **options
         )
         self._messages, self._answers, self.forgotten, self._stream = messages, answers, forgotten, stream
         return stream
 
-    def ask_again(self, **options: Any) -> Stream:
-        """Starts another answer to the last question; the one there was is dropped.
-
-        Raises RequestError if nothing was asked yet.
-        """
-        self._record_answer()
-        while self._messages and self._messages[-1]["role"] != "user":
-            self._messages.pop()
-            self._answers.pop(len(self._messages), None)
-        if not self._messages:
-            raise RequestError("nothing was asked yet")
-        return self.ask(self._messages.pop()["content"], **options)
-
-    def _record_answer(self) -> None:
+    def _remembered(self) -> tuple[list[Message], dict[int, tuple[int, ...]]]:
         if self._stream is None:
-            return
-        answer, self._stream = self._stream.completion, None
+            return self._messages, self._answers
+        answer = self._stream.completion
         if not answer.token_ids:
-            self._messages.pop()
-            return
+            return self._messages[:-1], self._answers
+        answers = dict(self._answers)
         if self._llm.tokenizer.decode(answer.token_ids) == answer.text:  # not cut at a stop string
-            self._answers[len(self._messages)] = answer.token_ids
-        self._messages.append({"role": "assistant", "content": answer.text})
+            answers[len(self._messages)] = answer.token_ids
+        return [*self._messages, {"role": "assistant", "content": answer.text}], answers
 
-    def _fitting(self, messages: list[Message], room: int) -> tuple[list[Message], dict[int, tuple[int, ...]], int]:
+    def _fitting(
+        self, messages: list[Message], answers: dict[int, tuple[int, ...]], room: int
+    ) -> tuple[list[Message], dict[int, tuple[int, ...]], int]:
         """The messages without the oldest exchanges if they leave too little room, its answers' ids, how many went."""
-        answers, forgotten = self._answers, 0
+        forgotten = 0
         first = 1 if messages[0]["role"] == "system" else 0
         num_tokens = len(self._llm.encode_chat(messages, answers))
         if num_tokens <= self._llm.max_seq_len - room:

@@ -30,7 +30,7 @@ class SamplingParams:
       top_p: in (0, 1]; keeps the smallest set of tokens whose probability mass reaches it.
       top_k: in [0, 2**31); keeps the k most probable tokens; 0 keeps all.
       min_p: in [0, 1]; drops tokens less probable than min_p times the most probable one.
-      repetition_penalty: in [0.001, 1000]; divides positive and multiplies negative logits of tokens seen in
+      repetition_penalty: in [0.001, 1000000]; divides positive and multiplies negative logits of tokens seen in
         the prompt or the answer (Keskar et al. 2019, CTRL); 1 is off.
       presence_penalty: in [-2, 2]; subtracted once from the logit of each token of the answer so far.
       frequency_penalty: in [-2, 2]; subtracted once for each time the token occurs in the answer so far.
@@ -58,7 +58,7 @@ class SamplingParams:
                 "an integer in [0, 2**31); 0 keeps all tokens",
             ),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0.001 <= self.repetition_penalty <= 1000, "in [0.001, 1000]"),
+            ("repetition_penalty", 0.001 <= self.repetition_penalty <= 1e6, "in [0.001, 1000000]"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
             ("seed", _is_integer(self.seed) and 0 <= self.seed < 2**32, "an integer in [0, 2**32)"),

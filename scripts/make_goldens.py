@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llamajax.tokenizers.gguf import from_gguf
@@ -76,9 +76,7 @@ def main() -> None:
         arrays[f"{case}/inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
     positions = torch.tensor([ROPE_POSITIONS])
     for name, (head_dim, parameters) in ROPE.items():
-        config = AutoConfig.for_model(
-            "llama", head_dim=head_dim, rope_parameters=parameters, max_position_embeddings=131072
-        )
+        config = LlamaConfig(head_dim=head_dim, rope_parameters=parameters, max_position_embeddings=131072)
         rope = LlamaRotaryEmbedding(config)
         cos, sin = rope(torch.zeros(1), positions)
         arrays[f"rope/{name}/inv_freq"] = rope.inv_freq.numpy()

@@ -41,7 +41,7 @@ def test_every_parameter_is_checked() -> None:
         ("top_p", (0, -0.5, 1.0001, math.nan), "in (0, 1]"),
         ("top_k", (-1, 2**31, 2.5, True), "an integer in [0, 2**31); 0 keeps all tokens"),
         ("min_p", (-0.1, 1.1, math.nan), "in [0, 1]"),
-        ("repetition_penalty", (0, -1, 1e39, math.inf, math.nan), "in [0.001, 1000]"),
+        ("repetition_penalty", (0, -1, 1e39, math.inf, math.nan), "in [0.001, 1000000]"),
         ("presence_penalty", (-2.1, 2.1, math.nan), "in [-2, 2]"),
         ("frequency_penalty", (-2.1, 2.1, math.nan), "in [-2, 2]"),
         ("seed", (-1, 2**32, 1.5), "an integer in [0, 2**32)"),
