@@ -37,12 +37,22 @@ def main() -> NoReturn:
     # Text that the terminal's encoding lacks must not end an answer half way.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    # Python drops a Ctrl-C that comes inside a callback of the garbage collector, and jax has one.
+    sys.unraisablehook = _exit_if_interrupted
     try:
-        sys.exit(_run())
+        code = _run()
     except BrokenPipeError:
-        # The reader is gone; flushing at exit would only fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
+        code = BROKEN_PIPE
+    sys.stderr.flush()
+    # At once: a thread that still compiles would be torn down half way, and what the gone reader of a pipe has left
+    # would be flushed again.
+    os._exit(code)
+
+
+def _exit_if_interrupted(dropped: "sys.UnraisableHookArgs") -> None:
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        os._exit(INTERRUPTED)
+    sys.__unraisablehook__(dropped)
 
 
 def _run() -> int:
