@@ -48,7 +48,7 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
 class _Bar:
     def __init__(self) -> None:
         self._progress: Progress | None = None
-        self._began = time.monotonic()
+        self._began: float | None = None
 
     def __enter__(self) -> "_Bar":
         return self
@@ -58,10 +58,9 @@ class _Bar:
             self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        if done == 0 or not sys.stderr.isatty():
-            self._began = time.monotonic()
-            return
-        if self._progress is None and time.monotonic() - self._began > _BAR_AFTER_SECONDS:
+        now = time.monotonic()
+        self._began = self._began or now
+        if self._progress is None and now - self._began > _BAR_AFTER_SECONDS and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 

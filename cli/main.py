@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn, cast
 
 import typer
@@ -34,6 +35,9 @@ app.command()(info)
 
 def main() -> NoReturn:
     """Runs the command. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 141 for a closed pipe."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     # Text that the terminal's encoding lacks must not end an answer half way.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -74,6 +78,9 @@ def _run() -> int:
     except LlamaJaxError as e:
         _raise_for_debugging()
         return _fail(str(e))
+    except OSError as e:
+        _raise_for_debugging()
+        return _fail(": ".join(filter(None, (e.filename and str(e.filename), e.strerror or str(e)))))
     except MemoryError:
         _raise_for_debugging()
         return _fail("out of memory: choose a smaller model, or a shorter --max-seq-len")

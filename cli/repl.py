@@ -80,9 +80,11 @@ class Repl:
                 return
             if not line:
                 continue
-            warming.join()
             try:
+                warming.join()
                 self._handle(line)
+            except KeyboardInterrupt:
+                note("(stopped)")
             except LlamaJaxError as e:
                 note(str(e))
 
@@ -102,7 +104,7 @@ class Repl:
 
     def _answer(self, stream: Stream) -> None:
         if self._conversation.forgotten:
-            note(f"(the context is full: the oldest {self._conversation.forgotten} exchanges are forgotten)")
+            note(f"(the context is full, forgotten: {_count(self._conversation.forgotten, 'oldest exchange')})")
 
         def stop(signum: int, frame: FrameType | None) -> None:
             stream.cancel()
@@ -174,14 +176,18 @@ class Repl:
         # The template says what is wrong with malformed messages, before they replace the present ones.
         self._llm.encode_chat(messages)
         self._conversation.restart(messages=messages)
-        note(f"({len(messages)} messages)")
+        note(f"({_count(len(messages), 'message')})")
 
     def _show_stats(self, _: str) -> None:
         messages = self._conversation.messages
         tokens = len(self._llm.encode_chat(messages)) if messages else 0
-        note(f"{len(messages)} messages, {tokens} of {self._llm.max_seq_len} tokens")
+        note(f"{_count(len(messages), 'message')}, {tokens} of {self._llm.max_seq_len} tokens")
         if self._last:
             note(stats_line(self._last))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +62,10 @@ class LLM:
         """Continues a text as it stands, without a chat template. Options as in `stream`."""
         return self.stream(prompt, **options).finish()
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
-        """Answers a conversation through the model's chat template. Options as in `stream`."""
-        return self.stream(messages, **options).finish()
+    def chat(self, messages: str | Sequence[Message], **options: Any) -> Completion:
+        """Answers a conversation, or one message of a user, through the chat template. Options as in `stream`."""
+        asked: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.stream(asked, **options).finish()
 
     def stream(
         self,
@@ -220,6 +221,9 @@ def load(
 
     Raises LlamaJaxError of the kind that fits: an unknown name, a checkpoint that is not a Llama or is broken.
     """
+    for option, value, kinds in (("dtype", dtype, DType), ("device", device or "cpu", Device)):
+        if value not in get_args(kinds):
+            raise RequestError(f"{option} must be one of {', '.join(get_args(kinds))}, not {value!r}")
     _use_compilation_cache()
     path = hub.resolve(str(name))
     chosen = find_device(device)

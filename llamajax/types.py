@@ -1,7 +1,8 @@
 """The values that pass between rooms. Knows the standard library only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, TypedDict
 
 from llamajax.errors import RequestError
@@ -49,27 +50,33 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            optional = value is None and field.default is None
+            if not optional and (not isinstance(value, Real) or isinstance(value, bool)):
+                raise RequestError(f"{field.name} must be a number, not {value!r}")
         for name, ok, expected in (
             ("temperature", 0 <= self.temperature <= 1e6, "in [0, 1000000]"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             (
                 "top_k",
-                _is_integer(self.top_k) and 0 <= self.top_k < 2**31,
+                is_integer(self.top_k) and 0 <= self.top_k < 2**31,
                 "an integer in [0, 2**31); 0 keeps all tokens",
             ),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", 0.001 <= self.repetition_penalty <= 1e6, "in [0.001, 1000000]"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("seed", _is_integer(self.seed) and 0 <= self.seed < 2**32, "an integer in [0, 2**32)"),
+            ("seed", is_integer(self.seed) and 0 <= self.seed < 2**32, "an integer in [0, 2**32)"),
             ("logprobs", self.logprobs is None or self.logprobs in range(MAX_TOP_LOGPROBS + 1), "None or 0 to 20"),
         ):
             if not ok:
                 raise RequestError(f"{name} must be {expected}, not {getattr(self, name)}")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_integer(value: object) -> bool:
+    """Whether a value is a whole number of Python or numpy, which booleans are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from llamajax.errors import CapacityError, CheckpointError, RequestError
 from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
 from llamajax.sampling import Sampling
-from llamajax.types import Request, Token, TokenLogprobs
+from llamajax.types import Request, Token, TokenLogprobs, is_integer
 
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
@@ -69,8 +69,8 @@ class Runner:
         """Raises CapacityError if the prompt leaves no room for an answer, RequestError for what is invalid."""
         ids = request.token_ids
         self._check_ids(ids)
-        if request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        if not is_integer(request.max_new_tokens) or request.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be an integer of at least 1, not {request.max_new_tokens!r}")
         if len(request.stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"at most {MAX_STOP_IDS} stop tokens, not {len(request.stop_ids)}")
         if len(ids) >= self.max_seq_len:

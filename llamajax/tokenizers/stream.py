@@ -50,6 +50,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
+        if not all(isinstance(stop, str) for stop in stops):
+            raise RequestError(f"stop must be one string or several, not {stops!r}")
         if not all(stops):
             raise RequestError("a stop string must not be empty")
         self.matched = False

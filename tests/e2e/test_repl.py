@@ -71,7 +71,7 @@ def test_emoji_and_a_context_that_fills_up(default_model: None) -> None:
         while not (told := [note for note in terminal.ask(f"Tell me about {next(topics)}.").notes if "forg" in note]):
             pass
         [rule] = told
-        assert rule.startswith("(the context is full: the oldest ")
+        assert rule.startswith("(the context is full, forgotten: ")
 
         assert terminal.note("word " * 300).startswith("the prompt has ")
         after = terminal.ask("Tell me more.")

@@ -12,40 +12,28 @@ import llamajax
 SLOW = {"jax", "flax", "transformers", "torch", "huggingface_hub", "tokenizers", "sentencepiece", "tiktoken", "jinja2"}
 COMMAND = str(Path(sys.executable).with_name("llamajax"))
 
-RUN_COMMAND = """
-import runpy, sys
-sys.argv = {argv!r}
-try:
-    runpy.run_path({command!r}, run_name="__main__")
-except SystemExit as ended:
-    assert ended.code in (None, 0, 2), ended
-"""
 
-
-def imported_by(code: str) -> set[str]:
-    """The slow packages that a process has imported once it ran this code."""
-    done = subprocess.run(
-        [sys.executable, "-c", code + "\nimport sys; print('\\n', *sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return SLOW & {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+def imported_by(*command: str) -> set[str]:
+    """The slow packages that Python has imported when it ends."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True)
+    assert done.returncode in (0, 2), done.stderr
+    modules = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert "llamajax" in modules
+    return SLOW & {module.partition(".")[0] for module in modules}
 
 
 def test_the_package_imports_nothing_slow() -> None:
-    assert (
-        imported_by("import llamajax; llamajax.__version__; llamajax.LlamaJaxError; llamajax.SamplingParams") == set()
-    )
+    code = "import llamajax; llamajax.__version__; llamajax.LlamaJaxError; llamajax.SamplingParams"
+    assert imported_by("-c", code) == set()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["chat", "-n", "0"]], ids=" ".join)
 def test_the_command_imports_nothing_slow_before_it_needs_it(arguments: list[str]) -> None:
-    assert imported_by(RUN_COMMAND.format(argv=["llamajax", *arguments], command=COMMAND)) == set()
+    assert imported_by(COMMAND, *arguments) == set()
 
 
 def test_listing_models_may_ask_the_hub_s_cache_only() -> None:
-    imported = imported_by(RUN_COMMAND.format(argv=["llamajax", "models"], command=COMMAND))
+    imported = imported_by(COMMAND, "models")
     assert imported <= {"huggingface_hub"}
 
 

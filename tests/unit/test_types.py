@@ -39,7 +39,7 @@ def test_every_parameter_is_checked() -> None:
     [
         ("temperature", (-0.1, math.inf, math.nan, -math.inf), "in [0, 1000000]"),
         ("top_p", (0, -0.5, 1.0001, math.nan), "in (0, 1]"),
-        ("top_k", (-1, 2**31, 2.5, True), "an integer in [0, 2**31); 0 keeps all tokens"),
+        ("top_k", (-1, 2**31, 2.5), "an integer in [0, 2**31); 0 keeps all tokens"),
         ("min_p", (-0.1, 1.1, math.nan), "in [0, 1]"),
         ("repetition_penalty", (0, -1, 1e39, math.inf, math.nan), "in [0.001, 1000000]"),
         ("presence_penalty", (-2.1, 2.1, math.nan), "in [-2, 2]"),
@@ -85,3 +85,12 @@ def test_values_compare_by_what_they_hold() -> None:
     assert TokenLogprobs(-1.0, ((2, -0.5),)) == TokenLogprobs(-1.0, ((2, -0.5),))
     assert hash(Request((1,), 2)) == hash(Request((1,), 2))
     assert SamplingParams(seed=1) != SamplingParams(seed=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", "hot"), ("top_p", None), ("top_k", [3]), ("seed", "1"), ("min_p", True), ("logprobs", "5")],
+)
+def test_a_parameter_of_another_type_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"{name} must be a number, not {re.escape(repr(value))}"):
+        SamplingParams(**{name: value})
