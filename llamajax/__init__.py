@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llamajax.answer import ServedStream, Stream
     from llamajax.config import CONFIGS, LlamaConfig
     from llamajax.conversation import Conversation
     from llamajax.errors import (
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
         RequestError,
         TokenizerError,
     )
-    from llamajax.llm import LLM, Stream, load
+    from llamajax.llm import LLM, Server, generate_batch, load
     from llamajax.types import Completion, Message, SamplingParams
 
 __version__ = "0.1.0"
@@ -40,15 +41,19 @@ __all__ = [
     "Message",
     "RequestError",
     "SamplingParams",
+    "ServedStream",
+    "Server",
     "Stream",
     "TokenizerError",
+    "generate_batch",
     "load",
 ]
 
 _ROOMS = {
     "llamajax.config": ("CONFIGS", "LlamaConfig"),
     "llamajax.conversation": ("Conversation",),
-    "llamajax.llm": ("LLM", "Stream", "load"),
+    "llamajax.answer": ("ServedStream", "Stream"),
+    "llamajax.llm": ("LLM", "Server", "generate_batch", "load"),
     "llamajax.types": ("Completion", "Message", "SamplingParams"),
 }
 

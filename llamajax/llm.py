@@ -2,10 +2,12 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from llamajax import hub
+from llamajax.answer import Answer, Inbox, ServedStream, Stream
 from llamajax.config import LlamaConfig
+from llamajax.engine.concurrent import Concurrent
+from llamajax.engine.engine import Engine
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
-from llamajax.errors import RequestError
+from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.model.llama import Llama
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
@@ -31,11 +36,13 @@ from llamajax.types import (
     Message,
     Request,
     SamplingParams,
-    Timings,
     Token,
+    is_integer,
 )
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
+
+T = TypeVar("T")
 
 
 class LLM:
@@ -69,29 +76,48 @@ class LLM:
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[int] | Sequence[Message],
         *,
-        max_new_tokens: int = 50,
-        stop: str | Sequence[str] = (),
-        sampling: SamplingParams | None = None,
         verbatim: Mapping[int, Sequence[int]] | None = None,
         reuse_cache: bool = False,
-        **sampling_options: Any,
-    ) -> "Stream":
-        """Starts an answer and returns its text piece by piece.
+        **options: Any,
+    ) -> Stream:
+        """Starts an answer and returns its text piece by piece: the sequential strategy.
 
         Args:
-          prompt: a text to continue as it stands, or messages to answer through the chat template.
-          max_new_tokens: at least 1; the context may end the answer sooner.
-          stop: strings that end the answer and are not part of it.
-          sampling: how tokens are drawn; or give its fields (temperature, top_p, top_k, seed, ...) themselves.
+          prompt: a text to continue as it stands, or messages to answer through the chat template, or token ids.
           verbatim: message index -> token ids that stand for the content of that message, such as an earlier
             answer's: text encoded anew need not give the ids that were drawn.
           reuse_cache: leave unread what the KV cache still holds of the prompt. Off, the same request gives the
             same answer whatever was asked before.
+          options: as in `prepare`.
 
         Raises RequestError for a bad option or a model without a chat template, CapacityError for a prompt that
         leaves no room for an answer.
+        """
+        request, answer = self.prepare(prompt, verbatim=verbatim, reuse_cache=reuse_cache, **options)
+        return Stream(Sequential(self._runner, request), answer)
+
+    def prepare(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        *,
+        max_new_tokens: int = 50,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        sampling: SamplingParams | None = None,
+        verbatim: Mapping[int, Sequence[int]] | None = None,
+        reuse_cache: bool = False,
+        **sampling_options: Any,
+    ) -> tuple[Request, Answer]:
+        """What all strategies make of a prompt and its options: a request, and its answer that is still to come.
+
+        Args:
+          prompt: as in `stream`; so are verbatim and reuse_cache.
+          max_new_tokens: at least 1; the context may end the answer sooner.
+          stop: strings that end the answer and are not part of it.
+          ignore_eos: go on after tokens that end a text or a turn.
+          sampling: how tokens are drawn; or give its fields (temperature, top_p, top_k, seed, ...) themselves.
         """
         if sampling is not None and sampling_options:
             raise RequestError(f"give either sampling or its fields, not both: {', '.join(sampling_options)}")
@@ -102,13 +128,94 @@ class LLM:
         if isinstance(prompt, str):
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             ids = bos + self.tokenizer.encode(prompt)
+        elif prompt and all(map(is_integer, prompt)):
+            ids = list(cast(Sequence[int], prompt))
         else:
-            ids = self.encode_chat(prompt, verbatim or {})
-        request = Request(ids, max_new_tokens, params, self._stop_ids, reuse_cache)
+            ids = self.encode_chat(cast(Sequence[Message], prompt), verbatim or {})
+        request = Request(ids, max_new_tokens, params, frozenset() if ignore_eos else self._stop_ids, reuse_cache)
         self._runner.check(request)
         decoder = StreamDecoder(self.tokenizer, continues=isinstance(prompt, str))
-        stops = StopStrings((stop,) if isinstance(stop, str) else stop)
-        return Stream(Sequential(self._runner, request), decoder, stops)
+        return request, Answer(request, decoder, StopStrings((stop,) if isinstance(stop, str) else stop))
+
+    def serve_requests(self, *, slots: int = 8, max_waiting: int = 1024) -> "Server":
+        """Starts a server of many requests at once: the concurrent strategy.
+
+        Args:
+          slots: how many are answered at once, token by token.
+          max_waiting: how many more may wait.
+        """
+        return Server(self, Engine(self._runner, num_slots=slots, max_waiting=max_waiting))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[Message]] | Sequence[Sequence[int]],
+        *,
+        slots: int = 32,
+        on_result: Callable[[int, Completion], None] = lambda index, completion: None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers any number of prompts, in their order: the batched strategy.
+
+        Args:
+          prompts: each as in `stream`; the options, as in `prepare`, are for all of them.
+          slots: how many are answered at once.
+          on_result: called with the index and the answer of each prompt as soon as it is there.
+
+        Raises what went wrong with the first prompt that failed.
+        """
+        results: list[Completion | None] = [None] * len(prompts)
+        for index, result in self.stream_batch(((prompt, options) for prompt in prompts), slots=slots):
+            if isinstance(result, Exception):
+                raise result
+            results[index] = result
+            on_result(index, result)
+        return cast(list[Completion], results)
+
+    def stream_batch(
+        self,
+        prompts: Iterable[tuple[str | Sequence[int] | Sequence[Message], Mapping[str, Any]]],
+        *,
+        slots: int = 32,
+        ahead: int = 1024,
+    ) -> Iterator[tuple[int, Completion | LlamaJaxError]]:
+        """Answers prompts, each with options of its own, and gives each answer as it is finished.
+
+        Args:
+          prompts: (prompt, options), as in `prepare`; taken as they are needed.
+          slots: how many are answered at once.
+          ahead: how many prompts are taken at once, to be answered longest first; no more are held in memory.
+
+        Yields the prompt's index and its answer, or what went wrong with it.
+        """
+        engine = Engine(self._runner, num_slots=slots, max_waiting=ahead)
+        numbered = enumerate(prompts)
+        finished: list[tuple[int, Completion | LlamaJaxError]] = []
+
+        def collect(index: int, result: Completion | Exception) -> None:
+            if isinstance(result, Exception) and not isinstance(result, LlamaJaxError):
+                raise result
+            finished.append((index, result))
+
+        try:
+            while taken := list(islice(numbered, ahead)):
+                jobs = []
+                for index, (prompt, options) in taken:
+                    try:
+                        request, answer = self.prepare(prompt, **options)
+                        jobs.append(engine.job(request, _Collector(answer, partial(collect, index))))
+                    except LlamaJaxError as error:
+                        finished.append((index, error))
+                for job in sorted(jobs, key=lambda job: (job.plan, job.limit), reverse=True):
+                    engine.scheduler.submit(job)
+                # The next ones are taken when the last of these begins, so that no slot is ever idle.
+                while engine.step() and engine.scheduler.num_waiting:
+                    yield from _drained(finished)
+                yield from _drained(finished)
+            while engine.step():
+                yield from _drained(finished)
+            yield from _drained(finished)
+        finally:
+            engine.abort()
 
     def encode_chat(
         self, messages: Sequence[Message], verbatim: Mapping[int, Sequence[int]] | None = None
@@ -131,74 +238,81 @@ class LLM:
         """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""
         self._runner.warm_up(num_tokens)
 
+    def warm_up_batches(self, slots: int, num_tokens: int) -> None:
+        """As `warm_up`, for so many requests at once, served or in a batch."""
+        Engine(self._runner, num_slots=slots).warm_up(num_tokens)
 
-class Stream(Iterator[str]):
-    """An answer's text, piece by piece; what there is of it so far is in `completion`."""
 
-    def __init__(self, tokens: Sequential, decoder: StreamDecoder, stops: StopStrings) -> None:
-        self._tokens = tokens
-        self._decoder = decoder
-        self._stops = stops
-        self._drawn: list[Token] = []
-        self._text: list[str] = []
-        self._finish_reason: FinishReason = "cancelled"
-        self._cancelled = False
-        self._began = time.perf_counter()
-        self._first = self._last = self._began
-        self._pieces = self._run()
+class Server:
+    """A model that many ask at once, from any thread or event loop; made by `LLM.serve_requests`.
 
-    def __iter__(self) -> Self:
+    A context manager: leaving it cancels what is not finished.
+    """
+
+    def __init__(self, llm: LLM, engine: Engine) -> None:
+        self._llm = llm
+        self._engine = engine
+        self._concurrent = Concurrent(engine)
+
+    def __enter__(self) -> Self:
         return self
 
-    def __next__(self) -> str:
-        return next(self._pieces)
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
-    def cancel(self) -> None:
-        """Ends the answer before its next token. May be called from anywhere, a signal handler too."""
-        self._cancelled = True
+    def submit(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        *,
+        deadline: float | None = None,
+        wait: bool = False,
+        **options: Any,
+    ) -> ServedStream:
+        """Asks for an answer. Returns at once; its text comes piece by piece.
 
-    def finish(self) -> Completion:
-        """The whole answer, once it is there."""
-        for _ in self:
-            pass
-        return self.completion
+        Args:
+          prompt: as in `LLM.stream`, and so the options.
+          deadline: seconds from now after which the answer ends as it is ("timeout").
+          wait: for room in the queue if it is full.
 
-    @property
-    def completion(self) -> Completion:
-        """The answer so far; "cancelled" until it has ended in another way."""
-        return Completion(
-            text="".join(self._text),
-            token_ids=tuple(token.id for token in self._drawn),
-            finish_reason=self._finish_reason,
-            prompt_tokens=len(self._tokens.request.token_ids),
-            cached_tokens=self._tokens.cached_tokens,
-            timings=Timings(self._first - self._began, self._last - self._first),
-            logprobs=None
-            if self._tokens.request.sampling.logprobs is None
-            else tuple(token.logprobs for token in self._drawn if token.logprobs is not None),
-        )
+        Raises CapacityError for a full queue or a prompt that leaves no room for an answer, RequestError for a bad
+        option or a closed server.
+        """
+        request, answer = self._llm.prepare(prompt, **options)
+        inbox = Inbox(answer)
+        job = self._engine.job(request, inbox, None if deadline is None else time.monotonic() + deadline)
+        self._concurrent.submit(job, wait=wait)
+        return ServedStream(inbox, job.cancel)
 
-    def _run(self) -> Iterator[str]:
-        for token in self._tokens:
-            if self._cancelled:
-                break
-            self._last = time.perf_counter()
-            if not self._drawn:
-                self._first = self._last
-            self._drawn.append(token)
-            yield from self._emit(self._stops.push(self._decoder.push(token.id)))
-            if self._stops.matched:
-                break
-        yield from self._emit(self._stops.push(self._decoder.flush()) + self._stops.flush())
-        if self._stops.matched or self._tokens.stopped:
-            self._finish_reason = "stop"
-        elif not self._cancelled:
-            self._finish_reason = "length"
+    def close(self) -> None:
+        """Cancels what is not finished, and waits until all has stopped. May be called again."""
+        self._concurrent.close()
 
-    def _emit(self, text: str) -> Iterator[str]:
-        if text:
-            self._text.append(text)
-            yield text
+
+def _drained(items: list[T]) -> Iterator[T]:
+    while items:
+        yield items.pop(0)
+
+
+class _Collector:
+    """A listener that keeps an answer until it is whole."""
+
+    def __init__(self, answer: Answer, done: Callable[[Completion | Exception], None]) -> None:
+        self._answer = answer
+        self._done = done
+
+    def token(self, token: Token) -> bool:
+        self._answer.push(token)
+        return not self._answer.stopped
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        self._answer.finish(reason)
+        self._done(error or self._answer.completion)
+
+
+def generate_batch(llm: LLM, prompts: Sequence[str], **options: Any) -> list[Completion]:
+    """As `LLM.generate_batch`."""
+    return llm.generate_batch(prompts, **options)
 
 
 def load(

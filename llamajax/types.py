@@ -9,7 +9,7 @@ from llamajax.errors import RequestError
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Literal["cpu", "gpu", "tpu"]
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 MAX_TOP_LOGPROBS = 20
 
@@ -121,10 +121,11 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, from the request to the first token, and from there to the last."""
+    """Seconds, from the request to the first token, from there to the last, and from the request to each."""
 
     time_to_first_token: float
     decode_time: float
+    token_times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Completion:
     Attributes:
       text: without the stop string or stop token that ended it.
       token_ids: of the answer, without the stop token; a stop string's tokens are among them.
-      finish_reason: "stop" for a stop token or string, "length" for a limit, "cancelled".
+      finish_reason: "stop" for a stop token or string, "length" for a limit, "cancelled", "timeout" for a deadline.
       prompt_tokens: how many tokens the prompt has.
       cached_tokens: how many of them the KV cache already held.
       logprobs: one for each of `token_ids` if they were asked for, else None.

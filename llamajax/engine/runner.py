@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float32
 
 from llamajax.engine import steps
-from llamajax.engine.steps import Drawn, Requests, Slots
+from llamajax.engine.steps import MAX_STOP_IDS, Drawn, Requests, Rows, Slots
 from llamajax.errors import CapacityError, CheckpointError, RequestError
-from llamajax.model.cache import Cache, empty_cache
+from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
 from llamajax.sampling import Sampling
 from llamajax.types import Request, Token, TokenLogprobs, is_integer
@@ -22,13 +22,22 @@ from llamajax.types import Request, Token, TokenLogprobs, is_integer
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
 CHUNKS = (32, 128, 512)
-# In a shorter cache XLA's CPU compiler adds up a softmax in another order, so that a request's last bits would
-# depend on how long the cache has grown; from 512 on they were the same for every length, with eight heads or more
-# (512 to 4096 compared).
-MIN_CACHE_LEN = 512
+MIN_CACHE_LEN = 128
 # An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
 RESERVED_LEN = 512
-MAX_STOP_IDS = 16
+
+
+def chunk_lens(num_tokens: int) -> list[int]:
+    """The chunks in which so many tokens are read; the last one is padded.
+
+    A longer chunk is taken when three shorter ones do not suffice. The number of tokens alone decides, so that a
+    prompt is computed in the same way whoever reads it.
+    """
+    lens: list[int] = []
+    while num_tokens > 0:
+        lens.append(next((c for c in CHUNKS if num_tokens <= 3 * c), CHUNKS[-1]))
+        num_tokens -= lens[-1]
+    return lens
 
 
 class Runner:
@@ -52,8 +61,8 @@ class Runner:
         self.device = device
         self.cached_ids: list[int] = []
         self.current: Request | None = None
-        self._weights = jax.device_put(model.weights(), device)
-        self._cache_dtype = cache_dtype
+        self.weights = jax.device_put(model.weights(), device)
+        self.cache_dtype = cache_dtype
         self._cache: Cache = ()
         self._slots: Slots
         self._requests: Requests
@@ -89,18 +98,18 @@ class Runner:
         self.check(request)
         ids = list(request.token_ids)
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - len(ids))
-        self._requests = self._device_requests(request)
+        self._requests = self.device_requests([request])
         self._num_logprobs = request.sampling.logprobs
 
         # The last token is read in any case: its logits are not kept.
         reused = _common_prefix(self.cached_ids, ids[:-1]) if request.reuse_cache else 0
         self.cached_ids = ids[:reused]
-        self.reserve(len(ids) + min(max_new_tokens, RESERVED_LEN))
+        chunks = chunk_lens(len(ids) - reused)
+        self.reserve(max(len(ids) + min(max_new_tokens, RESERVED_LEN), reused + sum(chunks)))
         self._drawn_len = len(ids)
         self.current = request
         end = reused
-        while end < len(ids):
-            chunk_len = self._chunk_len(len(ids) - end)
+        for chunk_len in chunks:
             # A chunk that would pass the end of the cache begins earlier, and writes again what is there.
             start = min(end, self.cache_len - chunk_len)
             end = min(start + chunk_len, len(ids))
@@ -113,7 +122,7 @@ class Runner:
         self._drawn_len += num_steps
         self.reserve(self._drawn_len)
         drawn, self._cache, self._slots = steps.decode(
-            self._weights,
+            self.weights,
             self._cache,
             self._slots,
             np.int32(num_steps),
@@ -129,14 +138,21 @@ class Runner:
 
         Raises CheckpointError if the model's scores are not numbers.
         """
-        ids = np.asarray(drawn.tokens)[0]
+        return self.tokens(jax.tree.map(np.asarray, drawn), 0, self._num_logprobs)
+
+    def tokens(self, drawn: Drawn, row: int, num_logprobs: int | None) -> list[Token]:
+        """A row's tokens, of a block that is on the host.
+
+        Raises CheckpointError if the model's scores are not numbers.
+        """
+        ids = drawn.tokens[row]
         ids = ids[ids >= 0].tolist()
         if self.config.vocab_size in ids:
             raise CheckpointError("the model's scores are not numbers (NaN): its weights are broken")
-        if drawn.logprobs is None:
+        if drawn.logprobs is None or num_logprobs is None:
             return [Token(id, None) for id in ids]
-        chosen, top, top_ids = (np.asarray(x)[0] for x in drawn.logprobs)
-        top, top_ids = top[:, : self._num_logprobs], top_ids[:, : self._num_logprobs]
+        chosen, top, top_ids = (x[row] for x in drawn.logprobs)
+        top, top_ids = top[:, :num_logprobs], top_ids[:, :num_logprobs]
         return [
             Token(id, TokenLogprobs(float(lp), tuple(zip(tops.tolist(), lps.tolist(), strict=True))))
             for id, lp, lps, tops in zip(ids, chosen, top, top_ids, strict=False)
@@ -144,21 +160,33 @@ class Runner:
 
     def reserve(self, num_positions: int) -> None:
         """Makes room in the cache for this many positions, keeping what it holds."""
-        needed = min(_power_of_two(num_positions, MIN_CACHE_LEN), -(-self.max_seq_len // MIN_CACHE_LEN) * MIN_CACHE_LEN)
+        needed = self.bucket(num_positions)
         if needed <= self.cache_len:
             return
         if self.cached_ids:
             self._cache = steps.grow(self._cache, length=needed)
         else:
-            layers = jax.eval_shape(lambda: empty_cache(self.config, needed, self._cache_dtype))
-            self._cache = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype, device=self.device), layers)
+            self._cache = self.empty_rows(1, needed).cache
+
+    def bucket(self, num_positions: int) -> int:
+        """The length of a cache with room for this many positions: a power of two, up to the context."""
+        return min(power_of_two(num_positions, MIN_CACHE_LEN), -(-self.max_seq_len // MIN_CACHE_LEN) * MIN_CACHE_LEN)
+
+    def empty_rows(self, num_rows: int, length: int) -> Rows:
+        """Idle rows on the device."""
+        with jax.default_device(self.device):
+            rows = steps.empty_rows(num_rows=num_rows, length=length, config=self.config, cache_dtype=self.cache_dtype)
+        # Bound to the device as what the steps return is: else each step would be compiled for both.
+        return jax.device_put(rows, self.device)
 
     def warm_up(self, num_positions: int = 1) -> None:
         """Compiles all programs for a cache of this length, so that no request waits for them. Empties the cache."""
         self.cached_ids = []
         self.reserve(min(num_positions, self.max_seq_len))
         for chunk_len in CHUNKS:
-            self.read(self.prefill(Request([0] * min(chunk_len, self.cache_len - 1, self.max_seq_len - 1), 1))[0])
+            if chunk_len <= self.cache_len:
+                length = min(chunk_len, self.cache_len - 1, self.max_seq_len - 1)
+                self.read(self.prefill(Request([0] * length, 1))[0])
         self.read(self.decode(1))
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
@@ -166,10 +194,10 @@ class Runner:
         self._check_ids(token_ids)
         if len(token_ids) > self.max_seq_len:
             raise CapacityError(f"{len(token_ids)} tokens are more than the context, {self.max_seq_len}")
-        length = _power_of_two(len(token_ids), CHUNKS[0])
+        length = power_of_two(len(token_ids), CHUNKS[0])
         padded = np.zeros(length, np.int32)
         padded[: len(token_ids)] = token_ids
-        scores = steps.logits(self._weights, padded, config=self.config, cache_dtype=self._cache_dtype)
+        scores = steps.logits(self.weights, padded, config=self.config, cache_dtype=self.cache_dtype)
         return np.asarray(scores)[: len(token_ids)]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
@@ -184,7 +212,7 @@ class Runner:
         chunk = np.zeros((1, chunk_len), np.int32)
         chunk[0, : end - start] = ids[start:end]
         drawn, self._cache, self._slots = steps.prefill(
-            self._weights,
+            self.weights,
             self._cache,
             chunk,
             np.array([start], np.int32),
@@ -196,21 +224,21 @@ class Runner:
         )
         return drawn
 
-    def _chunk_len(self, remaining: int) -> int:
-        return next((length for length in CHUNKS if length >= remaining), CHUNKS[-1])
-
-    def _device_requests(self, request: Request) -> Requests:
-        stop_ids = np.full((1, MAX_STOP_IDS), -1, np.int32)
-        stop_ids[0, : len(request.stop_ids)] = sorted(request.stop_ids)
-        prompt_mask = np.zeros((1, self.config.vocab_size), bool)
-        prompt_mask[0, list(request.token_ids)] = True
-        requests = Requests(Sampling.of([request.sampling]), jnp.asarray(stop_ids), jnp.asarray(prompt_mask))
-        return jax.device_put(requests, self.device)
+    def device_requests(self, requests: Sequence[Request]) -> Requests:
+        """What rows are asked for, on the device."""
+        stop_ids = np.full((len(requests), MAX_STOP_IDS), -1, np.int32)
+        prompt_mask = np.zeros((len(requests), self.config.vocab_size), bool)
+        for row, request in enumerate(requests):
+            stop_ids[row, : len(request.stop_ids)] = sorted(request.stop_ids)
+            prompt_mask[row, list(request.token_ids)] = True
+        sampling = Sampling.of([request.sampling for request in requests])
+        return jax.device_put(Requests(sampling, jnp.asarray(stop_ids), jnp.asarray(prompt_mask)), self.device)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _power_of_two(number: int, at_least: int) -> int:
+def power_of_two(number: int, at_least: int = 1) -> int:
+    """The smallest power of two that is not below either."""
     return max(at_least, 1 << (number - 1).bit_length())

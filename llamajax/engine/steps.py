@@ -4,9 +4,11 @@ A model enters as its configuration (static) and a list of weights: flattening a
 milliseconds. The KV cache and the slots are donated, so that they are written in place.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from functools import cache as once
+from functools import partial, wraps
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,38 @@ from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs
+from llamajax.types import SamplingParams
 
 # Tokens that one decode call returns at most.
 BLOCK_LEN = 16
+MAX_STOP_IDS = 16
+
+
+# XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
+# a row's last bits would depend on its neighbours and on the cache's length. With it for products only, they do not.
+_SUMS_IN_ONE_ORDER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+@once
+def _compiler_options() -> dict[str, str]:
+    try:
+        jax.jit(lambda x: x, compiler_options=_SUMS_IN_ONE_ORDER).lower(0).compile()
+    except jax.errors.JaxRuntimeError:  # another version of XLA
+        return {}
+    return _SUMS_IN_ONE_ORDER
+
+
+def _jit(**settings: Any) -> Callable[[Callable], Callable]:
+    """`jax.jit` with the compiler's options, which are looked up at the first call: it takes a backend."""
+
+    def decorate(step: Callable) -> Callable:
+        @once
+        def jitted() -> Callable:
+            return jax.jit(step, compiler_options=_compiler_options(), **settings)
+
+        return wraps(step)(lambda *args, **kwargs: jitted()(*args, **kwargs))
+
+    return decorate
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +82,15 @@ class Drawn(NamedTuple):
     logprobs: TopLogprobs | None  # each with N after B
 
 
-@partial(jax.jit, static_argnames=("config", "with_logprobs"), donate_argnames=("cache",))
+class Rows(NamedTuple):
+    """All that B sequences are, on the device."""
+
+    cache: Cache  # each with B before K
+    slots: Slots
+    requests: Requests
+
+
+@_jit(static_argnames=("config", "with_logprobs"), donate_argnames=("cache",))
 def prefill(
     weights: list[Weight],
     cache: Cache,
@@ -84,7 +123,7 @@ def prefill(
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
-@partial(jax.jit, static_argnames=("config", "with_logprobs"), donate_argnames=("cache", "slots"))
+@_jit(static_argnames=("config", "with_logprobs"), donate_argnames=("cache", "slots"))
 def decode(
     weights: list[Weight],
     cache: Cache,
@@ -121,7 +160,7 @@ def decode(
     return block, _leave(cache), slots
 
 
-@partial(jax.jit, static_argnames=("config", "cache_dtype"))
+@_jit(static_argnames=("config", "cache_dtype"))
 def logits(
     weights: list[Weight], token_ids: Int32[Array, "T"], *, config: LlamaConfig, cache_dtype: DTypeLike
 ) -> Float32[Array, "T V"]:
@@ -136,6 +175,45 @@ def logits(
 def grow(cache: Cache, *, length: int) -> Cache:
     """The same cache with room for `length` positions."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+
+
+@partial(jax.jit, static_argnames=("num_rows", "length", "config", "cache_dtype"))
+def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: DTypeLike) -> Rows:
+    """Idle rows with caches of `length` positions."""
+    B, V = num_rows, config.vocab_size
+    zeros = partial(jnp.zeros, (B,), jnp.int32)
+    cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), empty_cache(config, length, cache_dtype))
+    slots = Slots(zeros(), zeros(), zeros(), jnp.zeros((B, V), jnp.int32))
+    stop_ids, mask = jnp.full((B, MAX_STOP_IDS), -1, jnp.int32), jnp.zeros((B, V), bool)
+    return Rows(cache, slots, Requests(Sampling.of([SamplingParams(temperature=0)] * B), stop_ids, mask))
+
+
+@partial(jax.jit, donate_argnames=("rows",))
+def insert(rows: Rows, new: Rows, sources: Int32[Array, "P"], places: Int32[Array, "P"]) -> Rows:
+    """Puts new rows, whose caches may be shorter, into places, one after the other."""
+
+    def put(x: Array, new: Array) -> Array:
+        for p in range(new.shape[0]):
+            row = jax.lax.dynamic_slice_in_dim(new, sources[p], 1)
+            x = jax.lax.dynamic_update_slice(x, row, (places[p], *(0,) * (x.ndim - 1)))
+        return x
+
+    return jax.tree.map(put, rows, new)
+
+
+@partial(jax.jit, static_argnames=("length",))
+def resize(rows: Rows, keep: Int32[Array, "B"], *, length: int) -> Rows:
+    """The rows `keep`, or an idle one for -1, with caches of `length` positions, longer or shorter."""
+    cache = jax.tree.map(lambda x: x[keep, :, :length], rows.cache)
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+    slots, requests = jax.tree.map(lambda x: x[keep], (rows.slots, rows.requests))
+    return Rows(cache, replace(slots, left=jnp.where(keep < 0, 0, slots.left)), requests)
+
+
+@partial(jax.jit, donate_argnames=("left",))
+def stop(left: Int32[Array, "B"], row: Int32[Array, ""]) -> Int32[Array, "B"]:
+    """What rows have left to draw, with nothing for one of them."""
+    return left.at[row].set(0)
 
 
 # One slot is no batch: with a batch axis of one, XLA's CPU compiler makes two of each cache, one to attend to and

@@ -19,7 +19,7 @@ from llamajax.llm import LLM, load
 from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight
-from llamajax.ops.linear import MANY_ROWS
+from llamajax.ops.linear import MANY_TOKENS
 from llamajax.types import DType
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
@@ -97,8 +97,8 @@ def in_chunks(model: Llama, ids: list[int], rows: int) -> np.ndarray:
     ("dtype", "rows", "part", "tolerance"),
     [
         ("auto", WINDOW, 2, 0.005),
-        ("auto", MANY_ROWS // 2, 5, 0.005),
-        ("int8", MANY_ROWS // 2, 5, 0.01),
+        ("auto", MANY_TOKENS // 2, 5, 0.005),
+        ("int8", MANY_TOKENS // 2, 5, 0.01),
     ],
 )
 def test_smaller_weights_are_as_good(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamajax import ops
-from llamajax.ops.linear import MANY_ROWS
+from llamajax.ops.linear import MANY_TOKENS
 
 from .. import tiny_model
 
@@ -50,7 +50,7 @@ def test_int8(weight: np.ndarray, rows: int) -> None:
     x, quantized = inputs(rows), ops.quantize_int8(jnp.asarray(weight))
     kept = np.asarray(quantized.values, float) * np.asarray(quantized.scale, float)[:, None]
     error = np.abs(jax.jit(ops.linear)(x, quantized) - x.astype(float) @ kept.T)
-    if rows < MANY_ROWS and ON_CPU:
+    if rows < MANY_TOKENS and ON_CPU:
         # Activations in two bytes, precise to 1 / (127 * 254 * 2) of the row's largest.
         bound = np.abs(x).max(axis=1, keepdims=True) * np.abs(kept).sum(axis=1) / (127 * 254 * 2)
     else:
@@ -60,7 +60,7 @@ def test_int8(weight: np.ndarray, rows: int) -> None:
 
 @pytest.mark.skipif(not ON_CPU, reason="elsewhere activations are bf16 at any number of rows")
 def test_int8_rows_do_not_depend_on_their_neighbours(weight: np.ndarray) -> None:
-    x, quantized = inputs(MANY_ROWS - 1), ops.quantize_int8(jnp.asarray(weight))
+    x, quantized = inputs(MANY_TOKENS - 1), ops.quantize_int8(jnp.asarray(weight))
     linear = jax.jit(ops.linear)
     together = np.asarray(linear(x, quantized))
     batched = np.asarray(jax.jit(jax.vmap(ops.linear, in_axes=(0, None)))(x[:, None], quantized))

@@ -1,0 +1,227 @@
+"""Tokens to an answer: its text, where a stop string ends it, and how it is handed to whoever asked."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from threading import Condition
+from typing import Self
+
+from llamajax.engine.sequential import Sequential
+from llamajax.tokenizers.stream import StopStrings, StreamDecoder
+from llamajax.types import Completion, FinishReason, Request, Timings, Token
+
+
+class Answer:
+    """What there is of an answer so far.
+
+    Attributes:
+      request: what was asked.
+      stopped: a stop string ended the text.
+      cached_tokens: how many of the prompt's tokens the KV cache already held.
+    """
+
+    def __init__(self, request: Request, decoder: StreamDecoder, stops: StopStrings) -> None:
+        self.request = request
+        self.cached_tokens = 0
+        self._decoder = decoder
+        self._stops = stops
+        self._drawn: list[Token] = []
+        self._times: list[float] = []
+        self._text: list[str] = []
+        self._finish_reason: FinishReason = "cancelled"
+        self._began = time.perf_counter()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.matched
+
+    def push(self, token: Token) -> str:
+        """Adds a token. Returns the text that is certain now."""
+        self._times.append(time.perf_counter() - self._began)
+        self._drawn.append(token)
+        return self._add(self._stops.push(self._decoder.push(token.id)))
+
+    def finish(self, reason: FinishReason) -> str:
+        """Ends the answer. Returns the rest of the text."""
+        rest = self._add(self._stops.push(self._decoder.flush()) + self._stops.flush())
+        self._finish_reason = "stop" if self.stopped else reason
+        return rest
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far; "cancelled" until it has ended in another way."""
+        first, last = (self._times[0], self._times[-1]) if self._times else (0.0, 0.0)
+        return Completion(
+            text="".join(self._text),
+            token_ids=tuple(token.id for token in self._drawn),
+            finish_reason=self._finish_reason,
+            prompt_tokens=len(self.request.token_ids),
+            cached_tokens=self.cached_tokens,
+            timings=Timings(first, last - first, tuple(self._times)),
+            logprobs=None
+            if self.request.sampling.logprobs is None
+            else tuple(token.logprobs for token in self._drawn if token.logprobs is not None),
+        )
+
+    def _add(self, text: str) -> str:
+        if text:
+            self._text.append(text)
+        return text
+
+
+class Stream(Iterator[str]):
+    """An answer's text, piece by piece, computed as it is read."""
+
+    def __init__(self, tokens: Sequential, answer: Answer) -> None:
+        self._tokens = tokens
+        self._answer = answer
+        self._cancelled = False
+        self._pieces = self._run()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def cancel(self) -> None:
+        """Ends the answer before its next token. May be called from anywhere, a signal handler too."""
+        self._cancelled = True
+
+    def finish(self) -> Completion:
+        """The whole answer, once it is there."""
+        for _ in self:
+            pass
+        return self.completion
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far; "cancelled" until it has ended in another way."""
+        return self._answer.completion
+
+    def _run(self) -> Iterator[str]:
+        for token in self._tokens:
+            self._answer.cached_tokens = self._tokens.cached_tokens
+            if self._cancelled:
+                break
+            if piece := self._answer.push(token):
+                yield piece
+            if self._answer.stopped:
+                break
+        ended: FinishReason = "stop" if self._tokens.stopped else "cancelled" if self._cancelled else "length"
+        if rest := self._answer.finish(ended):
+            yield rest
+
+
+class ServedStream(Iterator[str]):
+    """An answer's text, piece by piece, computed by a server whether it is read or not.
+
+    An iterator of text, and an async one. One that nobody holds any more is cancelled.
+    """
+
+    def __init__(self, inbox: "Inbox", cancel: Callable[[], None]) -> None:
+        self._inbox = inbox
+        self._cancel = cancel
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        """Waits for the next piece. Raises what went wrong with the request, if anything did."""
+        piece = self._inbox.get()
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            piece = await self._inbox.get_async()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def __del__(self) -> None:
+        self._cancel()
+
+    def cancel(self) -> None:
+        """Ends the answer within a block. May be called from any thread."""
+        self._cancel()
+
+    def finish(self) -> Completion:
+        """The whole answer, once it is there. Raises what went wrong with the request, if anything did."""
+        for _ in self:
+            pass
+        return self.completion
+
+    async def finish_async(self) -> Completion:
+        """As `finish`, without blocking the event loop."""
+        async for _ in self:
+            pass
+        return self.completion
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far; "cancelled" until it has ended in another way."""
+        return self._inbox.answer.completion
+
+
+class Inbox:
+    """A listener that keeps an answer's text until it is fetched, from another thread or an event loop."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self._pieces: deque[str] = deque()
+        self._ended = False
+        self._error: Exception | None = None
+        self._changed = Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def token(self, token: Token) -> bool:
+        self._put(self.answer.push(token))
+        return not self.answer.stopped
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        rest = self.answer.finish(reason)
+        self._error, self._ended = error, True
+        self._put(rest)
+
+    def get(self) -> str | None:
+        """Waits for a piece; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pieces or self._ended)
+            return self._pop()
+
+    async def get_async(self) -> str | None:
+        """As `get`, without blocking the event loop."""
+        while True:
+            with self._changed:
+                if self._pieces or self._ended:
+                    return self._pop()
+                event = asyncio.Event()
+                self._waiter = asyncio.get_running_loop(), event
+            await event.wait()
+
+    def _pop(self) -> str | None:
+        if self._pieces:
+            return self._pieces.popleft()
+        if self._error:
+            raise self._error
+        return None
+
+    def _put(self, piece: str) -> None:
+        with self._changed:
+            if piece:
+                self._pieces.append(piece)
+            self._changed.notify_all()
+            waiter, self._waiter = self._waiter, None
+        if waiter:
+            with suppress(RuntimeError):  # its event loop was closed
+                waiter[0].call_soon_threadsafe(waiter[1].set)

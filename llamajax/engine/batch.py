@@ -1,0 +1,218 @@
+"""Many sequences on a device: prompts that are read in groups, and rows that are decoded together.
+
+Knows rows and cache lengths, both of few sizes, so that programs are few. Knows nothing of queues or of whose rows
+they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from llamajax.engine import steps
+from llamajax.engine.runner import CHUNKS, Runner, chunk_lens, power_of_two
+from llamajax.engine.steps import Drawn, Rows
+from llamajax.types import Request, SamplingParams
+
+# Prompts are read alone, or so many at once.
+GROUP_LEN = 4
+# On a CPU a product with one row takes as long as one with two, or adds up in another order.
+MIN_ROWS = 2
+
+
+class Prompts:
+    """A group of prompts of one plan that is being read.
+
+    Attributes:
+      rows: what was read of them, on the device.
+      left: how many chunks are still to be read.
+    """
+
+    def __init__(self, requests: Sequence[Request], limits: Sequence[int], rows: Rows) -> None:
+        self.rows = rows
+        self._requests = requests
+        self._limits = np.array(limits, np.int32)
+        self._chunks = chunk_lens(len(requests[0].token_ids))
+        self.left = len(self._chunks)
+
+    def next_chunk(self) -> tuple[Int32[np.ndarray, "P T"], int, Int32[np.ndarray, "P"], Int32[np.ndarray, "P"]]:
+        """Token ids, where they stand, how many they are, and how many tokens to draw after them."""
+        number = len(self._chunks) - self.left
+        start, size = sum(self._chunks[:number]), self._chunks[number]
+        token_ids = np.zeros((len(self._requests), size), np.int32)
+        length = np.zeros(len(self._requests), np.int32)
+        for row, request in enumerate(self._requests):
+            chunk = request.token_ids[start : start + size]
+            token_ids[row, : len(chunk)], length[row] = chunk, len(chunk)
+        self.left -= 1
+        return token_ids, start, length, np.where(self.left == 0, self._limits, 0)
+
+
+class Batch:
+    """Rows on a device, decoded together; one that has nothing left to draw is idle."""
+
+    def __init__(self, runner: Runner, max_rows: int) -> None:
+        self._runner = runner
+        self._max_rows = power_of_two(max_rows)
+        self._min_rows = min(MIN_ROWS, self._max_rows)
+        self._rows: Rows | None = None
+        self._spare: dict[int, Rows] = {}  # of prompts that were read, by how many they are
+
+    @property
+    def num_rows(self) -> int:
+        """A power of two; 0 before the first."""
+        return len(self._rows.slots.left) if self._rows else 0
+
+    @property
+    def length(self) -> int:
+        """Positions that each row has room for."""
+        return _length(self._rows) if self._rows else 0
+
+    def prompts(self, requests: Sequence[Request], limits: Sequence[int]) -> Prompts:
+        """A group of at most GROUP_LEN prompts to read, with how many tokens each may draw.
+
+        Their lengths must ask for the same chunks. A group that is neither one nor full repeats its first prompt.
+        """
+        missing = 0 if len(requests) == 1 else GROUP_LEN - len(requests)
+        requests, limits = [*requests, *[requests[0]] * missing], [*limits, *[limits[0]] * missing]
+        length = self._runner.bucket(sum(chunk_lens(len(requests[0].token_ids))))
+        rows = self._spare.pop(len(requests), None)
+        if rows is None or _length(rows) != length:
+            rows = self._runner.empty_rows(len(requests), length)
+        return Prompts(requests, limits, rows._replace(requests=self._runner.device_requests(requests)))
+
+    def read(self, prompts: Prompts, with_logprobs: bool) -> Drawn:
+        """Reads the next chunk of each prompt; what it draws after the last one are the first tokens."""
+        token_ids, start, length, limits = prompts.next_chunk()
+        return self._read(prompts, token_ids, np.full_like(length, start), length, limits, with_logprobs)
+
+    def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
+        """Puts these of the prompts, which were read, into the rows `at`."""
+        assert self._rows is not None and _length(prompts.rows) <= self.length
+        missing = len(prompts.rows.slots.left) - len(at)
+        sources, places = ([*x, *[x[0]] * missing] for x in (which, at))
+        self._rows = steps.insert(self._rows, prompts.rows, np.array(sources, np.int32), np.array(places, np.int32))
+        self._spare[len(places)] = prompts.rows
+
+    def decode(self, num_steps: int, with_logprobs: bool) -> Drawn:
+        """Draws up to `num_steps` tokens for each row that has any left. Returns at once: the device works on."""
+        assert self._rows is not None
+        drawn, cache, slots = steps.decode(
+            self._runner.weights,
+            self._rows.cache,
+            self._rows.slots,
+            np.int32(num_steps),
+            self._rows.requests,
+            config=self._runner.config,
+            with_logprobs=with_logprobs,
+        )
+        self._rows = Rows(cache, slots, self._rows.requests)
+        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        return drawn
+
+    def stop(self, row: int) -> None:
+        """Lets a row draw no more."""
+        assert self._rows is not None
+        left = steps.stop(self._rows.slots.left, np.int32(row))
+        self._rows = self._rows._replace(slots=replace(self._rows.slots, left=left))
+
+    def fitting(self, num_rows: int, num_positions: int) -> tuple[int, int]:
+        """The rows and the length that the batch should have for so many sequences of so many positions.
+
+        It shrinks when a quarter would do: what comes and goes at once must not copy caches back and forth.
+        """
+        wanted = max(power_of_two(num_rows), self._min_rows), self._runner.bucket(num_positions)
+        rows, length = (
+            new if new > old or new <= old // 4 else old
+            for new, old in zip(wanted, (self.num_rows, self.length), strict=True)
+        )
+        return rows, length
+
+    def start(self, num_rows: int, length: int) -> None:
+        """Idle rows in place of those there are."""
+        self._rows = self._runner.empty_rows(num_rows, length)
+
+    def take(self, keep: Sequence[int]) -> None:
+        """Keeps these rows in this order (-1: an idle one): half as many as there are, or twice as many."""
+        self._resize(keep, self.length)
+
+    def approach(self, length: int) -> None:
+        """Gives the rows the next longer or shorter length on the way to this one."""
+        longer = length > self.length
+        nearest = self._runner.bucket(self.length + 1) if longer else power_of_two(self.length) // 2
+        self._resize(range(self.num_rows), nearest)
+
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self._rows = None
+        self._spare.clear()
+
+    def warm_up(self, num_positions: int) -> None:
+        """Compiles all programs for rows of up to this many positions, but those with log-probabilities."""
+        lengths = [self._runner.bucket(1)]
+        while lengths[-1] < self._runner.bucket(num_positions):
+            lengths.append(self._runner.bucket(lengths[-1] + 1))
+        groups = []
+        for length in lengths:
+            for number in {1, min(GROUP_LEN, self._max_rows)}:
+                requests = [Request([0], 1, SamplingParams(temperature=0))] * number
+                rows = self._runner.empty_rows(number, length)
+                groups.append(
+                    Prompts(requests, [1] * number, rows._replace(requests=self._runner.device_requests(requests)))
+                )
+                start, one = np.zeros(number, np.int32), np.ones(number, np.int32)
+                for size in (size for size in CHUNKS if size <= length):
+                    self._read(groups[-1], np.zeros((number, size), np.int32), start, one, one, with_logprobs=False)
+        num_rows = self._min_rows
+        while num_rows <= self._max_rows:
+            idle = [-1] * num_rows
+            for length in lengths:
+                self.start(num_rows, length)
+                for prompts in groups:
+                    if _length(prompts.rows) <= length and len(prompts.rows.slots.left) <= num_rows:
+                        self.insert(prompts, [0], [0])
+                self.decode(1, with_logprobs=False)
+                self.stop(0)
+                if length < lengths[-1]:
+                    self.approach(lengths[-1])
+                    self.approach(length)
+                if num_rows < self._max_rows:
+                    self.take([*idle, *idle])
+                    self.take(idle)
+            num_rows *= 2
+        jax.block_until_ready(self._rows)
+        self.clear()
+
+    def _read(
+        self,
+        prompts: Prompts,
+        token_ids: Int32[np.ndarray, "P T"],
+        start: Int32[np.ndarray, "P"],
+        length: Int32[np.ndarray, "P"],
+        limits: Int32[np.ndarray, "P"],
+        with_logprobs: bool,
+    ) -> Drawn:
+        drawn, cache, slots = steps.prefill(
+            self._runner.weights,
+            prompts.rows.cache,
+            token_ids,
+            start,
+            length,
+            limits,
+            prompts.rows.requests,
+            config=self._runner.config,
+            with_logprobs=with_logprobs,
+        )
+        prompts.rows = Rows(cache, slots, prompts.rows.requests)
+        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        return drawn
+
+    def _resize(self, keep: Sequence[int], length: int) -> None:
+        assert self._rows is not None
+        self._rows = steps.resize(self._rows, np.array(keep, np.int32), length=length)
+
+
+def _length(rows: Rows) -> int:
+    return rows.cache[0].key.shape[2]

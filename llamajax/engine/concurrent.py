@@ -1,0 +1,70 @@
+"""The concurrent strategy: requests come from any thread at any time, and share the engine token by token."""
+
+from threading import Condition, Thread
+from typing import Self
+
+from llamajax.engine.engine import Engine
+from llamajax.engine.scheduler import Job
+from llamajax.errors import CapacityError, RequestError
+
+
+class Concurrent:
+    """An engine in a thread of its own. A context manager: leaving it cancels what is not finished."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: list[Job] = []
+        self._closed = False
+        self._changed = Condition()
+        self._thread = Thread(target=self._run, name="llamajax engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def submit(self, job: Job, *, wait: bool = False) -> None:
+        """Hands a job to the engine.
+
+        Args:
+          job: a new one, of this engine.
+          wait: for room in the queue, if it is full.
+
+        Raises CapacityError if the queue is full, RequestError if the engine is closed.
+        """
+        scheduler = self._engine.scheduler
+        with self._changed:
+            full = lambda: len(self._inbox) + scheduler.num_waiting >= scheduler.max_waiting  # noqa: E731
+            if wait:
+                self._changed.wait_for(lambda: self._closed or not full())
+            if self._closed:
+                raise RequestError("the server is closed")
+            if full():
+                raise CapacityError(f"{scheduler.max_waiting} requests wait already: try again later")
+            self._inbox.append(job)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Cancels what is not finished, and waits until the engine has stopped. May be called again."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        busy = False
+        while True:
+            with self._changed:
+                if not busy:
+                    self._changed.wait_for(lambda: self._inbox or self._closed)
+                for job in self._inbox:
+                    self._engine.scheduler.submit(job)
+                self._inbox.clear()
+                if self._closed:
+                    break
+            busy = self._engine.step()
+            with self._changed:
+                self._changed.notify_all()  # there may be room in the queue
+        self._engine.abort()

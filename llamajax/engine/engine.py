@@ -1,0 +1,182 @@
+"""The slot engine: many requests at once on one device, block by block.
+
+Each step ends the requests that nobody waits for, reads a chunk of the prompts that are next, lets the device decode
+a block for all that run, and meanwhile delivers the block before it. Knows token ids; knows nothing of text or
+threads.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from llamajax.engine.batch import GROUP_LEN, Batch, Prompts
+from llamajax.engine.runner import Runner, chunk_lens
+from llamajax.engine.scheduler import Job, Listener, Scheduler
+from llamajax.engine.steps import BLOCK_LEN, Drawn
+from llamajax.errors import RequestError
+from llamajax.types import FinishReason, Request
+
+# A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
+BLOCK_SECONDS = 0.1
+# While prompts wait or are read, so that they need not wait for long.
+SHORT_BLOCK_LEN = 4
+
+
+class Engine:
+    """Runs up to `num_slots` requests at once, and lets `max_waiting` more wait.
+
+    Attributes:
+      scheduler: who waits and who runs.
+    """
+
+    def __init__(self, runner: Runner, *, num_slots: int, max_waiting: int = 1024) -> None:
+        if num_slots < 1 or max_waiting < 1:
+            raise RequestError(f"slots and max_waiting must be at least 1, not {num_slots} and {max_waiting}")
+        self.scheduler = Scheduler(num_slots, max_waiting)
+        self._runner = runner
+        self._batch = Batch(runner, num_slots)
+        self._prompts: Prompts | None = None
+        self._group: list[Job] = []  # whose prompts they are
+        # Blocks that the device works on, with the job of each row.
+        self._pending: deque[tuple[Drawn, dict[int, Job]]] = deque()
+        self._step_seconds = 0.0
+        self._delivered = 0.0
+
+    def job(self, request: Request, listener: Listener, deadline: float | None = None) -> Job:
+        """A request made ready to be submitted.
+
+        Raises CapacityError if the prompt leaves no room for an answer, RequestError for what is invalid.
+        """
+        self._runner.check(request)
+        length = len(request.token_ids)
+        limit = min(request.max_new_tokens, self._runner.max_seq_len - length)
+        return Job(request, listener, tuple(chunk_lens(length)), limit, deadline)
+
+    def step(self) -> bool:
+        """One round. False if there is nothing left to do.
+
+        What goes wrong with one request ends that one; what goes wrong on the device ends all there are.
+        """
+        try:
+            for job in self.scheduler:
+                if reason := job.given_up:
+                    self._end(job, reason)
+            self._read_prompts()
+            dispatched = self._decode()
+            while len(self._pending) > dispatched:
+                self._deliver(*self._pending.popleft())
+        except Exception as error:
+            self.abort(error)
+        return bool(self._pending) or self.scheduler.num_jobs > 0
+
+    def abort(self, error: Exception | None = None) -> None:
+        """Ends all requests and forgets what is on the device."""
+        self._batch.clear()
+        self._prompts = None
+        self._pending.clear()
+        for job in self.scheduler:
+            self.scheduler.end(job, "cancelled", error)
+        self.scheduler.rows = []
+
+    def warm_up(self, max_len: int) -> None:
+        """Compiles all programs for requests of up to this many tokens in all, but those with log-probabilities.
+
+        There must be no requests.
+        """
+        assert self.scheduler.num_jobs == 0
+        self._batch.warm_up(max_len)
+        self.scheduler.rows = []
+
+    def _read_prompts(self) -> None:
+        """A chunk of the group that is being read, or of the next one. Those that are read begin to run."""
+        scheduler = self.scheduler
+        if not scheduler.reading:  # or all that were being read were given up
+            self._prompts = None
+            self._group = list(scheduler.admit(GROUP_LEN))
+            if not self._group:
+                return
+            requests, limits = zip(*((job.request, job.limit) for job in self._group), strict=True)
+            self._prompts = self._batch.prompts(requests, limits)
+        assert self._prompts is not None
+        drawn = self._batch.read(self._prompts, _want_logprobs(self._group))
+        if self._prompts.left:
+            return
+        for job in scheduler.reading:
+            job.position, job.left = len(job.request.token_ids), job.limit - 1
+        self._fit(len(scheduler.reading), max(sum(job.plan) for job in scheduler.reading))
+        owners = {i: job for i, job in enumerate(self._group) if job.state == "reading"}
+        self._batch.insert(self._prompts, list(owners), scheduler.place())
+        self._pending.append((drawn, owners))
+        self._prompts = None
+
+    def _decode(self) -> bool:
+        """Dispatches a block, unless nothing is left to draw."""
+        running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
+        if not running:
+            return False
+        num_steps = self._block_len(max(job.left for job in running.values()))
+        self._fit(0, max(job.position + min(num_steps, job.left) for job in running.values()))
+        # The rows may have moved.
+        running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
+        self._pending.append((self._batch.decode(num_steps, _want_logprobs(running.values())), running))
+        for job in running.values():
+            job.position += min(num_steps, job.left)
+            job.left -= min(num_steps, job.left)
+        return True
+
+    def _block_len(self, left: int) -> int:
+        waits = self.scheduler.num_waiting > 0 or self.scheduler.reading
+        longest = min(SHORT_BLOCK_LEN if waits else BLOCK_LEN, left)
+        return max(1, min(longest, int(BLOCK_SECONDS / max(self._step_seconds, 1e-6))))
+
+    def _deliver(self, drawn: Drawn, owners: dict[int, Job]) -> None:
+        """Waits for a block, and hands its tokens to those they are for."""
+        block = jax.tree.map(np.asarray, drawn)
+        now = time.monotonic()
+        num_steps = int((block.tokens >= 0).any(axis=0).sum())
+        if num_steps and self._pending:
+            self._step_seconds = (now - self._delivered) / num_steps
+        self._delivered = now
+        for row, job in owners.items():
+            if job.state == "ended":
+                continue
+            try:
+                self._hand_over(job, block, row)
+            except Exception as error:
+                self._end(job, "cancelled", error)
+
+    def _hand_over(self, job: Job, block: Drawn, row: int) -> None:
+        for token in self._runner.tokens(block, row, job.request.sampling.logprobs):
+            if token.id in job.request.stop_ids:
+                self._end(job, "stop")
+                return
+            job.drawn += 1
+            wanted = job.listener.token(token)
+            if not wanted or job.drawn == job.limit:
+                self._end(job, "length" if wanted else "stop")
+                return
+
+    def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> None:
+        row = self.scheduler.end(job, reason, error)
+        if row is not None and job.left > 0:
+            self._batch.stop(row)
+
+    def _fit(self, more: int, num_positions: int) -> None:
+        """Gives the batch the size for what runs, and for as many more rows of so many positions."""
+        scheduler, batch = self.scheduler, self._batch
+        jobs = scheduler.running
+        num_rows, length = batch.fitting(len(jobs) + more, max([num_positions, *(job.position for job in jobs)]))
+        if batch.num_rows == 0:
+            batch.start(num_rows, length)
+            scheduler.resize(num_rows)
+        while batch.length != length:
+            batch.approach(length)
+        while batch.num_rows != num_rows:
+            batch.take(scheduler.resize(batch.num_rows * 2 if num_rows > batch.num_rows else batch.num_rows // 2))
+
+
+def _want_logprobs(jobs: Iterable[Job]) -> bool:
+    return any(job.request.sampling.logprobs is not None for job in jobs)

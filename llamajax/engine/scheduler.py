@@ -1,0 +1,152 @@
+"""Who is next: a bounded queue, first come first served, and a limited number of slots. Plain Python, no jax."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from llamajax.errors import CapacityError
+from llamajax.types import FinishReason, Request, Token
+
+
+class Listener(Protocol):
+    """Who a request's tokens are for. Called by the engine, and must not block."""
+
+    def token(self, token: Token) -> bool:
+        """One more token. False: no more are wanted, since the answer has ended by its text."""
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        """The answer has ended; called exactly once."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through the engine.
+
+    Attributes:
+      plan: the chunks in which its prompt is read; prompts of one plan can be read together.
+      deadline: on the monotonic clock, in seconds; None is never.
+      limit: tokens that it may draw.
+      drawn: tokens that were delivered.
+      left: tokens that no block was dispatched for yet.
+      position: positions of the cache that the blocks dispatched so far may take.
+    """
+
+    request: Request
+    listener: Listener
+    plan: tuple[int, ...]
+    limit: int
+    deadline: float | None = None
+    cancelled: bool = False
+    state: Literal["new", "waiting", "reading", "running", "ended"] = "new"
+    drawn: int = 0
+    left: int = 0
+    position: int = 0
+
+    def cancel(self) -> None:
+        """Ends it at the next step. May be called from any thread."""
+        self.cancelled = True
+
+    @property
+    def given_up(self) -> FinishReason | None:
+        """Why nobody waits for it any more."""
+        if self.cancelled:
+            return "cancelled"
+        return "timeout" if self.deadline is not None and time.monotonic() >= self.deadline else None
+
+
+@dataclass
+class Scheduler:
+    """Jobs wait, are read in groups, run, and end.
+
+    Attributes:
+      num_slots: jobs that may be reading or running at once.
+      max_waiting: jobs that may wait.
+      rows: the running jobs by their row on the device; None where a row is free.
+      reading: the group whose prompts are being read.
+    """
+
+    num_slots: int
+    max_waiting: int
+    rows: list[Job | None] = field(default_factory=list)
+    reading: list[Job] = field(default_factory=list)
+    _waiting: deque[Job] = field(default_factory=deque)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_jobs(self) -> int:
+        """All that have not ended."""
+        return len(self._waiting) + len(self.reading) + len(self.running)
+
+    @property
+    def running(self) -> list[Job]:
+        return [job for job in self.rows if job is not None]
+
+    def __iter__(self) -> Iterator[Job]:
+        """All jobs that have not ended, oldest first in each state."""
+        return iter([*self.running, *self.reading, *self._waiting])
+
+    def submit(self, job: Job) -> None:
+        """Raises CapacityError if the queue is full."""
+        assert job.state == "new"
+        if len(self._waiting) >= self.max_waiting:
+            raise CapacityError(f"{self.max_waiting} requests wait already: try again later")
+        job.state = "waiting"
+        self._waiting.append(job)
+
+    def admit(self, limit: int) -> list[Job]:
+        """The next group to read: the first that wait, as long as their plan is the same and slots are free."""
+        assert not self.reading
+        room = min(limit, self.num_slots - len(self.running))
+        plan = self._waiting[0].plan if self._waiting else None
+        while self._waiting and len(self.reading) < room and self._waiting[0].plan == plan:
+            self.reading.append(self._waiting.popleft())
+            self.reading[-1].state = "reading"
+        return self.reading
+
+    def place(self) -> list[int]:
+        """Gives the jobs that were read rows that are free, of which there must be enough. Returns the rows."""
+        free = [row for row, job in enumerate(self.rows) if job is None][: len(self.reading)]
+        for row, job in zip(free, self.reading, strict=True):
+            self.rows[row], job.state = job, "running"
+        self.reading = []
+        return free
+
+    def resize(self, num_rows: int) -> list[int]:
+        """Adds free rows, or moves the running jobs to the first of fewer. Returns the row that each was, -1 if new."""
+        kept = [row for row, job in enumerate(self.rows) if job is not None or num_rows > len(self.rows)]
+        assert len(kept) <= num_rows
+        free = num_rows - len(kept)
+        self.rows = [*(self.rows[row] for row in kept), *[None] * free]
+        return kept + [-1] * free
+
+    def end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> int | None:
+        """Takes a job out, wherever it is, and tells its listener. Returns the row that it leaves."""
+        row = None
+        match job.state:
+            case "waiting":
+                self._waiting.remove(job)
+            case "reading":
+                self.reading.remove(job)
+            case "running":
+                row = self.rows.index(job)
+                self.rows[row] = None
+            case _:
+                raise AssertionError(f"a {job.state} job cannot end")
+        job.state = "ended"
+        job.listener.end(reason, error)
+        return row
+
+    def check(self) -> None:
+        """What always holds: no job in two places, no more than there are slots, states that tell the place."""
+        jobs = list(self)
+        assert len(jobs) == len(set(map(id, jobs)))
+        assert len(self.running) + len(self.reading) <= self.num_slots
+        assert len(self._waiting) <= self.max_waiting
+        assert {job.state for job in self.running} <= {"running"}
+        assert {job.state for job in self.reading} <= {"reading"}
+        assert {job.state for job in self._waiting} <= {"waiting"}
