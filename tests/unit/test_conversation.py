@@ -47,7 +47,8 @@ def test_a_turn_reads_only_what_is_new(llama: LLM) -> None:
     assert conversation.forgotten == 0
 
 
-def test_after_two_turns_nothing_compiles(llama: LLM) -> None:
+def test_once_it_is_warm_nothing_compiles(llama: LLM) -> None:
+    llama.warm_up(512)
     conversation = Conversation(llama)
     ask(conversation, "Name a colour.")
     ask(conversation, "Another one?", temperature=0.8)

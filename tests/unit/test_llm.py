@@ -33,7 +33,7 @@ def tell(llama: LLM, **options: Any) -> Completion:
 
 
 def test_a_warm_model_compiles_nothing(llama: LLM) -> None:
-    llama.warm_up(100)
+    llama.warm_up(200)
     with count_compilations() as compiled:
         llama.chat(FRANCE, max_new_tokens=4)
         llama.generate("word " * 150, max_new_tokens=4, temperature=0, top_k=5, stop="x")

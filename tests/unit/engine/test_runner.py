@@ -121,13 +121,15 @@ def test_decode_draws_no_more_than_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("max_seq_len", "num_positions", "cache_len"),
     [
-        (2048, 1, 512),
+        (2048, 1, 128),
+        (2048, 128, 128),
+        (2048, 129, 256),
         (2048, 512, 512),
         (2048, 513, 1024),
         (2048, 1025, 2048),
         (2048, 9999, 2048),
-        (1300, 1200, 1536),
-        (20, 20, 512),
+        (1300, 1200, 1408),
+        (20, 20, 128),
     ],
 )
 def test_the_cache_has_few_lengths(max_seq_len: int, num_positions: int, cache_len: int) -> None:
@@ -155,7 +157,7 @@ def test_reserve_keeps_what_the_cache_holds() -> None:
 def test_warm_up_of_a_short_context(max_seq_len: int) -> None:
     runner = tiny_runner(max_seq_len)
     runner.warm_up(1024)
-    assert runner.cache_len == 512
+    assert runner.cache_len == max(128, max_seq_len)
     assert len(list(Sequential(runner, Request([1], 1000, GREEDY)))) == max_seq_len - 1
 
 
