@@ -1,0 +1,39 @@
+"""The three strategies give the same tokens for the same requests: the default model, bit for bit."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from llamajax import load
+
+TEXTS = ("The history of", "In the beginning", "Q: What is 7 times 6?\nA:", "import numpy as", "Llamas are")
+
+
+def mixed_requests() -> list[tuple[Any, dict[str, Any]]]:
+    rng = random.Random(0)
+    requests: list[tuple[Any, dict[str, Any]]] = []
+    for number in range(30):
+        prompt: Any = " ".join(rng.choice(TEXTS) for _ in range(rng.choice((1, 2, 8, 30))))
+        if number % 3 == 0:
+            prompt = [{"role": "user", "content": prompt}]
+        options: dict[str, Any] = {"max_new_tokens": rng.randint(1, 40), "temperature": rng.choice((0, 0.7, 1.2))}
+        options |= rng.choice(({}, {"top_k": 40}, {"min_p": 0.05}, {"repetition_penalty": 1.2}))
+        requests.append((prompt, {**options, "seed": number, "ignore_eos": number % 2 == 0}))
+    return requests
+
+
+def test_the_strategies_agree(smollm2_gguf: Path) -> None:
+    llama = load(smollm2_gguf, max_seq_len=256)
+    requests = mixed_requests()
+    sequential = [llama.stream(prompt, **options).finish() for prompt, options in requests]
+    with llama.serve_requests(slots=8) as server:
+        concurrent = [stream.finish() for stream in [server.submit(prompt, **options) for prompt, options in requests]]
+    batched = dict(llama.stream_batch(requests, slots=8))
+    for number, alone in enumerate(sequential):
+        for other in (concurrent[number], batched[number]):
+            assert not isinstance(other, Exception)
+            assert (other.token_ids, other.text, other.finish_reason) == (
+                alone.token_ids,
+                alone.text,
+                alone.finish_reason,
+            )

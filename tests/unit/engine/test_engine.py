@@ -1,0 +1,280 @@
+"""The slot engine with a tiny model: the same tokens as alone, and nobody disturbs anybody."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from llamajax.engine.engine import Engine
+from llamajax.engine.runner import Runner
+from llamajax.engine.scheduler import Job
+from llamajax.engine.sequential import Sequential
+from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.types import FinishReason, Request, SamplingParams, Token
+
+from ... import tiny_model
+from ...tiny_model import count_compilations, random_ids, random_weights, tiny_runner
+
+strict_promotion = tiny_model.strict_promotion
+
+
+@dataclass
+class Collected:
+    """A listener that keeps what it is told; it may fail at a token, or want no more."""
+
+    fails_at: int | None = None
+    wants: int | None = None
+    tokens: list[Token] = field(default_factory=list)
+    ends: list[tuple[FinishReason, Exception | None]] = field(default_factory=list)
+
+    def token(self, token: Token) -> bool:
+        assert not self.ends
+        self.tokens.append(token)
+        if len(self.tokens) == self.fails_at:
+            raise ArithmeticError("a listener's own fault")
+        return len(self.tokens) != self.wants
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        self.ends.append((reason, error))
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    return tiny_runner(1024)
+
+
+@pytest.fixture(scope="module")
+def engine(runner: Runner) -> Engine:
+    engine = Engine(runner, num_slots=8, max_waiting=50)
+    engine.warm_up(256)
+    return engine
+
+
+KINDS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1, top_p=0.95, seed=3),
+    SamplingParams(temperature=0.7, top_k=9, min_p=0.02, repetition_penalty=1.2, presence_penalty=0.4, seed=4),
+]
+
+
+def request(number: int, *, logprobs: int | None = None) -> Request:
+    """One of many different ones."""
+    rng = np.random.default_rng(number)
+    sampling = KINDS[number % len(KINDS)]
+    if logprobs is not None:
+        sampling = SamplingParams(temperature=0, logprobs=logprobs)
+    length = int(rng.choice([1, 5, 31, 33, 97, 150, 190]))
+    return Request(random_ids(length, number), int(rng.integers(1, 60)), sampling, frozenset([11]))
+
+
+_alone: dict[int, list[Token]] = {}
+
+
+def alone(runner: Runner, number: int) -> list[Token]:
+    if number not in _alone:
+        _alone[number] = list(Sequential(runner, request(number)))
+    return _alone[number]
+
+
+def run(engine: Engine) -> Iterator[None]:
+    """Steps until nothing is left to do."""
+    while engine.step():
+        engine.scheduler.check()
+        yield
+    assert engine.scheduler.num_jobs == 0
+
+
+def submit(engine: Engine, request: Request, listener: Collected | None = None) -> tuple[Job, Collected]:
+    listener = listener or Collected()
+    job = engine.job(request, listener)
+    engine.scheduler.submit(job)
+    return job, listener
+
+
+def test_the_same_tokens_as_alone_and_nothing_compiles(engine: Engine, runner: Runner) -> None:
+    expected = [alone(runner, number) for number in range(40)]
+    arrivals = iter(range(40))
+    collected = []
+    with count_compilations() as compiled:
+        for number in itertools.islice(arrivals, 3):
+            collected.append(submit(engine, request(number))[1])
+        for _ in run(engine):
+            for number in itertools.islice(arrivals, 2):
+                collected.append(submit(engine, request(number))[1])
+    assert compiled == []
+    assert [c.tokens for c in collected] == expected
+    assert {c.ends[0] for c in collected} == {("length", None), ("stop", None)}
+
+
+def test_log_probabilities_are_those_of_a_request_alone(engine: Engine, runner: Runner) -> None:
+    plain = submit(engine, request(1))[1]
+    collected = [submit(engine, request(number, logprobs=number))[1] for number in range(3)]
+    list(run(engine))
+    assert plain.tokens == alone(runner, 1)
+    for number, c in enumerate(collected):
+        expected = list(Sequential(runner, request(number, logprobs=number)))
+        assert [token.id for token in c.tokens] == [token.id for token in expected]
+        for token, alone_token in zip(c.tokens, expected, strict=True):
+            # In float32 a product with one row adds up in another order than one with more.
+            assert token.logprobs and alone_token.logprobs
+            assert token.logprobs.logprob == pytest.approx(alone_token.logprobs.logprob, abs=1e-4)
+        assert all(token.logprobs is not None and len(token.logprobs.top) == number for token in c.tokens)
+
+
+def test_those_that_run_go_on_while_a_long_prompt_is_read(engine: Engine) -> None:
+    first = submit(engine, Request([1, 2], 500, SamplingParams(temperature=0)))[1]
+    while not first.tokens:
+        engine.step()
+    long, second = submit(engine, Request(random_ids(900), 2, SamplingParams(temperature=0)))
+    rounds = 0
+    while not second.tokens:
+        before = len(first.tokens)
+        engine.step()
+        rounds += 1
+        assert len(first.tokens) > before
+    assert rounds >= len(long.plan) > 1
+    list(run(engine))
+    assert len(first.tokens) == 500 and len(second.tokens) == 2
+
+
+def test_rows_and_length_follow_what_runs(engine: Engine) -> None:
+    batch = engine._batch
+    jobs = [submit(engine, Request([1 + i], 100 if i else 300, SamplingParams(temperature=0)))[0] for i in range(8)]
+    sizes = set()
+    for _ in run(engine):
+        sizes.add((batch.num_rows, batch.length))
+    assert all(job.state == "ended" for job in jobs)
+    assert max(sizes) == (8, 128) and (2, 512) in sizes  # seven short ones, then a long one alone
+    submit(engine, Request([1], 3))
+    list(run(engine))
+    assert (batch.num_rows, batch.length) == (2, 128)
+
+
+def test_a_cancelled_request_stops_within_a_block(engine: Engine, runner: Runner) -> None:
+    job, collected = submit(engine, Request([1], 400, SamplingParams(temperature=0)))
+    _, other = submit(engine, request(2))
+    while len(collected.tokens) < 5:
+        engine.step()
+    job.cancel()
+    tokens = len(collected.tokens)
+    engine.step()
+    assert collected.ends == [("cancelled", None)] and len(collected.tokens) == tokens
+    assert job not in engine.scheduler.running
+    assert engine._batch._rows is not None
+    assert sum(np.asarray(engine._batch._rows.slots.left) > 0) <= 1
+    list(run(engine))
+    assert other.tokens == alone(runner, 2)
+
+
+def test_a_deadline_ends_an_answer_wherever_it_is(engine: Engine) -> None:
+    collected = []
+    for _ in range(10):  # more than there are slots
+        collected.append(Collected())
+        engine.scheduler.submit(engine.job(Request([1], 1000), collected[-1], time.monotonic() + 0.05))
+    began = time.monotonic()
+    list(run(engine))
+    assert [c.ends for c in collected] == [[("timeout", None)]] * 10
+    assert time.monotonic() - began < 5
+    assert any(c.tokens for c in collected) and not all(c.tokens for c in collected)
+
+
+def test_a_listener_that_fails_ends_its_request_only(engine: Engine, runner: Runner) -> None:
+    bad = submit(engine, Request([1], 50, SamplingParams(temperature=0)), Collected(fails_at=3))[1]
+    enough = submit(engine, Request([1], 50, SamplingParams(temperature=0)), Collected(wants=4))[1]
+    good = submit(engine, request(5))[1]
+    list(run(engine))
+    assert len(bad.tokens) == 3 and isinstance(bad.ends[0][1], ArithmeticError)
+    assert len(enough.tokens) == 4 and enough.ends == [("stop", None)]
+    assert good.tokens == alone(runner, 5)
+
+
+def test_invalid_requests_are_refused(engine: Engine) -> None:
+    for bad, error in ((Request([], 1), RequestError), (Request([1] * 1024, 1), CapacityError)):
+        with pytest.raises(error):
+            engine.job(bad, Collected())
+    for _ in range(50):
+        submit(engine, Request([1], 1))
+    with pytest.raises(CapacityError, match="50 requests wait"):
+        submit(engine, Request([1], 1))
+    list(run(engine))
+    with pytest.raises(RequestError, match="at least 1, not 0 and 5"):
+        Engine(engine._runner, num_slots=0, max_waiting=5)
+
+
+def test_broken_weights_end_every_request_with_the_reason() -> None:
+    weights = random_weights()
+    weights["norm.weight"][3] = np.nan
+    engine = Engine(tiny_runner(512, weights=weights), num_slots=4)
+    collected = [submit(engine, request(number))[1] for number in range(6)]
+    list(run(engine))
+    for c in collected:
+        [(_, error)] = c.ends
+        assert isinstance(error, CheckpointError)
+
+
+def test_what_fails_on_the_device_ends_all_and_the_engine_goes_on(
+    engine: Engine, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected = [submit(engine, request(number))[1] for number in range(12)]
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine._batch, "decode", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("no memory"))
+        )
+        engine.step()
+    assert all(isinstance(c.ends[0][1], jax.errors.JaxRuntimeError) for c in collected)
+    again = submit(engine, request(3))[1]
+    list(run(engine))
+    assert again.tokens == alone(runner, 3)
+
+
+actions = st.one_of(
+    st.tuples(st.just("submit"), st.integers(0, 30)),
+    st.tuples(st.just("submit that fails"), st.integers(0, 30)),
+    st.tuples(st.just("submit that is late"), st.integers(0, 30)),
+    st.tuples(st.just("cancel"), st.integers(0, 60)),
+    st.tuples(st.just("step"), st.integers(1, 4)),
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(actions, max_size=60))
+def test_whatever_comes_and_goes(engine: Engine, runner: Runner, script: list[tuple[str, int]]) -> None:
+    jobs: list[tuple[int, Job, Collected]] = []
+    begun: list[Job] = []
+
+    def step() -> None:
+        engine.step()
+        engine.scheduler.check()
+        begun.extend(job for _, job, _ in jobs if job.state in ("reading", "running") and job not in begun)
+
+    for action, value in script:
+        if action == "step":
+            for _ in range(value):
+                step()
+        elif action == "cancel" and value < len(jobs):
+            jobs[value][1].cancel()
+        elif action.startswith("submit") and engine.scheduler.num_waiting < 50:
+            collected = Collected(fails_at=2 if action.endswith("fails") else None)
+            deadline = time.monotonic() if action.endswith("late") else None
+            job = engine.job(request(value), collected, deadline)
+            engine.scheduler.submit(job)
+            jobs.append((value, job, collected))
+    while engine.scheduler.num_jobs:
+        step()
+    assert begun == sorted(begun, key=[job for _, job, _ in jobs].index)
+    for value, job, collected in jobs:
+        assert len(collected.ends) == 1
+        reason, error = collected.ends[0]
+        expected = alone(runner, value)
+        assert collected.tokens == expected[: len(collected.tokens)]
+        if reason in ("stop", "length"):
+            assert error is None and collected.tokens == expected
+        else:
+            assert reason == "timeout" or job.cancelled or isinstance(error, ArithmeticError)

@@ -1,0 +1,151 @@
+"""A server of the default model: many threads, event loops, and clients that go away."""
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from llamajax import LLM, CapacityError, RequestError, Server, load
+
+PROMPTS = ["Once upon a time", "The capital of France is", "1, 2, 3,", "def f(x):", "Dear Sir or Madam,"]
+
+
+@pytest.fixture(scope="module")
+def llama(default_model: None) -> LLM:
+    return load(max_seq_len=512)
+
+
+@pytest.fixture
+def server(llama: LLM) -> Iterator[Server]:
+    with llama.serve_requests(slots=8, max_waiting=300) as server:
+        yield server
+
+
+def options(number: int) -> dict[str, float]:
+    return {"max_new_tokens": 3 + number % 9, "temperature": number % 2, "seed": number}
+
+
+def test_a_stream_gives_the_text_in_pieces(llama: LLM, server: Server) -> None:
+    stream = server.submit(PROMPTS[0], max_new_tokens=20, temperature=0, logprobs=1)
+    pieces = list(stream)
+    alone = llama.generate(PROMPTS[0], max_new_tokens=20, temperature=0, logprobs=1)
+    assert "".join(pieces) == stream.completion.text == alone.text
+    assert len(pieces) > 2
+    assert (stream.completion.token_ids, stream.completion.logprobs) == (alone.token_ids, alone.logprobs)
+    assert len(stream.completion.timings.token_times) == 20
+    assert (
+        server.submit(PROMPTS[0], max_new_tokens=20, temperature=0, stop=alone.text[20:24]).finish().text
+        == (alone.text[: alone.text.index(alone.text[20:24])])
+    )
+
+
+def test_two_hundred_requests_of_sixteen_threads(llama: LLM, server: Server) -> None:
+    alone = {n: llama.generate(PROMPTS[n % 5], **options(n)) for n in range(10)}
+    outcomes: list[str] = []
+
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        for _ in range(200 // 16 + 1):
+            n = rng.randrange(10)
+            stream = server.submit(PROMPTS[n % 5], **options(n))
+            if rng.random() < 0.3:
+                for _ in range(rng.randrange(3)):
+                    next(stream, None)
+                stream.cancel()
+            completion = stream.finish()
+            assert completion.token_ids == alone[n].token_ids[: len(completion.token_ids)]
+            if completion.finish_reason != "cancelled":
+                assert completion.text == alone[n].text
+            outcomes.append(completion.finish_reason)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert len(outcomes) == 16 * 13
+    assert {"length", "cancelled"} <= set(outcomes)
+
+
+def test_an_event_loop_is_not_blocked(server: Server) -> None:
+    async def ask(number: int) -> str:
+        return "".join([piece async for piece in server.submit(PROMPTS[number % 5], **options(number))])
+
+    async def main() -> tuple[list[str], int]:
+        answers = asyncio.gather(*(ask(number) for number in range(20)))
+        ticks = 0
+        while not answers.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return await answers, ticks
+
+    texts, ticks = asyncio.run(main())
+    assert texts == [server.submit(PROMPTS[n % 5], **options(n)).finish().text for n in range(20)]
+    assert ticks > 5
+
+
+def test_a_cancelled_task_cancels_its_request(server: Server) -> None:
+    async def main() -> str:
+        stream = server.submit(PROMPTS[0], max_new_tokens=450, temperature=0)
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return (await stream.finish_async()).finish_reason
+
+    assert asyncio.run(main()) == "cancelled"
+
+
+def test_a_stream_that_nobody_holds_is_cancelled(server: Server) -> None:
+    stream = server.submit(PROMPTS[0], max_new_tokens=450, temperature=0)
+    next(stream)
+    del stream
+    gc.collect()
+    until = time.monotonic() + 30
+    while server._engine.scheduler.num_jobs and time.monotonic() < until:
+        time.sleep(0.01)
+    assert server._engine.scheduler.num_jobs == 0
+
+
+def test_a_deadline_keeps_what_there_is(server: Server) -> None:
+    completion = server.submit(PROMPTS[0], max_new_tokens=450, temperature=0, deadline=1).finish()
+    assert completion.finish_reason == "timeout" and 0 < len(completion.token_ids) < 450
+
+
+def test_a_full_queue_refuses_or_waits(llama: LLM) -> None:
+    with llama.serve_requests(slots=1, max_waiting=2) as server:
+        held = [server.submit(PROMPTS[0], max_new_tokens=100)]
+        next(held[0])
+        held += [server.submit(PROMPTS[0], max_new_tokens=2) for _ in range(2)]
+        with pytest.raises(CapacityError, match="2 requests wait"):
+            server.submit(PROMPTS[0])
+        held[1].cancel()
+        last = server.submit(PROMPTS[1], max_new_tokens=1, temperature=0, wait=True)
+        assert last.finish().text == " Paris"
+
+
+def test_leaving_cancels_what_is_not_finished(llama: LLM) -> None:
+    with llama.serve_requests(slots=2) as server:
+        streams = [server.submit(PROMPTS[0], max_new_tokens=450) for _ in range(5)]
+        next(streams[0])
+    assert [stream.finish().finish_reason for stream in streams] == ["cancelled"] * 5
+    with pytest.raises(RequestError, match="closed"):
+        server.submit(PROMPTS[0])
+    server.close()
+
+
+def test_bad_requests_are_refused_at_once(server: Server) -> None:
+    with pytest.raises(RequestError, match="temperature"):
+        server.submit(PROMPTS[0], temperature=-1)
+    with pytest.raises(CapacityError, match="the context 512"):
+        server.submit("word " * 600)
