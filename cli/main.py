@@ -10,6 +10,8 @@ import typer
 
 from llamajax.errors import LlamaJaxError
 
+from .commands.batch import batch
+from .commands.bench import bench
 from .commands.chat import chat
 from .commands.info import info
 from .commands.models import models
@@ -29,8 +31,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(chat)
+app.command()(batch)
 app.command()(models)
 app.command()(info)
+app.command()(bench)
 
 
 def main() -> NoReturn:

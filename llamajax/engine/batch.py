@@ -156,7 +156,7 @@ class Batch:
             lengths.append(self._runner.bucket(lengths[-1] + 1))
         groups = []
         for length in lengths:
-            for number in {1, min(GROUP_LEN, self._max_rows)}:
+            for number in {1, GROUP_LEN} if self._max_rows > 1 else {1}:
                 requests = [Request([0], 1, SamplingParams(temperature=0))] * number
                 rows = self._runner.empty_rows(number, length)
                 groups.append(
@@ -171,7 +171,7 @@ class Batch:
             for length in lengths:
                 self.start(num_rows, length)
                 for prompts in groups:
-                    if _length(prompts.rows) <= length and len(prompts.rows.slots.left) <= num_rows:
+                    if _length(prompts.rows) <= length:
                         self.insert(prompts, [0], [0])
                 self.decode(1, with_logprobs=False)
                 self.stop(0)

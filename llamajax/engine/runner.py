@@ -145,8 +145,7 @@ class Runner:
 
         Raises CheckpointError if the model's scores are not numbers.
         """
-        ids = drawn.tokens[row]
-        ids = ids[ids >= 0].tolist()
+        ids = [id for id in drawn.tokens[row].tolist() if id >= 0]
         if self.config.vocab_size in ids:
             raise CheckpointError("the model's scores are not numbers (NaN): its weights are broken")
         if drawn.logprobs is None or num_logprobs is None:

@@ -13,7 +13,10 @@ EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
     ("name", "says"),
     [
         ("sequential.py", ("[cancelled after ",)),
-        ("concurrent_requests.py", ("Name three colours.\n", "first words: [", "sixteen under stress: {", "'cancelled': 4")),
+        (
+            "concurrent_requests.py",
+            ("Name three colours.\n", "first words: [", "sixteen under stress: {", "'cancelled': 4"),
+        ),
         ("batched.py", ("(11 is there: 20 tokens)", "there were 11 llamas' -> ")),
     ],
 )
