@@ -24,7 +24,7 @@ BROKEN_PIPE = 141
 
 app = typer.Typer(
     name="llamajax",
-    help="Llama models on JAX: chat with one, or see what there is.",
+    help="Llama models on JAX: chat with one, answer a file of prompts, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -137,7 +137,7 @@ class LLM:
         decoder = StreamDecoder(self.tokenizer, continues=isinstance(prompt, str))
         return request, Answer(request, decoder, StopStrings((stop,) if isinstance(stop, str) else stop))
 
-    def serve_requests(self, *, slots: int = 8, max_waiting: int = 1024) -> "Server":
+    def serve_requests(self, *, slots: int = 16, max_waiting: int = 1024) -> "Server":
         """Starts a server of many requests at once: the concurrent strategy.
 
         Args:

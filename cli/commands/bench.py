@@ -44,7 +44,7 @@ def bench(
         str, typer.Option("--arrival", help="When requests come: all, at once, or poisson:RATE, so many a second.")
     ] = "all",
     slots: Annotated[
-        int | None, typer.Option("--slots", min=1, help="Requests served at once; 8 concurrent, 32 batched.")
+        int | None, typer.Option("--slots", min=1, help="Requests served at once; 16 concurrent, 32 batched.")
     ] = None,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs of each; medians and spread are shown.")] = 3,
     pp: Annotated[
@@ -139,7 +139,7 @@ def bench(
                 temperature=temperature,
                 seed=seed,
             )
-            at_once = slots or (8 if strategy == "concurrent" else 32)
+            at_once = slots or (16 if strategy == "concurrent" else 32)
             results.append(serve(llm, strategy, workload, slots=at_once, repeat=repeat))
     chosen = find_device(device)
     bandwidth = memory_bandwidth(chosen)
