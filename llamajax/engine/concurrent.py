@@ -34,15 +34,13 @@ class Concurrent:
 
         Raises CapacityError if the queue is full, RequestError if the engine is closed.
         """
-        scheduler = self._engine.scheduler
         with self._changed:
-            full = lambda: len(self._inbox) + scheduler.num_waiting >= scheduler.max_waiting  # noqa: E731
             if wait:
-                self._changed.wait_for(lambda: self._closed or not full())
+                self._changed.wait_for(lambda: self._closed or not self._is_full())
             if self._closed:
                 raise RequestError("the server is closed")
-            if full():
-                raise CapacityError(f"{scheduler.max_waiting} requests wait already: try again later")
+            if self._is_full():
+                raise CapacityError(f"{self._engine.scheduler.max_waiting} requests wait already: try again later")
             self._inbox.append(job)
             self._changed.notify_all()
 
@@ -52,6 +50,10 @@ class Concurrent:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+
+    def _is_full(self) -> bool:
+        scheduler = self._engine.scheduler
+        return len(self._inbox) + scheduler.num_waiting >= scheduler.max_waiting
 
     def _run(self) -> None:
         busy = False
