@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import itemgetter
@@ -73,8 +74,12 @@ def memory_bandwidth(device: jax.Device) -> float:
 
 
 def kept_dtype(llm: LLM) -> str:
-    """What the weights are kept in: most of them, if not all."""
-    return max(jax.tree.leaves(llm._runner.weights), key=lambda x: x.nbytes).dtype.name
+    """What the weight matrices are kept in, joined by "+", that of the most bytes first."""
+    sizes: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(llm._runner.weights):
+        if leaf.ndim > 1:
+            sizes[leaf.dtype.name] += leaf.nbytes
+    return "+".join(name for name, _ in sizes.most_common())
 
 
 def _strategy(batch: int) -> Strategy:

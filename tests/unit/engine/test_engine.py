@@ -145,7 +145,7 @@ def test_those_that_run_go_on_while_a_long_prompt_is_read(engine: Engine) -> Non
 
 def test_rows_and_length_follow_what_runs(engine: Engine) -> None:
     batch = engine._batch
-    jobs = [submit(engine, Request([1 + i], 100 if i else 300, SamplingParams(temperature=0)))[0] for i in range(8)]
+    jobs = [submit(engine, Request([1 + i], 60 if i else 300, SamplingParams(temperature=0)))[0] for i in range(8)]
     sizes = set()
     for _ in run(engine):
         sizes.add((batch.num_rows, batch.length))
