@@ -6,6 +6,7 @@ they are.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -20,6 +21,15 @@ from llamajax.types import Request, SamplingParams
 GROUP_LEN = 4
 # On a CPU a product with one row takes as long as one with two, or adds up in another order.
 MIN_ROWS = 2
+
+
+def row_counts(max_rows: int) -> list[int]:
+    """How many rows a batch may have: powers of two, and from 8 on what lies half way, up to `max_rows` or the next."""
+    sizes = [1] if max_rows == 1 else [MIN_ROWS]
+    while sizes[-1] < max_rows:
+        last = sizes[-1]
+        sizes.append(last + (last if last < 8 else 1 << (last.bit_length() - 2)))
+    return sizes
 
 
 class Prompts:
@@ -55,14 +65,13 @@ class Batch:
 
     def __init__(self, runner: Runner, max_rows: int) -> None:
         self._runner = runner
-        self._max_rows = power_of_two(max_rows)
-        self._min_rows = min(MIN_ROWS, self._max_rows)
+        self._sizes = row_counts(max_rows)
         self._rows: Rows | None = None
         self._spare: dict[int, Rows] = {}  # of prompts that were read, by how many they are
 
     @property
     def num_rows(self) -> int:
-        """A power of two; 0 before the first."""
+        """One of `row_counts`; 0 before the first."""
         return len(self._rows.slots.left) if self._rows else 0
 
     @property
@@ -123,7 +132,7 @@ class Batch:
 
         It shrinks when a quarter would do: what comes and goes at once must not copy caches back and forth.
         """
-        wanted = max(power_of_two(num_rows), self._min_rows), self._runner.bucket(num_positions)
+        wanted = next(size for size in self._sizes if size >= num_rows), self._runner.bucket(num_positions)
         rows, length = (
             new if new > old or new <= old // 4 else old
             for new, old in zip(wanted, (self.num_rows, self.length), strict=True)
@@ -134,8 +143,12 @@ class Batch:
         """Idle rows in place of those there are."""
         self._rows = self._runner.empty_rows(num_rows, length)
 
+    def next_size(self, num_rows: int) -> int:
+        """The number of rows that comes after the present one on the way to this one."""
+        return self._sizes[self._sizes.index(self.num_rows) + (1 if num_rows > self.num_rows else -1)]
+
     def take(self, keep: Sequence[int]) -> None:
-        """Keeps these rows in this order (-1: an idle one): half as many as there are, or twice as many."""
+        """Keeps these rows in this order (-1: an idle one): as many as the next size up or down has."""
         self._resize(keep, self.length)
 
     def approach(self, length: int) -> None:
@@ -156,7 +169,7 @@ class Batch:
             lengths.append(self._runner.bucket(lengths[-1] + 1))
         groups = []
         for length in lengths:
-            for number in {1, GROUP_LEN} if self._max_rows > 1 else {1}:
+            for number in {1, GROUP_LEN} if self._sizes[-1] > 1 else {1}:
                 requests = [Request([0], 1, SamplingParams(temperature=0))] * number
                 rows = self._runner.empty_rows(number, length)
                 groups.append(
@@ -165,9 +178,7 @@ class Batch:
                 start, one = np.zeros(number, np.int32), np.ones(number, np.int32)
                 for size in (size for size in CHUNKS if size <= length):
                     self._read(groups[-1], np.zeros((number, size), np.int32), start, one, one, with_logprobs=False)
-        num_rows = self._min_rows
-        while num_rows <= self._max_rows:
-            idle = [-1] * num_rows
+        for num_rows, more_rows in pairwise([*self._sizes, 0]):
             for length in lengths:
                 self.start(num_rows, length)
                 for prompts in groups:
@@ -178,10 +189,9 @@ class Batch:
                 if length < lengths[-1]:
                     self.approach(lengths[-1])
                     self.approach(length)
-                if num_rows < self._max_rows:
-                    self.take([*idle, *idle])
-                    self.take(idle)
-            num_rows *= 2
+                if more_rows:
+                    self.take([-1] * more_rows)
+                    self.take([-1] * num_rows)
         jax.block_until_ready(self._rows)
         self.clear()
 

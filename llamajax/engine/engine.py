@@ -22,7 +22,7 @@ from llamajax.types import FinishReason, Request
 # A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
 BLOCK_SECONDS = 0.1
 # While prompts wait or are read, so that they need not wait for long.
-SHORT_BLOCK_LEN = 4
+SHORT_BLOCK_LEN = 2
 
 
 class Engine:
@@ -175,7 +175,7 @@ class Engine:
         while batch.length != length:
             batch.approach(length)
         while batch.num_rows != num_rows:
-            batch.take(scheduler.resize(batch.num_rows * 2 if num_rows > batch.num_rows else batch.num_rows // 2))
+            batch.take(scheduler.resize(batch.next_size(num_rows)))
 
 
 def _want_logprobs(jobs: Iterable[Job]) -> bool:

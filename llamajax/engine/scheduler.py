@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Literal, Protocol
 
 from llamajax.errors import CapacityError
@@ -99,14 +100,20 @@ class Scheduler:
         self._waiting.append(job)
 
     def admit(self, limit: int) -> list[Job]:
-        """The next group to read: the first that wait, as long as their plan is the same and slots are free."""
+        """The next group to read: the first that wait, as long as their plan is the same and slots are free.
+
+        One alone, if they would fill no more than half of a group: that takes a full one's time.
+        """
         assert not self.reading
-        room = min(limit, self.num_slots - len(self.running))
-        plan = self._waiting[0].plan if self._waiting else None
-        while self._waiting and len(self.reading) < room and self._waiting[0].plan == plan:
-            self.reading.append(self._waiting.popleft())
-            self.reading[-1].state = "reading"
-        return self.reading
+        first = islice(self._waiting, min(limit, self.num_slots - len(self.running)))
+        group = list(takewhile(lambda job: job.plan == self._waiting[0].plan, first))
+        if 2 * len(group) <= limit:
+            group = group[:1]
+        for job in group:
+            self._waiting.remove(job)
+            job.state = "reading"
+        self.reading = group
+        return group
 
     def place(self) -> list[int]:
         """Gives the jobs that were read rows that are free, of which there must be enough. Returns the rows."""
