@@ -27,10 +27,11 @@ def write_plot(path: Path, results: Sequence[Result], title: str) -> None:
         axes.legend(loc="upper left")
         if served:
             rows = [x for x in served if x.name == name]
-            _latency(panels[1], [(x.requests, x.time_to_first_token) for x in rows])
-            _latency(panels[2], [(x.requests, x.inter_token_latency) for x in rows])
+            _latency(panels[1], [(x.requests, x.time_to_first_token) for x in rows], "p50", "p95")
+            # Tokens come in blocks: the median may be the nothing between two of one block.
+            _latency(panels[2], [(x.requests, x.inter_token_latency) for x in rows], "p95", "p99")
             panels[1].set(title="time to first token, p50 and p95 (dashed)", ylabel="ms", yscale="log")
-            panels[2].set(title="time between tokens, p50 and p95 (dashed)", ylabel="ms")
+            panels[2].set(title="time between tokens, p95 and p99 (dashed)", ylabel="ms")
     for axes in panels:
         axes.set_xscale("log", base=2)
         axes.xaxis.set(major_locator=FixedLocator(sorted({x.requests for x in results})), minor_locator=NullLocator())
@@ -55,11 +56,11 @@ def _throughput(axes: Axes, results: Sequence[Result]) -> None:
     axes.errorbar(requests, [s.median for s in speeds], bars, marker="o", capsize=3, label=results[0].name)
 
 
-def _latency(axes: Axes, results: Sequence[tuple[int, Percentiles | None]]) -> None:
+def _latency(axes: Axes, results: Sequence[tuple[int, Percentiles | None]], solid: str, dashed: str) -> None:
     known = [(requests, times) for requests, times in results if times is not None]
     requests = [requests for requests, _ in known]
-    [line] = axes.plot(requests, [1e3 * times.p50 for _, times in known], marker="o")
-    axes.plot(requests, [1e3 * times.p95 for _, times in known], "--", marker=".", color=line.get_color())
+    [line] = axes.plot(requests, [1e3 * getattr(times, solid) for _, times in known], marker="o")
+    axes.plot(requests, [1e3 * getattr(times, dashed) for _, times in known], "--", marker=".", color=line.get_color())
 
 
 _PAGE = """<!DOCTYPE html>
