@@ -11,6 +11,7 @@ turns; the medians' ratio is printed.
 import argparse
 import statistics
 import time
+from unittest.mock import patch
 
 import jax
 
@@ -42,17 +43,15 @@ def through_engine(engine: Engine, requests: list[Request]) -> tuple[float, list
         blocks.append(num_steps)
         return decode(num_steps, with_logprobs)
 
-    engine._batch.decode = noted  # type: ignore[method-assign,assignment]
-    # All prompts are read before the first block, so that all blocks have all rows.
-    read, engine._decode = engine._decode, lambda: False  # type: ignore[method-assign]
     for request in requests:
         engine.scheduler.submit(engine.job(request, Discard()))
-    while len(engine.scheduler.running) < len(requests):
-        engine.step()
-    engine._decode = read  # type: ignore[method-assign]
-    while engine.step():
-        pass
-    engine._batch.decode = decode  # type: ignore[method-assign]
+    # All prompts are read before the first block, so that all blocks have all rows.
+    with patch.object(engine, "_decode", lambda: False):
+        while len(engine.scheduler.running) < len(requests):
+            engine.step()
+    with patch.object(engine._batch, "decode", noted):
+        while engine.step():
+            pass
     return time.perf_counter() - began, blocks
 
 

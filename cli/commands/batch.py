@@ -72,7 +72,7 @@ def batch(
 
     Options hold for each line that does not give its own. Exit code 1 if there were bad lines.
     """
-    sampling = {
+    sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
@@ -81,7 +81,7 @@ def batch(
         "seed": seed,
     }
     try:
-        SamplingParams(**sampling)  # type: ignore[arg-type]
+        SamplingParams(**sampling)
     except RequestError as e:
         raise typer.BadParameter(str(e)) from None
     if not all(stop):
@@ -162,7 +162,8 @@ class _Run:
         Raises RequestError if there are fewer lines than the results say.
         """
         start, num_lines, num_asking = lines.tell(), 0, 0
-        for num_lines, data in enumerate(lines, 1):  # noqa: B007
+        for data in lines:
+            num_lines += 1
             num_asking += bool(data.strip())
         lines.seek(start)
         if self._results and (last := max(self._done, default=0)) > num_lines:
