@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from llamajax.bench.perplexity import measure
 from llamajax.config import LlamaConfig
 from llamajax.llm import LLM, load
 from llamajax.model.cache import Cache, empty_cache
@@ -26,6 +27,7 @@ from llamajax.weights.load import load_weights
 
 from .tiny import DATA, WINDOW, goldens
 
+TEXT = (DATA / "text.txt").read_text(encoding="utf-8")
 CONTINUATIONS = json.loads((DATA / "continuations.json").read_text(encoding="utf-8"))
 LOSSES = goldens()["default/losses"]
 
@@ -38,7 +40,7 @@ def float32(smollm2_gguf: Path) -> LLM:
 @pytest.fixture(scope="module")
 def windows(float32: LLM) -> list[list[int]]:
     """Parts of a text, which know nothing of each other."""
-    ids = float32.tokenizer.encode((DATA / "text.txt").read_text(encoding="utf-8"))
+    ids = float32.tokenizer.encode(TEXT)
     return [ids[begin : begin + WINDOW] for begin in range(0, len(ids), WINDOW)]
 
 
@@ -66,6 +68,13 @@ def test_float32_losses_are_those_of_transformers(float32: LLM, windows: list[li
     found = np.concatenate([losses(float32.logits(ids), ids) for ids in windows[:2]])
     np.testing.assert_allclose(found, LOSSES[: len(found)], atol=1e-3)
     assert np.exp(found.mean(dtype=float)) == pytest.approx(np.exp(LOSSES[: len(found)].mean(dtype=float)), rel=1e-4)
+
+
+def test_the_perplexity_of_second_halves_is_that_of_transformers(float32: LLM) -> None:
+    measured = measure(float32, TEXT, context=WINDOW, max_windows=3)
+    expected = LOSSES[: 3 * (WINDOW - 1)].reshape(3, WINDOW - 1)[:, WINDOW // 2 :]
+    assert measured.tokens == expected.size
+    assert measured.perplexity.value == pytest.approx(np.exp(expected.mean(dtype=float)), rel=1e-4)
 
 
 @partial(jax.jit, donate_argnames="cache", static_argnames="config")
