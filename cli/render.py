@@ -4,8 +4,12 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from llamajax.types import Completion
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def write_stream(pieces: Iterable[str]) -> None:
@@ -38,6 +42,24 @@ def note(text: str) -> None:
     """Something said about the answer, dimmed on a terminal."""
     dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)
+
+
+def progress_bar(unit: str, *, shown: bool) -> "Progress":
+    """On stderr: how many of how many, and the task's description."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # it would go to stderr
+        disable=not shown,
+    )
 
 
 def as_json(completion: Completion, model: str) -> str:

@@ -15,11 +15,9 @@ from llamajax.types import Completion, SamplingParams
 
 from .. import batch_file, loading, options
 from ..openai import Prompt
-from ..render import note
+from ..render import note, progress_bar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from llamajax import LLM
 
 T = TypeVar("T")
@@ -108,12 +106,14 @@ def batch(
         began = time.monotonic()
         try:
             # Results on a terminal show themselves how far it is.
-            with _bar(shown=sys.stderr.isatty() and not (output is None and sys.stdout.isatty())) as bar:
-                task = bar.add_task("", total=total, speed=0.0)
+            with progress_bar(
+                "lines", shown=sys.stderr.isatty() and not (output is None and sys.stdout.isatty())
+            ) as bar:
+                task = bar.add_task("", total=total)
                 for index, answer in _in_order(answers) if keep_order else answers:
                     run.take(index, answer, llm)
                     speed = run.tokens / (time.monotonic() - began)
-                    bar.update(task, completed=run.finished, speed=speed)
+                    bar.update(task, completed=run.finished, description=f"{speed:.1f} tokens/s")
         except KeyboardInterrupt:
             if output:
                 note(f"(stopped; {output} has what was answered: the same command with --resume goes on)")
@@ -221,20 +221,3 @@ def _in_order(results: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
         while following in early:
             yield following, early.pop(following)
             following += 1
-
-
-def _bar(shown: bool) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        MofNCompleteColumn(),
-        TextColumn("lines"),
-        BarColumn(),
-        TextColumn("{task.fields[speed]:.1f} tokens/s"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,  # it would go to stderr
-        disable=not shown,
-    )

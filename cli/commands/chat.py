@@ -11,6 +11,7 @@ from llamajax.hub.aliases import DEFAULT
 from llamajax.types import Message, SamplingParams
 
 from .. import loading, options, render
+from ..text import from_utf8
 
 ONE_ANSWER_TOKENS = 50
 CONVERSATION_TOKENS = 512
@@ -108,7 +109,4 @@ def _read_prompt(prompt: str | None) -> str | None:
             raise RequestError(f"cannot read the prompt from {path}: {e.strerror}") from None
     else:
         source, data = "the prompt", prompt.encode("utf-8", "surrogateescape")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise RequestError(f"{source} is not UTF-8 text: byte {data[e.start]:#04x} at offset {e.start}") from None
+    return from_utf8(data, source)
