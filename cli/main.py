@@ -15,6 +15,7 @@ from .commands.bench import bench
 from .commands.chat import chat
 from .commands.info import info
 from .commands.models import models
+from .commands.perplexity import perplexity
 
 # Typer has click's exceptions, but does not export the base classes.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
@@ -35,6 +36,7 @@ app.command()(batch)
 app.command()(models)
 app.command()(info)
 app.command()(bench)
+app.command()(perplexity)
 
 
 def main() -> NoReturn:

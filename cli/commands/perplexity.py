@@ -1,0 +1,110 @@
+"""`llamajax perplexity`: how well a model predicts a text, and what another dtype or file of it changes."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llamajax.errors import RequestError
+from llamajax.hub.aliases import DEFAULT
+
+from .. import loading, options
+from ..render import note, progress_bar
+from ..text import from_utf8
+
+if TYPE_CHECKING:
+    from llamajax.bench.perplexity import Estimate, Measured
+
+
+def perplexity(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A text in UTF-8; - is stdin.")],
+    context: Annotated[int, typer.Option("--context", min=5, help="Tokens of a window.")] = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Only the first so many windows.")] = None,
+    save_logits: Annotated[
+        Path | None,
+        typer.Option("--save-logits", help="Write a file for --compare: 2 bytes a scored token and vocabulary entry."),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", help="What --save-logits wrote of the same text: how far is it?")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    model: options.Model = DEFAULT,
+    dtype: options.DTypeOption = "auto",
+    device: options.DeviceOption = None,
+    debug: options.Debug = False,
+) -> None:
+    """Measure how well a model predicts a text: the lower the perplexity, the better.
+
+    The text is read without a template, in windows of --context tokens that know nothing of each other.
+
+    Each begins with the model's BOS token, if it has one, and goes on with the next tokens of the text.
+
+    As in llama.cpp, only tokens of a window's second half are scored: each has at least half a window before it.
+
+    A last window that is not full is left out, but a text of less than a window is one.
+
+    --compare tells the KL divergence of this run's predictions from the saved ones, in nats a token: 0 if equal.
+
+    It also tells how often both find the same token the most probable, and the ratio of the perplexities.
+
+    What follows a ± is the standard error.
+    """
+    named = [path.resolve() for path in (Path(file), save_logits, compare) if path is not None]
+    if len(set(named)) < len(named):
+        raise typer.BadParameter("the text, --save-logits and --compare must be different files")
+    source, data = ("stdin", sys.stdin.buffer.read()) if file == "-" else (file, Path(file).read_bytes())
+    text = from_utf8(data, source)
+    if not text:
+        raise RequestError(f"{source} is empty: expected a text")
+
+    from llamajax.bench.saved_logits import SavedLogits
+
+    saved = SavedLogits(compare) if compare else None
+    llm = loading.load(model, max_seq_len=None, dtype=dtype, device=device)
+    from llamajax.bench.perplexity import measure
+    from llamajax.bench.run import kept_dtype
+    from llamajax.llm import find_device
+
+    with progress_bar("windows", shown=sys.stderr.isatty()) as bar:
+        task = bar.add_task("")
+        measured = measure(
+            llm,
+            text,
+            context=context,
+            max_windows=chunks,
+            save=save_logits,
+            saved=saved,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    dtype_kept = kept_dtype(llm)
+    if as_json:
+        about = {"model": model, "dtype": dtype_kept, "device": find_device(device).device_kind}
+        print(json.dumps(about | asdict(measured)))
+    else:
+        _print(measured)
+    note(f"[{dtype_kept}, {measured.tokens_per_second:.1f} tokens/s]")
+
+
+def _print(measured: "Measured") -> None:
+    rows = {
+        "perplexity": _figure(measured.perplexity, 4),
+        "tokens scored": str(measured.tokens),
+        "windows": f"{measured.windows} of {measured.context} tokens",
+    }
+    if measured.comparison:
+        rows |= {
+            "saved perplexity": _figure(measured.comparison.saved_perplexity, 4),
+            "ratio": _figure(measured.comparison.perplexity_ratio, 4),
+            "KL divergence": _figure(measured.comparison.kl_divergence, 6),
+            "same top token, %": _figure(measured.comparison.same_top, 2, unit=0.01),
+        }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name.ljust(width)}  {value}")
+
+
+def _figure(estimate: "Estimate", digits: int, unit: float = 1) -> str:
+    return f"{estimate.value / unit:.{digits}f} ± {estimate.error / unit:.{digits}f}"
