@@ -33,7 +33,11 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     import jax
 
     import llamajax
+    from llamajax.llm import find_device
+    from llamajax.ops import native
 
+    if find_device(device).platform == "cpu" and not native.available():
+        note(f"(slower than it could be: computed by {native.implementation()})")
     compiled: list[str] = []
     jax.monitoring.register_event_listener(
         lambda event, **_: compiled.append(event) if event == "/jax/compilation_cache/cache_misses" else None

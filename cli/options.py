@@ -22,7 +22,7 @@ DTypeOption = Annotated[
     DType,
     typer.Option(
         "--dtype",
-        help="How weights are kept; auto: as shipped, quantized in bf16; int8: smaller, less exact.",
+        help="How weights are kept; auto: as shipped (quantized in bf16 but on a CPU); int8: smaller, less exact.",
     ),
 ]
 DeviceOption = Annotated[

@@ -1,52 +1,105 @@
-"""Speed of one stream beside llama.cpp: the same file, the same prompt, two threads, in one run.
+"""Speed beside llama.cpp: the same file, the same tokens, two threads, in one run.
 
     pip install llama-cpp-python
     python scripts/compare_llamacpp.py [--model FILE.gguf] [--rounds 5]
 
-The two take turns, so that a drift of the machine's speed hits both. Each round decodes greedily after a short
-prompt, and reads a long one. Prints every round, the medians and their ratios.
+The two take turns, so that a drift of the machine's speed hits both. Each round decodes one stream, greedily, decodes
+32 at once, their prompts' reading included, and reads a prompt of 512 tokens. llama.cpp is driven through its C
+interface, which adds no more than the choice of the most probable token. Prints every round, then the medians of the
+speeds and of the rounds' ratios.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
+import numpy as np
 
 import llamajax
 from llamajax import hub
 
-DECODE_PROMPT = "Once upon a time, in a village by the sea, there lived"
-DECODE_TOKENS = 128
-PREFILL_TOKENS = 512
+PROMPT = "Once upon a time, in a village by the sea, there lived"
+DECODE_TOKENS, STREAMS, STREAM_TOKENS, PREFILL_TOKENS = 128, 32, 64, 512
 THREADS = 2
 
 Speeds = dict[str, float]
 
 
-def llamajax_round(llm: llamajax.LLM, long_prompt: str) -> Speeds:
-    decoded = llm.generate(DECODE_PROMPT, max_new_tokens=DECODE_TOKENS, temperature=0)
-    read = llm.generate(long_prompt, max_new_tokens=1, temperature=0)
-    assert decoded.cached_tokens < 2 and read.cached_tokens < 2, "the prompts must not be in the cache"
+class LlamaCpp:
+    """One model, with room for STREAMS sequences."""
+
+    def __init__(self, path: Path) -> None:
+        llama_cpp.llama_backend_init()
+        log = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(log, None)
+        self._log = log  # not to be collected
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = STREAMS * 128
+        params.n_batch = params.n_ubatch = PREFILL_TOKENS
+        params.n_seq_max = STREAMS
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = THREADS
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        self._batch = llama_cpp.llama_batch_init(PREFILL_TOKENS, 0, STREAMS)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+
+    def decode(self, prompt: Sequence[int], num_tokens: int, streams: int) -> float:
+        """Tokens a second, of all streams; of one, the time to its first token does not count."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        began = time.perf_counter()
+        token = self._step([(id, at, stream) for stream in range(streams) for at, id in enumerate(prompt)])
+        tokens = np.repeat(token, streams)
+        if streams == 1:
+            began = time.perf_counter()
+        for at in range(len(prompt), len(prompt) + num_tokens - 1):
+            tokens = self._step([(id, at, stream) for stream, id in enumerate(tokens)], streams)
+        return streams * (num_tokens - (streams == 1)) / (time.perf_counter() - began)
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Tokens a second."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        began = time.perf_counter()
+        self._step([(id, at, 0) for at, id in enumerate(prompt)])
+        return len(prompt) / (time.perf_counter() - began)
+
+    def _step(self, tokens: Sequence[tuple[int, int, int]], num_outputs: int = 1) -> np.ndarray:
+        """Takes (token id, position, stream)s. Returns what follows each of the last ones."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, (id, at, stream) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = id, at, 1, stream
+            batch.logits[i] = i >= len(tokens) - num_outputs
+        assert llama_cpp.llama_decode(self._context, batch) == 0
+        logits = llama_cpp.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, (num_outputs, self._vocab_size)).argmax(axis=1)
+
+
+def llamajax_round(llm: llamajax.LLM, prompt: list[int], long_prompt: list[int]) -> Speeds:
+    options: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+    decoded = llm.stream(prompt, max_new_tokens=DECODE_TOKENS, **options).finish()
+    began = time.perf_counter()
+    batch = llm.generate_batch([prompt] * STREAMS, slots=STREAMS, max_new_tokens=STREAM_TOKENS, **options)
+    batched = sum(len(answer.token_ids) for answer in batch) / (time.perf_counter() - began)
+    read = llm.stream(long_prompt, max_new_tokens=1, **options).finish()
+    assert decoded.cached_tokens == read.cached_tokens == 0, "the prompts must not be in the cache"
     return {
         "decode": decoded.tokens_per_second,
-        "prefill": read.prompt_tokens / read.timings.time_to_first_token,
+        f"decode of {STREAMS}": batched,
+        f"prefill of {PREFILL_TOKENS}": PREFILL_TOKENS / read.timings.time_to_first_token,
     }
 
 
-def llamacpp_round(llama: llama_cpp.Llama, long_prompt: str) -> Speeds:
-    llama.reset()
-    times = []
-    for _ in llama.create_completion(DECODE_PROMPT, max_tokens=DECODE_TOKENS, temperature=0, stream=True):
-        times.append(time.perf_counter())
-    # The last chunk only says why it ended.
-    decode = (len(times) - 2) / (times[-2] - times[0])
-    llama.reset()
-    began = time.perf_counter()
-    answer = llama.create_completion(long_prompt, max_tokens=1, temperature=0)
-    prefill = answer["usage"]["prompt_tokens"] / (time.perf_counter() - began)
-    return {"decode": decode, "prefill": prefill}
+def llamacpp_round(llama: LlamaCpp, prompt: list[int], long_prompt: list[int]) -> Speeds:
+    return {
+        "decode": llama.decode(prompt, DECODE_TOKENS, 1),
+        f"decode of {STREAMS}": llama.decode(prompt, STREAM_TOKENS, STREAMS),
+        f"prefill of {PREFILL_TOKENS}": llama.prefill(long_prompt),
+    }
 
 
 def main() -> None:
@@ -56,23 +109,23 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.model or hub.resolve(hub.DEFAULT)
 
-    ours = llamajax.load(path, device="cpu")
-    theirs = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
-    ids = ours.tokenizer.encode(" ".join(f"The number {i} comes before {i + 1}." for i in range(200)))
-    long_prompt = ours.tokenizer.decode(ids[:PREFILL_TOKENS])
+    ours, theirs = llamajax.load(path, device="cpu"), LlamaCpp(path)
+    text = " ".join(f"The number {i} comes before {i + 1}." for i in range(200))
+    prompts = ours.tokenizer.encode(PROMPT), ours.tokenizer.encode(text)[:PREFILL_TOKENS]
 
-    llamajax_round(ours, long_prompt)  # compiles
-    llamacpp_round(theirs, long_prompt)
+    llamajax_round(ours, *prompts)  # compiles
+    llamacpp_round(theirs, *prompts)
     rounds = []
     for number in range(arguments.rounds):
-        rounds.append((llamajax_round(ours, long_prompt), llamacpp_round(theirs, long_prompt)))
+        rounds.append((llamajax_round(ours, *prompts), llamacpp_round(theirs, *prompts)))
         print(
             f"round {number + 1}: "
-            + "; ".join(f"{k} {rounds[-1][0][k]:.1f} : {rounds[-1][1][k]:.1f}" for k in rounds[-1][0])
+            + "; ".join(f"{k} {rounds[-1][0][k]:.1f} : {v:.1f}" for k, v in rounds[-1][1].items())
         )
     for name in rounds[0][0]:
         a, b = (statistics.median(r[side][name] for r in rounds) for side in (0, 1))
-        print(f"{name}: llamajax {a:.1f}, llama.cpp {b:.1f} tokens/s, ratio {a / b:.2f}")
+        ratio = statistics.median(r[0][name] / r[1][name] for r in rounds)
+        print(f"{name}: llamajax {a:.1f}, llama.cpp {b:.1f} tokens/s, ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":

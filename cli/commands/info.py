@@ -20,6 +20,7 @@ def info(
     import jax
 
     from llamajax.llm import cache_dtype, find_device
+    from llamajax.ops import native
     from llamajax.weights.checkpoint import open_checkpoint
     from llamajax.weights.load import bytes_in_memory
 
@@ -49,6 +50,8 @@ def info(
         f"{human_bytes(kv_bytes * config.max_position_embeddings)} for the whole context",
         "device": f"{chosen.device_kind} ({chosen.platform}), jax {jax.__version__}",
     }
+    if chosen.platform == "cpu":
+        rows["computed by"] = native.implementation()
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name.ljust(width)}  {value}")

@@ -18,6 +18,7 @@ from llamajax.bench.workload import Workload, synthetic
 from llamajax.errors import CapacityError
 from llamajax.llm import LLM
 from llamajax.model.llama import Llama
+from llamajax.ops import PackedWeight
 from llamajax.types import Completion
 
 Strategy = Literal["sequential", "concurrent", "batched"]
@@ -76,9 +77,11 @@ def memory_bandwidth(device: jax.Device) -> float:
 def kept_dtype(llm: LLM) -> str:
     """What the weight matrices are kept in, joined by "+", that of the most bytes first."""
     sizes: Counter[str] = Counter()
-    for leaf in jax.tree.leaves(llm._runner.weights):
-        if leaf.ndim > 1:
-            sizes[leaf.dtype.name] += leaf.nbytes
+    for weight in jax.tree.leaves(llm._runner.weights, is_leaf=lambda x: isinstance(x, PackedWeight)):
+        if isinstance(weight, PackedWeight):
+            sizes[weight.name] += weight.data.nbytes
+        elif weight.ndim > 1:
+            sizes[weight.dtype.name] += weight.nbytes
     return "+".join(name for name, _ in sizes.most_common())
 
 

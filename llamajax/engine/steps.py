@@ -207,7 +207,9 @@ def resize(rows: Rows, keep: Int32[Array, "B"], *, length: int) -> Rows:
     cache = jax.tree.map(lambda x: x[keep, :, :length], rows.cache)
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
     slots, requests = jax.tree.map(lambda x: x[keep], (rows.slots, rows.requests))
-    return Rows(cache, replace(slots, left=jnp.where(keep < 0, 0, slots.left)), requests)
+    left = jnp.where(keep < 0, 0, slots.left)
+    # An idle row stands where any cache has room.
+    return Rows(cache, replace(slots, left=left, position=jnp.where(left > 0, slots.position, 0)), requests)
 
 
 @partial(jax.jit, donate_argnames=("left",))

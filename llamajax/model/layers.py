@@ -20,8 +20,14 @@ class Linear(nnx.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         self.weight = parameter(out_features, in_features)
 
-    def __call__(self, x: Float32[Array, "T I"]) -> Float32[Array, "T O"]:
-        return ops.linear(x, self.weight.get_value())
+    def __call__(
+        self,
+        x: Float32[Array, "T I"],
+        norm: "RMSNorm | None" = None,
+        residual: Float32[Array, "T O"] | None = None,
+    ) -> Float32[Array, "T O"]:
+        """norm(x) W^T + residual."""
+        return ops.linear(x, self.weight.get_value(), None if norm is None else norm.op, residual)
 
 
 class Embedding(nnx.Module):
@@ -44,18 +50,22 @@ class RMSNorm(nnx.Module):
         self.weight = parameter(hidden_size)
         self.eps = eps
 
+    @property
+    def op(self) -> ops.Norm:
+        """For the operations that take it with what follows."""
+        return ops.Norm(self.weight.get_value(), self.eps)
+
     def __call__(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * self.weight.get_value()[None]
+        return self.op(x)
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020), gate and up in one product."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))) (SwiGLU, Shazeer 2020), gate and up in one product."""
 
     def __init__(self, config: LlamaConfig) -> None:
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
+    def __call__(self, x: Float32[Array, "T D"], norm: RMSNorm) -> Float32[Array, "T D"]:
+        gated = ops.gated_linear(x, self.gate_up_proj.weight.get_value(), norm.op)
+        return self.down_proj(gated, residual=x)

@@ -31,9 +31,8 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache,
         start: Int[Array, ""],
     ) -> tuple[Float32[Array, "T D"], LayerCache]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), rope, cache, start)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, start)
+        return self.mlp(x, self.post_attention_layernorm), cache
 
 
 @partial(jax.jit, static_argnums=0)

@@ -15,12 +15,3 @@ def rope_tables(
     inverse = inverse / (config.rope_divisors or 1.0)
     angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(inverse, jnp.float32))
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float32[Array, "T N H"], cos: Float32[Array, "T H/2"], sin: Float32[Array, "T H/2"]
-) -> Float32[Array, "T N H"]:
-    """Rotates the pairs (x[i], x[i + H/2]) by the position's angles."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

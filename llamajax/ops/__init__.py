@@ -1,6 +1,17 @@
 """Arithmetic that has more than one implementation. The choice between them is made here and nowhere else."""
 
-from llamajax.ops.attention import attention, write
-from llamajax.ops.linear import Int8Weight, Weight, embed, linear, quantize_int8
+from llamajax.ops.attention import attention
+from llamajax.ops.linear import Int8Weight, Norm, Weight, embed, gated_linear, linear, quantize_int8
+from llamajax.ops.packed import PackedWeight
 
-__all__ = ["Int8Weight", "Weight", "attention", "embed", "linear", "quantize_int8", "write"]
+__all__ = [
+    "Int8Weight",
+    "Norm",
+    "PackedWeight",
+    "Weight",
+    "attention",
+    "embed",
+    "gated_linear",
+    "linear",
+    "quantize_int8",
+]

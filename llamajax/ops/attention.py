@@ -1,38 +1,79 @@
-"""Causal attention of one sequence over its KV cache, and the cache's writing, through XLA.
-
-Knows nothing of projections or RoPE.
-"""
+"""Causal attention of one sequence over its KV cache: RoPE, the cache's writing, and the mixing of values."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int
 
+from llamajax.ops import native
 
+Mixed = tuple[Float32[Array, "T N*H"], Float[Array, "K S H"], Float[Array, "K S H"]]
+
+
+@custom_vmap
 def attention(
-    query: Float32[Array, "T K G H"],
+    qkv: Float32[Array, "T (N+2K)*H"],
+    cos: Float32[Array, "T H/2"],
+    sin: Float32[Array, "T H/2"],
     key: Float[Array, "K S H"],
     value: Float[Array, "K S H"],
     start: Int[Array, ""],
-) -> Float32[Array, "T K G H"]:
-    """Query t stands at position start + t and attends to the cache's positions up to its own.
+) -> Mixed:
+    """Token t stands at position start + t and attends to the cache's positions up to its own.
 
-    Scores and softmax are in f32, whatever the cache's dtype.
+    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. start + T must not pass S:
+    natively it is an error, and XLA would shift the write. Scores and softmax are in f32, whatever the cache's dtype.
+
+    Returns the mixed values, and the caches with the T positions written.
     """
-    T, K, G, H = query.shape
+    return _either(_attention, qkv, cos, sin, key, value, start)
+
+
+@attention.def_vmap
+def _(axis_size: int, in_batched: list[bool], *arguments: Array) -> tuple[Mixed, tuple[bool, bool, bool]]:
+    arguments = tuple(
+        x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        for x, batched in zip(arguments, in_batched, strict=True)
+    )
+    return _either(jax.vmap(_attention), *arguments), (True, True, True)
+
+
+def _either(xla_attention: Callable[..., Mixed], *arguments: Array) -> Mixed:
+    head_dim = arguments[3].shape[-1]
+    if head_dim % 8 or not native.available():
+        return xla_attention(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=native.attention, default=xla_attention)
+
+
+def _attention(qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array) -> Mixed:
+    T, (K, S, H) = qkv.shape[0], key.shape
+    heads = qkv.reshape(T, -1, H)
+    query, new_key, new_value = jnp.split(heads, [heads.shape[1] - 2 * K, heads.shape[1] - K], axis=1)
+    key = _write(key, rotate(new_key, cos, sin), start)
+    value = _write(value, new_value, start)
     # The operands of both products stand as they are stored: XLA would transpose the whole cache otherwise.
-    queries = query.transpose(1, 2, 0, 3).reshape(K, G * T, H)
-    scores = _batched_dot(queries, key, contract=2).reshape(K, G, T, -1) / math.sqrt(H)
-    visible = jnp.arange(key.shape[1])[None] <= (start + jnp.arange(T))[:, None]
+    queries = rotate(query, cos, sin).reshape(T, K, -1, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
+    scores = _batched_dot(queries, key, contract=2).reshape(K, -1, T, S) / math.sqrt(H)
+    visible = jnp.arange(S)[None] <= (start + jnp.arange(T))[:, None]
     weights = jax.nn.softmax(jnp.where(visible[None, None], scores, -jnp.inf), axis=-1)
-    mixed = _batched_dot(weights.reshape(K, G * T, -1), value, contract=1)
-    return mixed.reshape(K, G, T, H).transpose(2, 0, 1, 3)
+    mixed = _batched_dot(weights.reshape(K, -1, S), value, contract=1)
+    return mixed.reshape(K, -1, T, H).transpose(2, 0, 1, 3).reshape(T, -1), key, value
 
 
-def write(cache: Float[Array, "K S H"], new: Float[Array, "K T H"], start: Int[Array, ""]) -> Float[Array, "K S H"]:
-    """Puts T positions at `start`. start + T must not pass S: XLA would shift the write, not refuse it."""
-    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, start, 0))
+def rotate(
+    x: Float32[Array, "T N H"], cos: Float32[Array, "T H/2"], sin: Float32[Array, "T H/2"]
+) -> Float32[Array, "T N H"]:
+    """RoPE (Su et al. 2021): turns the pairs (x[i], x[i + H/2]) by the position's angles."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _write(cache: Float[Array, "K S H"], new: Float[Array, "T K H"], start: Int[Array, ""]) -> Float[Array, "K S H"]:
+    return jax.lax.dynamic_update_slice(cache, new.swapaxes(0, 1).astype(cache.dtype), (0, start, 0))
 
 
 def _batched_dot(a: Float[Array, "K M C"], b: Float[Array, "K S H"], contract: int) -> Float32[Array, "K M X"]:

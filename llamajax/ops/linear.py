@@ -1,15 +1,22 @@
 """A linear layer's product, for each way its weight may be kept.
 
-A weight is a dense array or an `Int8`; only this module and the loader know which. Weights are [N, K]
-(out, in): [K, N] would be materialised transposed at one row on a GPU, three times the traffic.
+A weight is a dense array, an `Int8Weight`, or, on a CPU with the native kernels, a `PackedWeight`; only this module and
+the loader know which. Weights are [N, K] (out, in): [K, N] would be materialised transposed at one row on a GPU, three
+times the traffic.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int, Int8
+
+from llamajax.ops import native
+from llamajax.ops.packed import GROUP, PackedWeight, unpack_rows
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +36,8 @@ class Int8Weight:
         return self.values.shape
 
 
-Weight = jax.Array | Int8Weight
+# A tuple's parts are one below the other: the rows of a fused weight need not be of one format.
+Weight = jax.Array | Int8Weight | PackedWeight | tuple[PackedWeight, ...]
 
 # From this many tokens of a sequence on, XLA's CPU product of the weights cast to bf16 overtakes the int8 one
 # (SmolLM2-135M, 2 cores of a Zen 4, tokens/s: 264 against 343 at 16 rows, 434 against 600 at 128).
@@ -43,23 +51,72 @@ def quantize_int8(weight: Float[Array, "N K"]) -> Int8Weight:
     return Int8Weight(values, scale)
 
 
-@custom_vmap
-def linear(x: Float32[Array, "T K"], weight: Weight) -> Float32[Array, "T N"]:
-    """x @ weight.T, accumulated in f32 (int8 products: exactly, in int32).
+class Norm(NamedTuple):
+    """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
+
+    weight: Float32[Array, "K"]
+    eps: float
+
+    def __call__(self, x: Float32[Array, "T K"]) -> Float32[Array, "T K"]:
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + self.eps) * self.weight[None]
+
+
+def linear(
+    x: Float32[Array, "T K"], weight: Weight, norm: Norm | None = None, residual: Float32[Array, "T N"] | None = None
+) -> Float32[Array, "T N"]:
+    """x @ weight.T + residual, accumulated in f32 (int8 products: exactly, in int32); of norm(x) if there is one.
 
     Under `vmap` the batch folds into the rows, so that weights are read once for all sequences.
     """
-    return _product(x, weight, x.shape[0])
+    if isinstance(weight, PackedWeight):
+        return _packed(0.0 if norm is None else norm.eps, False)(x, weight, norm and norm.weight, residual)
+    x = x if norm is None else norm(x)
+    if isinstance(weight, tuple):
+        y = jnp.concatenate([linear(x, part) for part in weight], axis=-1)
+    else:
+        y = _product(x, weight)
+    return y if residual is None else residual + y
 
 
-@linear.def_vmap
-def _(axis_size: int, in_batched: list, x: Array, weight: Weight) -> tuple[Array, bool]:
+def gated_linear(x: Float32[Array, "T K"], weight: Weight, norm: Norm) -> Float32[Array, "T N/2"]:
+    """silu(gate) * up, the two halves of norm(x) @ weight.T (SwiGLU, Shazeer 2020)."""
+    if isinstance(weight, PackedWeight) and weight.num_rows % (2 * GROUP) == 0:
+        return _packed(norm.eps, True)(x, weight, norm.weight, None)
+    gate, up = jnp.split(linear(x, weight, norm), 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+@cache
+def _packed(eps: float, gated: bool) -> Callable[..., Array]:
+    native_linear = partial(native.linear, eps=eps, gated=gated)
+    product = custom_vmap(native_linear)
+
+    @product.def_vmap
+    def _(
+        axis_size: int, in_batched: list, x: Array, weight: PackedWeight, norm: Array | None, residual: Array | None
+    ) -> tuple[Array, bool]:
+        assert not any(jax.tree.leaves(in_batched[1:3])), "weights are never batched"
+        x, residual = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (x, residual))
+        rows = native_linear(x, weight, norm, residual)
+        return rows.reshape(axis_size, -1, rows.shape[1]), True
+
+    return product
+
+
+@custom_vmap
+def _product(x: Float32[Array, "T K"], weight: jax.Array | Int8Weight) -> Float32[Array, "T N"]:
+    return _rows(x, weight, x.shape[0])
+
+
+@_product.def_vmap
+def _(axis_size: int, in_batched: list, x: Array, weight: jax.Array | Int8Weight) -> tuple[Array, bool]:
     assert not any(jax.tree.leaves(in_batched[1])), "weights are never batched"
-    rows = _product(x.reshape(axis_size * x.shape[1], x.shape[2]), weight, x.shape[1])
+    rows = _rows(x.reshape(axis_size * x.shape[1], x.shape[2]), weight, x.shape[1])
     return rows.reshape(axis_size, x.shape[1], rows.shape[1]), True
 
 
-def _product(x: Float32[Array, "R K"], weight: Weight, num_tokens: int) -> Float32[Array, "R N"]:
+def _rows(x: Float32[Array, "R K"], weight: jax.Array | Int8Weight, num_tokens: int) -> Float32[Array, "R N"]:
     """The way is chosen by a sequence's tokens, not by all rows: it must not depend on who shares the batch."""
     if not isinstance(weight, Int8Weight):
         return jax.lax.platform_dependent(x, weight, cpu=_dense_cpu, default=_dense)
@@ -68,8 +125,10 @@ def _product(x: Float32[Array, "R K"], weight: Weight, num_tokens: int) -> Float
     return jax.lax.platform_dependent(x, weight, cpu=_int8_rows, default=_int8_as_bf16)
 
 
-def embed(token_ids: Int[Array, "T"], weight: Weight) -> Float32[Array, "T D"]:
+def embed(token_ids: Int[Array, "T"], weight: jax.Array | Int8Weight | PackedWeight) -> Float32[Array, "T D"]:
     """Rows of the embedding table [V, D]."""
+    if isinstance(weight, PackedWeight):
+        return unpack_rows(weight, token_ids)
     if isinstance(weight, Int8Weight):
         return weight.values[token_ids].astype(jnp.float32) * weight.scale[token_ids, None]
     if weight.dtype.itemsize == 2:

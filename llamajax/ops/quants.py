@@ -1,4 +1,4 @@
-"""GGUF's quantized block formats: their sizes, and their weights as float32.
+"""GGUF's quantized block formats: their sizes, what they are made of, and their weights as float32.
 
 A row of K weights is stored as K / Format.weights blocks of Format.bytes bytes. The layouts and formulas are
 ggml's (ggml-common.h, the `block_*` structs; ggml-quants.c, `dequantize_row_*`). Numbers are little-endian. A
@@ -15,9 +15,10 @@ Knows nothing of files or of linear layers.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int8, UInt8
 
 
 class Format(NamedTuple):
@@ -42,14 +43,29 @@ FORMATS = {
 }
 
 
+class Parts(NamedTuple):
+    """What weights are made of: scale * quant + offset, scale and offset for a run of K / R quants each."""
+
+    quants: Int8[Array, "... K"] | UInt8[Array, "... K"]
+    scale: Float32[Array, "... R"]
+    offset: Float32[Array, "... R"] | None = None
+
+
+def split(blocks: UInt8[Array, "... bytes"], format: str) -> Parts:
+    """Rows of whole blocks, taken apart; `format` is a key of FORMATS."""
+    rows = blocks.shape[:-1]
+    parts = _SPLIT[format](blocks.reshape(*rows, -1, FORMATS[format].bytes))
+    return jax.tree.map(lambda x: x.reshape(*rows, -1), parts)
+
+
 def dequantize(blocks: UInt8[Array, "... bytes"], format: str) -> Float32[Array, "... K"]:
     """The weights of rows of whole blocks; `format` is a key of FORMATS."""
-    rows = blocks.shape[:-1]
-    weights = _DEQUANTIZE[format](blocks.reshape(*rows, -1, FORMATS[format].bytes))
-    return weights.reshape(*rows, -1)
+    quants, scale, offset = split(blocks, format)
+    weights = scale[..., None] * quants.reshape(*scale.shape, -1).astype(jnp.float32)
+    return (weights if offset is None else weights + offset[..., None]).reshape(quants.shape)
 
 
-def _split(block: Array, *sizes: int) -> list[Array]:
+def _fields(block: Array, *sizes: int) -> list[Array]:
     """The fields of a block: these many bytes each, and the rest."""
     return jnp.split(block, [sum(sizes[: i + 1]) for i in range(len(sizes))], axis=-1)
 
@@ -88,21 +104,14 @@ def _six_bits(field: Array) -> tuple[Array, Array]:
     return scales.astype(jnp.float32), minimums.astype(jnp.float32)
 
 
-def _scaled(quants: Array, scale: Array, offset: Array | None = None) -> Array:
-    """scale * quants + offset, where scale and offset [..., groups] hold for a run of quants each."""
-    quants = quants.reshape(*scale.shape, -1).astype(jnp.float32)
-    weights = scale[..., None] * quants
-    return weights if offset is None else weights + offset[..., None]
+def _q4_0(block: Array) -> Parts:
+    d, qs = _fields(block, 2)
+    return Parts(_unpack(qs, 4).astype(jnp.int8) - 8, _f16(d))
 
 
-def _q4_0(block: Array) -> Array:
-    d, qs = _split(block, 2)
-    return _scaled(_unpack(qs, 4).astype(jnp.int8) - 8, _f16(d))
-
-
-def _q4_1(block: Array) -> Array:
-    d, m, qs = _split(block, 2, 2)
-    return _scaled(_unpack(qs, 4), _f16(d), _f16(m))
+def _q4_1(block: Array) -> Parts:
+    d, m, qs = _fields(block, 2, 2)
+    return Parts(_unpack(qs, 4), _f16(d), _f16(m))
 
 
 def _five_bits(qs: Array, qh: Array) -> Array:
@@ -111,60 +120,60 @@ def _five_bits(qs: Array, qh: Array) -> Array:
     return low | _unpack(qh, 1, axis=-1).reshape(low.shape) << 4
 
 
-def _q5_0(block: Array) -> Array:
-    d, qh, qs = _split(block, 2, 4)
-    return _scaled(_five_bits(qs, qh).astype(jnp.int8) - 16, _f16(d))
+def _q5_0(block: Array) -> Parts:
+    d, qh, qs = _fields(block, 2, 4)
+    return Parts(_five_bits(qs, qh).astype(jnp.int8) - 16, _f16(d))
 
 
-def _q5_1(block: Array) -> Array:
-    d, m, qh, qs = _split(block, 2, 2, 4)
-    return _scaled(_five_bits(qs, qh), _f16(d), _f16(m))
+def _q5_1(block: Array) -> Parts:
+    d, m, qh, qs = _fields(block, 2, 2, 4)
+    return Parts(_five_bits(qs, qh), _f16(d), _f16(m))
 
 
-def _q8_0(block: Array) -> Array:
-    d, qs = _split(block, 2)
-    return _scaled(lax.bitcast_convert_type(qs, jnp.int8), _f16(d))
+def _q8_0(block: Array) -> Parts:
+    d, qs = _fields(block, 2)
+    return Parts(lax.bitcast_convert_type(qs, jnp.int8), _f16(d))
 
 
-def _q2_k(block: Array) -> Array:
+def _q2_k(block: Array) -> Parts:
     """16 groups, whose 4-bit scale and minimum share a byte."""
-    groups, qs, d, dmin = _split(block, 16, 64, 2)
+    groups, qs, d, dmin = _fields(block, 16, 64, 2)
     scales, minimums = (groups & 15).astype(jnp.float32), (groups >> 4).astype(jnp.float32)
-    return _scaled(_unpack_runs(qs, 2, 32), _f16(d) * scales, -_f16(dmin) * minimums)
+    return Parts(_unpack_runs(qs, 2, 32), _f16(d) * scales, -_f16(dmin) * minimums)
 
 
-def _q3_k(block: Array) -> Array:
+def _q3_k(block: Array) -> Parts:
     """16 groups with signed 6-bit scales; the quants' third bits stand apart."""
-    qh, qs, low_scales, high_scales, d = _split(block, 32, 64, 8, 4)
+    qh, qs, low_scales, high_scales, d = _fields(block, 32, 64, 8, 4)
     scales = _unpack_runs(low_scales, 4, 8) | _unpack_runs(high_scales, 2, 4) << 4
     quants = _unpack_runs(qs, 2, 32) | _unpack_runs(qh, 1, 32) << 2
-    return _scaled(quants.astype(jnp.int8) - 4, _f16(d) * (scales.astype(jnp.float32) - 32))
+    return Parts(quants.astype(jnp.int8) - 4, _f16(d) * (scales.astype(jnp.float32) - 32))
 
 
-def _q4_k(block: Array) -> Array:
+def _q4_k(block: Array) -> Parts:
     """8 groups with 6-bit scales and minimums."""
-    d, dmin, groups, qs = _split(block, 2, 2, 12)
+    d, dmin, groups, qs = _fields(block, 2, 2, 12)
     scales, minimums = _six_bits(groups)
-    return _scaled(_unpack_runs(qs, 4, 32), _f16(d) * scales, -_f16(dmin) * minimums)
+    return Parts(_unpack_runs(qs, 4, 32), _f16(d) * scales, -_f16(dmin) * minimums)
 
 
-def _q5_k(block: Array) -> Array:
+def _q5_k(block: Array) -> Parts:
     """As Q4_K; the quants' fifth bits stand apart."""
-    d, dmin, groups, qh, qs = _split(block, 2, 2, 12, 32)
+    d, dmin, groups, qh, qs = _fields(block, 2, 2, 12, 32)
     scales, minimums = _six_bits(groups)
     quants = _unpack_runs(qs, 4, 32) | _unpack_runs(qh, 1, 32) << 4
-    return _scaled(quants, _f16(d) * scales, -_f16(dmin) * minimums)
+    return Parts(quants, _f16(d) * scales, -_f16(dmin) * minimums)
 
 
-def _q6_k(block: Array) -> Array:
+def _q6_k(block: Array) -> Parts:
     """16 groups with signed 8-bit scales; the quants' top two bits stand apart."""
-    qs, qh, groups, d = _split(block, 128, 64, 16)
+    qs, qh, groups, d = _fields(block, 128, 64, 16)
     scales = lax.bitcast_convert_type(groups, jnp.int8).astype(jnp.float32)
     quants = _unpack_runs(qs, 4, 64) | _unpack_runs(qh, 2, 32) << 4
-    return _scaled(quants.astype(jnp.int8) - 32, _f16(d) * scales)
+    return Parts(quants.astype(jnp.int8) - 32, _f16(d) * scales)
 
 
-_DEQUANTIZE: dict[str, Callable[[Array], Array]] = {
+_SPLIT: dict[str, Callable[[Array], Parts]] = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
     "q5_0": _q5_0,

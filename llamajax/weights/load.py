@@ -14,8 +14,9 @@ from flax import nnx
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
 from llamajax.model.llama import Llama
-from llamajax.ops import Weight, quantize_int8
-from llamajax.ops.quants import FORMATS, dequantize
+from llamajax.ops import Weight, native, quantize_int8
+from llamajax.ops.packed import pack
+from llamajax.ops.quants import FORMATS, dequantize, split
 from llamajax.types import DType
 from llamajax.weights.names import IGNORED, Source, sources
 from llamajax.weights.tensor import StoredTensor
@@ -37,9 +38,10 @@ def load_weights(
       model: a structure; it is changed.
       tensors: by the names of a Hugging Face, GGUF or Meta checkpoint.
       device: where the weights are put, and converted.
-      dtype: "auto" keeps dense weights in the precision they were shipped in and quantized ones dense in bf16 (but on
-        a CPU the embeddings in f32, and f16 as f32, in which products take a third of the time); "int8" keeps all
-        with a scale for each output; another dtype makes all dense in it.
+      dtype: "auto" keeps dense weights in the precision they were shipped in (but on a CPU f16 and the embeddings in
+        f32, in which products take a third of the time), and quantized ones in their blocks on a CPU with the native
+        kernels, elsewhere dense in bf16; "int8" keeps all with a scale for each output; another dtype makes all dense
+        in it.
       progress: called with bytes read so far, and in all.
 
     Raises CheckpointError naming all missing, unexpected and misshapen tensors.
@@ -99,6 +101,11 @@ def _convert(
     path: str, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType, platform: str
 ) -> Weight:
     stored = [tensors[part.name] for part in parts]
+    formats = tuple(tensor.format for tensor in stored)
+    heads = tuple(part.interleaved_heads for part in parts)
+    data = tuple(tensor.data for tensor in stored)
+    if dtype == "auto" and platform == "cpu" and native.available() and set(formats) <= FORMATS.keys():
+        return _packed(data, formats, heads)
     kept: np.dtype | None
     if len(parts[0].shape) == 1:
         kept = jnp.dtype(jnp.float32)
@@ -106,7 +113,7 @@ def _convert(
         kept = None
     elif dtype != "auto":
         kept = jnp.dtype(dtype)
-    elif any(tensor.format in FORMATS for tensor in stored):
+    elif any(format in FORMATS for format in formats):
         kept = jnp.dtype(jnp.bfloat16)
     else:
         kept = jnp.result_type(*(tensor.data.dtype for tensor in stored))
@@ -115,20 +122,33 @@ def _convert(
     if path == "embed_tokens.weight" and platform == "cpu" and dtype == "auto":
         # A tied head in bf16 makes a decoding loop on a CPU a third slower (SmolLM2-135M: 25 tokens/s instead of 37).
         kept = jnp.dtype(jnp.float32)
-    formats = tuple(tensor.format for tensor in stored)
-    heads = tuple(part.interleaved_heads for part in parts)
-    return _converted(tuple(tensor.data for tensor in stored), formats, heads, kept)
+    return _dense(data, formats, heads, kept)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _packed(stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...]) -> Weight:
+    """Parts in the blocks they are stored in: one weight if these are of one format, else one for each part."""
+    parts = [
+        jax.tree.map(partial(_half_split, num_heads=num_heads), split(data, format))
+        for data, format, num_heads in zip(stored, formats, heads, strict=True)
+    ]
+    if len(set(formats)) == 1:
+        return pack(jax.tree.map(lambda *x: jnp.concatenate(x), *parts), formats[0])
+    return tuple(pack(part, format) for part, format in zip(parts, formats, strict=True))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _converted(
+def _dense(
     stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...], kept: np.dtype | None
 ) -> Weight:
-    """Parts, dequantized, their rows in half-split order, in one array, as it is kept (None: int8)."""
+    """Parts, dequantized, in one array, as it is kept (None: int8)."""
     rows = []
     for data, format, num_heads in zip(stored, formats, heads, strict=True):
-        part = dequantize(data, format) if format in FORMATS else data
-        if num_heads:
-            part = part.reshape(num_heads, -1, 2, part.shape[-1]).swapaxes(1, 2).reshape(part.shape)
+        part = _half_split(dequantize(data, format) if format in FORMATS else data, num_heads)
         rows.append(quantize_int8(part) if kept is None else part.astype(kept))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+
+
+def _half_split(rows: jax.Array, num_heads: int) -> jax.Array:
+    """Rows of interleaved heads in half-split order; others as they are."""
+    return rows.reshape(num_heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape) if num_heads else rows

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from llamajax.config import CONFIGS, LlamaConfig
-from llamajax.model.rope import rope_tables, rotate
+from llamajax.model.rope import rope_tables
+from llamajax.ops.attention import rotate
 
 from .. import tiny_model
 from .tiny import CASES, goldens

@@ -31,7 +31,7 @@ def roles(conversation: Conversation) -> list[str]:
 
 def test_a_turn_reads_only_what_is_new(llama: LLM) -> None:
     conversation = Conversation(llama)
-    first = ask(conversation, "What is the capital of France?")
+    first = ask(conversation, "Name the capital of France.")
     second = ask(conversation, "And of Italy?")
     assert "Paris" in first.text
     assert first.cached_tokens == 0
@@ -39,7 +39,7 @@ def test_a_turn_reads_only_what_is_new(llama: LLM) -> None:
     assert second.cached_tokens >= first.prompt_tokens + len(first.token_ids) - 1
     assert second.cached_tokens < second.prompt_tokens
     assert conversation.messages == [
-        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "user", "content": "Name the capital of France."},
         {"role": "assistant", "content": first.text},
         {"role": "user", "content": "And of Italy?"},
         {"role": "assistant", "content": second.text},
@@ -151,9 +151,9 @@ def test_looking_at_the_messages_does_not_cut_the_answer(llama: LLM) -> None:
 
 
 def test_an_answer_cut_by_a_stop_string_is_remembered_without_it(llama: LLM) -> None:
-    whole = ask(Conversation(llama), "What is the capital of France?").text
+    whole = ask(Conversation(llama), "Name the capital of France.").text
     conversation = Conversation(llama)
-    cut = ask(conversation, "What is the capital of France?", stop=whole[8:12])
+    cut = ask(conversation, "Name the capital of France.", stop=whole[8:12])
     assert cut.finish_reason == "stop"
     assert conversation.messages[-1]["content"] == whole[:8] == cut.text
     # The tokens that were drawn are not those of what is remembered.
@@ -193,7 +193,7 @@ def test_a_failure_leaves_the_conversation_as_it_was(
 def test_two_conversations_share_a_model_in_turns(llama: LLM) -> None:
     france, italy = Conversation(llama), Conversation(llama)
     said = {
-        france: ask(france, "What is the capital of France?").token_ids,
+        france: ask(france, "Name the capital of France.").token_ids,
         italy: ask(italy, "What is the capital of Italy?").token_ids,
     }
     for conversation, first in said.items():

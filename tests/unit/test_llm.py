@@ -14,7 +14,7 @@ from llamajax import LLM, CapacityError, Completion, Message, RequestError, Samp
 from ..tiny_model import count_compilations
 
 START = "Once upon a time"
-FRANCE: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
+FRANCE: list[Message] = [{"role": "user", "content": "Name the capital of France."}]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_stop_string_that_almost_comes_changes_nothing(llama: LLM, tale: Compl
 
 
 def test_logits_agree_with_what_is_generated(llama: LLM, tale: Completion) -> None:
-    """One by one or all at once, sums round differently: a score may move by some hundredths."""
+    """One by one or all at once, sums round differently, and then the activations, to 8 bits: a score may move."""
     prompt = llama.tokenizer.encode(START)
     ids = [*prompt, *tale.token_ids]
     scores = llama.logits(ids)
@@ -175,8 +175,8 @@ def test_logits_agree_with_what_is_generated(llama: LLM, tale: Completion) -> No
     assert told.token_ids == tale.token_ids
     logprobs = after - np.log(np.exp(after).sum(axis=1, keepdims=True))
     for row, token, said in zip(logprobs, told.token_ids, told.logprobs or (), strict=True):
-        assert said.logprob == pytest.approx(row[token], abs=0.1)
-        assert dict(said.top) == pytest.approx({id: row[id] for id, _ in said.top}, abs=0.3)
+        assert said.logprob == pytest.approx(row[token], abs=0.3)
+        assert dict(said.top) == pytest.approx({id: row[id] for id, _ in said.top}, abs=0.6)
         assert said.top[0] == (token, said.logprob)
 
 

@@ -37,13 +37,17 @@ def assert_same_bits(blocks: np.ndarray, format: str) -> None:
         np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
 
 
-def random_blocks(format: str, *blocks: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
+def random_blocks(format: str, *blocks: int, seed: int = 0, small: bool = False) -> np.ndarray:
+    """Blocks of any bits, with finite numbers; `small`: with scales and offsets of about 0.01."""
+    rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (*blocks, FORMATS[format].bytes), dtype=np.uint8)
     for field in F16_FIELDS[format]:
         # Every finite f16: both signs, zeros, subnormals. An exponent of all ones would be infinite or NaN.
         high = data[..., field + 1]
         high[(high & 0x7C) == 0x7C] ^= 0x40
+        if small:
+            numbers = rng.uniform(-0.01, 0.01, high.shape).astype(np.float16)
+            data[..., field : field + 2] = numbers[..., None].view(np.uint8)
     return data.reshape(*blocks[:-1], -1)
 
 

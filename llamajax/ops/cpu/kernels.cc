@@ -1,0 +1,266 @@
+// Products with quantized weights, and attention, for XLA's CPU backend: for each instruction set, the best that the
+// machine has being chosen when the library is loaded.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "threads.h"
+
+// Loops over a tile's rows: their sums stay in registers.
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kGroup = 16;  // rows of weights that are stored together
+constexpr int kKeys = 64;       // positions of a block of attention
+constexpr int64_t kPanelBytes = 1 << 18;
+constexpr int64_t kAhead = 8;   // positions that are fetched before they are needed
+constexpr float kLowest = -1e30f;
+
+// bf16 is kept as uint16_t.
+template <class T>
+inline T narrow(float x);
+template <>
+inline float narrow<float>(float x) { return x; }
+template <>
+inline uint16_t narrow<uint16_t>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to the nearest, ties to even
+}
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// What a product is asked for: y = x W^T + residual, or silu(gate) * up for W's two halves.
+struct Product {
+  int64_t M, K, N;         // if gated, N is 2 * the width of y
+  const float* x;          // [M, K]
+  const uint8_t* weights;  // [ceil(N / kGroup), K / block, bytes of a block]
+  int64_t bits, block, zero;
+  bool offsets;
+  const float* norm;  // [K], or null
+  float eps;
+  const float* residual;  // as y, or null
+  bool gated;
+  float* y;  // [M, N], or [M, N / 2] if gated
+};
+
+// A call's arrays. Query t of a sequence stands at position start + t.
+template <class T>
+struct Attention {
+  int64_t batch, queries, heads, kv_heads, head_dim, cache_len;
+  const float* qkv;           // [B, queries, heads + 2 * kv_heads, head_dim]
+  const float *cos, *sin;     // [B, queries, head_dim / 2]
+  const int32_t* start;       // [B]
+  T *keys, *values;           // [B, kv_heads, cache_len, head_dim]
+  float* out;                 // [B, queries, heads, head_dim]
+
+  int64_t group() const { return heads / kv_heads; }
+  const float* head(int64_t b, int64_t t, int64_t head) const {
+    return qkv + ((b * queries + t) * (heads + 2 * kv_heads) + head) * head_dim;
+  }
+  T* row(T* cache, int64_t b, int64_t k, int64_t s) const { return cache + ((b * kv_heads + k) * cache_len + s) * head_dim; }
+
+  // RoPE: pairs (x[i], x[i + head_dim / 2]) turned by the angles of query t.
+  void rotate(int64_t b, int64_t t, const float* x, float factor, float* y) const {
+    const int64_t half = head_dim / 2;
+    const float *c = cos + (b * queries + t) * half, *s = sin + (b * queries + t) * half;
+    for (int64_t i = 0; i < half; ++i) {
+      y[i] = (x[i] * c[i] - x[i + half] * s[i]) * factor;
+      y[i + half] = (x[i + half] * c[i] + x[i] * s[i]) * factor;
+    }
+  }
+
+  // Puts the key and the value of query t into the cache.
+  void write(int64_t b, int64_t k, int64_t t, float* scratch) const {
+    rotate(b, t, head(b, t, heads + k), 1, scratch);
+    const float* value = head(b, t, heads + kv_heads + k);
+    T *to_key = row(keys, b, k, start[b] + t), *to_value = row(values, b, k, start[b] + t);
+    for (int64_t h = 0; h < head_dim; ++h) {
+      to_key[h] = narrow<T>(scratch[h]);
+      to_value[h] = narrow<T>(value[h]);
+    }
+  }
+};
+
+}  // namespace
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+namespace avx512 {
+#include "simd_avx512.h"
+#include "simd.h"
+#include "matmul.h"
+#include "attention.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#include "simd_avx2.h"
+#include "simd.h"
+#include "matmul.h"
+#include "attention.h"
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+namespace portable {
+#include "simd_portable.h"
+#include "simd.h"
+#include "matmul.h"
+#include "attention.h"
+}  // namespace portable
+
+namespace {
+
+enum class Isa { portable, avx2, avx512 };
+constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+
+Isa best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (two && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::avx512;
+  }
+  if (two) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+std::atomic<Isa> isa{best()};
+
+ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> weights,
+                  ffi::Buffer<ffi::F32> norm, ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> y,
+                  int64_t bits, int64_t block, bool offsets, int64_t zero, float eps, bool gated) {
+  const auto xs = x.dimensions(), ws = weights.dimensions(), ys = y->dimensions();
+  const bool known = (bits == 4 || bits == 8) && (block == 32 || (block == 16 && !(bits == 8 && offsets)));
+  if (!known || xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || xs[0] != ys[0] || ws[1] * block != xs[1] ||
+      ws[2] != kGroup * (2 + 2 * offsets + block * bits / 8) ||
+      (gated ? ys[1] % kGroup != 0 || ws[0] * kGroup != 2 * ys[1] : ws[0] != (ys[1] + kGroup - 1) / kGroup) ||
+      (norm.element_count() != 0 && int64_t(norm.element_count()) != xs[1]) ||
+      (residual.element_count() != 0 && residual.element_count() != y->element_count())) {
+    return ffi::Error::InvalidArgument("llamajax_linear: the shapes do not fit each other");
+  }
+  const Product product{xs[0], xs[1], ys[1] * (1 + gated), x.typed_data(), weights.typed_data(), bits, block, zero,
+                        offsets, norm.element_count() ? norm.typed_data() : nullptr, eps,
+                        residual.element_count() ? residual.typed_data() : nullptr, gated, y->typed_data()};
+  switch (isa.load()) {
+#if defined(__x86_64__)
+    case Isa::avx512: avx512::linear(pool, product); break;
+    case Isa::avx2: avx2::linear(pool, product); break;
+#endif
+    default: portable::linear(pool, product);
+  }
+  return ffi::Error::Success();
+}
+
+template <class T>
+void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
+  switch (isa.load()) {
+#if defined(__x86_64__)
+    case Isa::avx512: return avx512::attention(pool, a);
+    case Isa::avx2: return avx2::attention(pool, a);
+#endif
+    default: return portable::attention(pool, a);
+  }
+}
+
+// The caches come in and go out as the same memory. One sequence may come without the batch's dimension.
+ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffer<ffi::F32> cos,
+                     ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::S32> start, ffi::AnyBuffer old_keys,
+                     ffi::AnyBuffer old_values, ffi::ResultBuffer<ffi::F32> y, ffi::Result<ffi::AnyBuffer> keys,
+                     ffi::Result<ffi::AnyBuffer> values) {
+  const auto in = qkv.dimensions(), cache = keys->dimensions();
+  const auto type = keys->element_type();
+  const ffi::Error wrong = ffi::Error::InvalidArgument("llamajax_attention: the shapes do not fit each other");
+  if (in.size() < 2 || cache.size() != in.size() + 1) return wrong;
+  const int64_t T = in[in.size() - 2], width = in.back(), K = cache[in.size() - 2], S = cache[in.size() - 1],
+                H = cache.back(), B = start.element_count(), N = width / std::max<int64_t>(H, 1) - 2 * K;
+  if (K < 1 || H < 8 || H % 8 || N < K || N % K || width != (N + 2 * K) * H ||
+      int64_t(qkv.element_count()) != B * T * width || int64_t(keys->element_count()) != B * K * S * H ||
+      int64_t(y->element_count()) != B * T * N * H || int64_t(cos.element_count()) != B * T * H / 2 ||
+      sin.element_count() != cos.element_count() || values->element_count() != keys->element_count() ||
+      values->element_type() != type || old_keys.untyped_data() != keys->untyped_data() ||
+      old_values.untyped_data() != values->untyped_data() || (type != ffi::F32 && type != ffi::BF16)) {
+    return wrong;
+  }
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t begin = start.typed_data()[b];
+    if (begin < 0 || begin + T > S) {
+      return ffi::Error(ffi::ErrorCode::kOutOfRange,
+                        "llamajax_attention: positions " + std::to_string(begin) + " to " +
+                            std::to_string(begin + T - 1) + " of a cache of " + std::to_string(S));
+    }
+  }
+  const auto call = [&](auto* key, auto* value) {
+    attend(pool, Attention<std::remove_pointer_t<decltype(key)>>{
+                     B, T, N, K, H, S, qkv.typed_data(), cos.typed_data(), sin.typed_data(), start.typed_data(), key,
+                     value, y->typed_data()});
+  };
+  if (type == ffi::F32) {
+    call(static_cast<float*>(keys->untyped_data()), static_cast<float*>(values->untyped_data()));
+  } else {
+    call(static_cast<uint16_t*>(keys->untyped_data()), static_cast<uint16_t*>(values->untyped_data()));
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_linear, linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("block")
+                                  .Attr<bool>("offsets")
+                                  .Attr<int64_t>("zero")
+                                  .Attr<float>("eps")
+                                  .Attr<bool>("gated"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+// The name of the instruction set that is used.
+extern "C" const char* llamajax_instruction_set() { return kNames[int(isa.load())]; }
+
+// From now on the best that the machine has, but none above `most`.
+extern "C" void llamajax_limit(const char* most) {
+  isa = best();
+  for (int i = 0; i < int(best()); ++i) {
+    if (std::strcmp(most, kNames[i]) == 0) isa = Isa(i);
+  }
+}

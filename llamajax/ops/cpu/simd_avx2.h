@@ -1,0 +1,63 @@
+// AVX2 with FMA and F16C: 8 lanes.
+constexpr int kLanes = 8;
+constexpr int kTileRows = 4, kQueries = 4;
+using Floats = __m256;
+using Ints = __m256i;
+using Bytes = __m256i;
+
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline Floats load(const uint16_t* bf16) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16))), 16));
+}
+inline Floats load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+inline Floats all(float x) { return _mm256_set1_ps(x); }
+inline Ints all(int32_t x) { return _mm256_set1_epi32(x); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline float sum(Floats x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+inline float maximum(Floats x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+inline Ints round(Floats x) { return _mm256_cvtps_epi32(x); }
+inline void store_int8(int8_t* p, Ints x) {
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));
+}
+inline Floats times_power_of_two(Floats x, Floats n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+inline Floats whole(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Bytes low_nibbles(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+
+// sum + the product of 4 unsigned weights in each lane with the same 4 signed numbers.
+template <int kBits>
+inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const __m256i numbers = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  if constexpr (kBits == 4) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, numbers), ones));
+  } else {
+    // Two products of 8 bits by 8 can pass 16 bits: even and odd weights apart.
+    const __m256i even = _mm256_and_si256(weights, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(weights, 8);
+    const __m256i even_numbers = _mm256_srai_epi16(_mm256_slli_epi16(numbers, 8), 8);
+    const __m256i odd_numbers = _mm256_srai_epi16(numbers, 8);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, even_numbers));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, odd_numbers));
+  }
+}

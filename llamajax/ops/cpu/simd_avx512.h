@@ -1,0 +1,39 @@
+// AVX-512 with VNNI: 16 lanes.
+constexpr int kLanes = 16;
+constexpr int kTileRows = 12, kQueries = 12;  // accumulators and operands fit the 32 registers
+using Floats = __m512;
+using Ints = __m512i;
+using Bytes = __m512i;
+
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline Floats load(const uint16_t* bf16) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16))), 16));
+}
+inline Floats load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats all(float x) { return _mm512_set1_ps(x); }
+inline Ints all(int32_t x) { return _mm512_set1_epi32(x); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline float maximum(Floats x) { return _mm512_reduce_max_ps(x); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Ints round(Floats x) { return _mm512_cvtps_epi32(x); }
+inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline Floats whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+
+// sum + the product of 4 unsigned weights in each lane with the same 4 signed numbers.
+template <int kBits>
+inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(four));
+}

@@ -1,0 +1,59 @@
+// What any compiler makes of 4 lanes; with NEON's dot products where they are built in.
+constexpr int kLanes = 4;
+constexpr int kTileRows = 4, kQueries = 4;
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+inline Floats load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Floats load(const uint16_t* bf16) {
+  Ints x = {bf16[0] << 16, bf16[1] << 16, bf16[2] << 16, bf16[3] << 16};
+  return (Floats)x;
+}
+inline float half(uint16_t x) {  // IEEE 754 binary16
+  const float magnitude = (x & 0x7c00) == 0 ? std::ldexp(float(x & 0x3ff), -24)
+                                            : std::ldexp(float((x & 0x3ff) | 0x400), ((x >> 10) & 31) - 25);
+  return x & 0x8000 ? -magnitude : magnitude;
+}
+inline Floats load_half(const uint16_t* p) { return Floats{half(p[0]), half(p[1]), half(p[2]), half(p[3])}; }
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+inline Floats all(float x) { return Floats{x, x, x, x}; }
+inline Ints all(int32_t x) { return Ints{x, x, x, x}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Ints add(Ints a, Ints b) { return a + b; }
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float maximum(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
+inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+inline Floats whole(Floats x) {
+  const Floats shift = all(12582912.0f);  // 1.5 * 2^23 leaves no room for a fraction
+  return (x + shift) - shift;
+}
+inline Ints round(Floats x) { return __builtin_convertvector(whole(x), Ints); }
+inline void store_int8(int8_t* p, Ints x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x[i]);
+}
+inline Floats times_power_of_two(Floats x, Floats n) {
+  Ints bits = (round(n) + 127) << 23;
+  return x * (Floats)bits;
+}
+inline Bytes low_nibbles(Bytes x) { return x & 15; }
+inline Bytes high_nibbles(Bytes x) { return x >> 4; }
+
+// sum + the product of 4 unsigned weights in each lane with the same 4 signed numbers.
+template <int kBits>
+inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < 4; ++j) sum[i] += int(weights[4 * i + j]) * x[j];
+  }
+  return sum;
+}

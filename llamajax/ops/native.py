@@ -1,0 +1,114 @@
+"""Our C++ operations for CPUs: found, registered with XLA, and called.
+
+Installing compiles cpu/kernels.cc where there is a compiler. LLAMAJAX_CPU limits what is used: "avx2" or "portable" to
+that instruction set, "xla" to none of it. Knows the operations' arguments, not when to take them.
+"""
+
+import ctypes
+import os
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from llamajax.errors import RequestError
+from llamajax.ops.packed import PackedWeight
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+_LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+def available() -> bool:
+    """Whether the operations can be called, on a CPU."""
+    return isinstance(_library(), ctypes.CDLL)
+
+
+def implementation() -> str:
+    """What computes on a CPU, and why if it is XLA."""
+    library = _library()
+    if isinstance(library, str):
+        return f"XLA ({library})"
+    library.llamajax_instruction_set.restype = ctypes.c_char_p
+    return f"native kernels ({library.llamajax_instruction_set().decode()})"
+
+
+def limit(instruction_set: str) -> None:
+    """Takes the processor's best instruction set from this one on down."""
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    library.llamajax_limit(instruction_set.encode())
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none.
+
+    Raises RequestError for a LLAMAJAX_CPU without a meaning.
+    """
+    wanted = os.environ.get("LLAMAJAX_CPU", "")
+    if wanted not in ("", "xla", *INSTRUCTION_SETS):
+        raise RequestError(f"LLAMAJAX_CPU must be one of {', '.join(INSTRUCTION_SETS)} and xla, not {wanted!r}")
+    if wanted == "xla":
+        return "LLAMAJAX_CPU is set"
+    if not _LIBRARY.is_file():
+        return "the native kernels are not built: install a C++ compiler, then llamajax again"
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+        for name in ("llamajax_linear", "llamajax_attention"):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    except Exception as e:  # built for another machine or another jax
+        return f"the native kernels cannot be loaded: {' '.join(str(e).split())}; install llamajax again"
+    library.llamajax_limit(wanted.encode())
+    return library
+
+
+def linear(
+    x: Float32[Array, "M K"],
+    weight: PackedWeight,
+    norm: Float32[Array, "K"] | None,
+    residual: Float32[Array, "M N"] | None,
+    *,
+    eps: float,
+    gated: bool,
+) -> Float32[Array, "M N"]:
+    """x W^T + residual, or silu(gate) * up of W's halves; of rms_norm(x) if there is a norm."""
+    format, none = weight.format, jnp.zeros(0, jnp.float32)
+    N = weight.num_rows // (2 if gated else 1)
+    return jax.ffi.ffi_call("llamajax_linear", jax.ShapeDtypeStruct((x.shape[0], N), jnp.float32))(
+        x,
+        weight.data,
+        none if norm is None else norm,
+        none if residual is None else residual,
+        bits=np.int64(format.bits),
+        block=np.int64(format.block),
+        offsets=format.has_offsets,
+        zero=np.int64(format.zero),
+        eps=np.float32(eps),
+        gated=gated,
+    )
+
+
+def attention(
+    qkv: Float32[Array, "*B T (N+2K)*H"],
+    cos: Float32[Array, "*B T H/2"],
+    sin: Float32[Array, "*B T H/2"],
+    key: Float[Array, "*B K S H"],
+    value: Float[Array, "*B K S H"],
+    start: Int32[Array, "*B"],
+) -> tuple[Float32[Array, "*B T N*H"], Float[Array, "*B K S H"], Float[Array, "*B K S H"]]:
+    """As `ops.attention`, of one sequence or a batch. The caches are written in place where they may be.
+
+    Fails, at run time, for start < 0 or start + T > S, and for an H that is no multiple of 8.
+    """
+    width = qkv.shape[-1] - 2 * key.shape[-3] * key.shape[-1]
+    shapes = [((*qkv.shape[:-1], width), jnp.float32), (key.shape, key.dtype), (value.shape, value.dtype)]
+    mixed, key, value = jax.ffi.ffi_call(
+        "llamajax_attention",
+        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
+        input_output_aliases={4: 1, 5: 2},
+    )(qkv, cos, sin, start, key, value)
+    return mixed, key, value

@@ -1,0 +1,145 @@
+"""The native products, for each format and instruction set, against numpy in float64."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamajax import ops
+from llamajax.ops import native
+from llamajax.ops.packed import PACKED_FORMATS, PackedWeight, pack, unpack_rows
+from llamajax.ops.quants import FORMATS, split
+
+from ... import tiny_model
+from .test_quants import random_blocks
+
+strict_promotion = tiny_model.strict_promotion
+
+pytestmark = pytest.mark.skipif(
+    not native.available() or jax.default_backend() != "cpu", reason="no native kernels here"
+)
+
+# What a format's K must be a multiple of.
+UNIT = {name: format.weights for name, format in FORMATS.items()}
+# To f16.
+ROUNDED = 2.0**-11
+K_FORMATS = [name for name in FORMATS if name.endswith("_k")]
+
+
+@pytest.fixture(params=native.INSTRUCTION_SETS, scope="module")
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.limit(request.param)
+    if request.param not in native.implementation():
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native.limit(native.INSTRUCTION_SETS[0])
+
+
+def random_weight(format: str, N: int, K: int, seed: int = 0) -> tuple[PackedWeight, np.ndarray]:
+    """Packed, and as the gguf package dequantizes it; of scales that a model could have."""
+    blocks = random_blocks(format, N, K // UNIT[format], seed=seed, small=True)
+    weight = gguf.dequantize(blocks, GGMLQuantizationType[format.upper()])
+    return _packed(blocks, format), weight.astype(float)
+
+
+@partial(jax.jit, static_argnums=1)
+def _packed(blocks: jax.Array, format: str) -> PackedWeight:
+    return pack(split(blocks, format), format)
+
+
+def rounded(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each block of a row to multiples of its largest magnitude / 127, and these steps."""
+    x = x.reshape(len(x), -1, block)
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    inverse = np.where(largest > 0, np.float32(127) / np.where(largest > 0, largest, 1), 0).astype(x.dtype)
+    step = np.repeat(largest.astype(float) / 127, block, axis=-1)
+    return (np.rint(x * inverse) * step).reshape(len(x), -1), step.reshape(len(x), -1)
+
+
+def slack(x: np.ndarray, weight: np.ndarray, format: str) -> np.ndarray:
+    """How far a product may be from the exact one: sums are in f32, and K formats' scales are rounded."""
+    precision = 2 * ROUNDED if format in K_FORMATS else 1e-5
+    return precision * np.abs(x).sum(axis=1, keepdims=True) * np.abs(weight).max(axis=1)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_weights_are_the_files(format: str) -> None:
+    packed, weight = random_weight(format, 37, 2 * UNIT[format])
+    assert packed.shape == weight.shape
+    found = jax.jit(unpack_rows)(packed, jnp.arange(37))
+    # Scale and offset are rounded to f16, and cancel where the weight is near zero.
+    np.testing.assert_allclose(found, weight, rtol=1e-6, atol=ROUNDED * np.abs(weight).max() * (format in K_FORMATS))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_linear(instruction_set: str, format: str, data: st.DataObject) -> None:
+    draw = data.draw
+    M = draw(st.sampled_from([1, 2, 3, 5, 7, 9, 13, 16, 17, 40]))
+    blocks, N = draw(st.sampled_from([(1, 1), (1, 16), (3, 37), (5, 70)]))
+    packed, weight = random_weight(format, N, blocks * UNIT[format], seed=draw(st.integers(0, 2**32)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    x = (rng.standard_normal((M, packed.shape[1])) * 10.0 ** rng.uniform(-3, 3, (M, 1))).astype(np.float32)
+    x[M // 2] *= M == 1
+    residual = rng.standard_normal((M, N)).astype(np.float32) if draw(st.booleans()) else None
+    quantized, _ = rounded(x, packed.format.block)
+    expected = quantized @ weight.T + (0 if residual is None else residual)
+    found = jax.jit(ops.linear)(x, packed, residual=residual)
+    assert (np.abs(found - expected) <= slack(quantized, weight, format) + 1e-6).all()
+
+
+@pytest.mark.parametrize("format", ["q4_1", "q8_0", "q6_k"])
+@settings(deadline=None, max_examples=10)
+@given(st.sampled_from([1, 3, 6, 20]), st.sampled_from([1, 3]), st.sampled_from([1, 2]), st.integers(0, 2**32))
+def test_norm_and_gate(instruction_set: str, format: str, M: int, blocks: int, groups: int, seed: int) -> None:
+    packed, weight = random_weight(format, 32 * groups, blocks * UNIT[format], seed)
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((M, packed.shape[1])).astype(np.float32) * 7
+    norm = ops.Norm(rng.uniform(0.5, 2, x.shape[1]).astype(np.float32), 1e-5)
+    normed = x / np.sqrt(np.square(x.astype(float)).mean(axis=1, keepdims=True) + norm.eps) * norm.weight
+    quantized, step = rounded(normed, packed.format.block)
+    y = quantized @ weight.T
+    # A number that is nearly half way between two steps may be rounded to either.
+    either = (step[:, None] * np.abs(weight)).max(axis=-1) + slack(quantized, weight, format)
+    found = jax.jit(lambda x, w: ops.linear(x, w, norm))(x, packed)
+    assert (np.abs(found - y) <= either).all()
+    gate, up = np.split(y, 2, axis=1)
+    gate_slack, up_slack = np.split(either, 2, axis=1)
+    silu = gate / (1 + np.exp(-np.clip(gate, -500, None)))
+    found = jax.jit(lambda x, w: ops.gated_linear(x, w, norm))(x, packed)
+    # silu's slope is at most 1.1.
+    assert (np.abs(found - silu * up) <= 1.1 * gate_slack * (np.abs(up) + up_slack) + np.abs(silu) * up_slack).all()
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q8_0", "q6_k"])
+def test_rows_do_not_depend_on_their_neighbours(instruction_set: str, format: str) -> None:
+    packed, _ = random_weight(format, 64, 256)
+    x = np.random.default_rng(0).standard_normal((45, 256)).astype(np.float32)
+    norm = ops.Norm(jnp.ones(256), 1e-5)
+    product = jax.jit(lambda x: (ops.linear(x, packed, norm), ops.gated_linear(x, packed, norm)))
+    together = [np.asarray(y) for y in product(x)]
+    for rows in (1, 2, 3, 5, 9, 17):
+        for found, expected in zip(product(x[-rows:]), together, strict=True):
+            np.testing.assert_array_equal(found, expected[-rows:])
+    batched = jax.jit(jax.vmap(product))(x.reshape(9, 5, -1))
+    for found, expected in zip(batched, together, strict=True):
+        np.testing.assert_array_equal(np.asarray(found).reshape(45, -1), expected)
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    packed, _ = random_weight("q4_0", 32, 64)
+    for x in (jnp.zeros((1, 32)), jnp.zeros((1, 96))):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+            jax.block_until_ready(ops.linear(x, packed))
+    wrong = PackedWeight(packed.data[..., 1:], 32, "q4_0")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+        jax.block_until_ready(ops.linear(jnp.zeros((1, 64)), wrong))
+    assert PACKED_FORMATS.keys() == FORMATS.keys()
