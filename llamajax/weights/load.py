@@ -56,7 +56,9 @@ def load_weights(
         with jax.default_device(device):
             weight = _convert(path, parts, tensors, dtype, device.platform)
         parameter.set_value(jax.block_until_ready(jax.device_put(weight, device)))
-        done += sum(tensors[source.name].data.nbytes for source in parts)
+        for source in parts:
+            done += tensors[source.name].data.nbytes
+            tensors[source.name].release()
         progress(done, total)
 
 

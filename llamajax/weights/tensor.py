@@ -34,6 +34,21 @@ class StoredTensor:
     format: str
     data: np.ndarray
 
+    def release(self) -> None:
+        """Gives the mapped pages' memory back, where the system lets; they are read again if they are touched."""
+        owner: object = self.data
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if isinstance(owner, memoryview):
+            owner = owner.obj
+        if not isinstance(owner, mmap.mmap) or not hasattr(owner, "madvise"):
+            return
+        start = self.data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+        begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (start + self.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            owner.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
 
 def map_file(path: Path) -> mmap.mmap:
     """The bytes of a file, read from disk as they are touched. The map closes with the last array over it.
