@@ -1,6 +1,31 @@
 // Causal attention of grouped queries over a KV cache, with an online softmax (Milakov and Gimelshein 2018) over
 // blocks of kKeys positions. A query's sums are in the same order whatever stands beside it.
 
+// RoPE: the pairs (x[i], x[i + head_dim / 2]) of a head of query t, turned by its angles, times a factor.
+template <class T>
+inline void rotate(const Attention<T>& a, int64_t b, int64_t t, int64_t head, float factor, float* y) {
+  const int64_t half = a.head_dim / 2, angles = (b * a.queries + t) * half;
+  const float *x = a.head(b, t, head), *cos = a.cos + angles, *sin = a.sin + angles;
+  for (int64_t i = 0; i < half; ++i) {
+    y[i] = (x[i] * cos[i] - x[i + half] * sin[i]) * factor;
+    y[i + half] = (x[i + half] * cos[i] + x[i] * sin[i]) * factor;
+  }
+}
+
+// Puts the key and the value of query t into the cache.
+template <class T>
+inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
+  static thread_local std::vector<float> rotated;
+  rotated.resize(a.head_dim);
+  rotate(a, b, t, a.heads + k, 1, rotated.data());
+  const float* value = a.head(b, t, a.heads + a.kv_heads + k);
+  T *to_key = a.row(a.keys, b, k, a.start[b] + t), *to_value = a.row(a.values, b, k, a.start[b] + t);
+  for (int64_t h = 0; h < a.head_dim; ++h) {
+    to_key[h] = narrow<T>(rotated[h]);
+    to_value[h] = narrow<T>(value[h]);
+  }
+}
+
 // scores [kRows, kKeys] of queries [kRows, H] and keys that are stored [H, kKeys].
 template <int kRows>
 inline void score_transposed(const float* queries, int64_t H, const float* keys, float* scores) {
@@ -118,7 +143,7 @@ inline void attend(const Attention<T>& a, int64_t b, int64_t k, int64_t first, c
     const int64_t t = (first + std::min<int64_t>(r, rows - 1)) / group, g = (first + r) % group;
     position[r] = a.start[b] + t;
     highest[r] = kLowest;
-    if (r < rows) a.rotate(b, t, a.head(b, t, k * group + g), 1 / std::sqrt(float(H)), queries + r * H);
+    if (r < rows) rotate(a, b, t, k * group + g, 1 / std::sqrt(float(H)), queries + r * H);
   }
   for (int64_t s = 0; s <= position[kRows - 1]; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, position[kRows - 1] + 1 - s);
@@ -154,9 +179,7 @@ inline void attention(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   if (a.queries == 1) {
     parallel_for(pool, B * K, 1, [&](int64_t i) {
       const int64_t b = i / K, k = i % K;
-      static thread_local std::vector<float> scratch;
-      scratch.resize(H);
-      a.write(b, k, 0, scratch.data());
+      write(a, b, k, 0);
       attend_one(a, b, k);
     });
     return;
@@ -168,9 +191,8 @@ inline void attention(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   float* transposed = transposed_scratch.data();
   parallel_for(pool, B * K * blocks, 1, [&](int64_t i) {
     const int64_t b = i / (K * blocks), k = i / blocks % K, s = i % blocks * kKeys, end = a.start[b] + a.queries;
-    std::vector<float> scratch(H);
     for (int64_t t = std::max<int64_t>(s - a.start[b], 0); t < std::min<int64_t>(s + kKeys - a.start[b], a.queries); ++t) {
-      a.write(b, k, t, scratch.data());
+      write(a, b, k, t);
     }
     float* block = transposed + ((b * K + k) * blocks * kKeys + s) * H;
     for (int64_t j = 0; j < kKeys; ++j) {

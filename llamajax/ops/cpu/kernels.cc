@@ -76,27 +76,6 @@ struct Attention {
     return qkv + ((b * queries + t) * (heads + 2 * kv_heads) + head) * head_dim;
   }
   T* row(T* cache, int64_t b, int64_t k, int64_t s) const { return cache + ((b * kv_heads + k) * cache_len + s) * head_dim; }
-
-  // RoPE: pairs (x[i], x[i + head_dim / 2]) turned by the angles of query t.
-  void rotate(int64_t b, int64_t t, const float* x, float factor, float* y) const {
-    const int64_t half = head_dim / 2;
-    const float *c = cos + (b * queries + t) * half, *s = sin + (b * queries + t) * half;
-    for (int64_t i = 0; i < half; ++i) {
-      y[i] = (x[i] * c[i] - x[i + half] * s[i]) * factor;
-      y[i + half] = (x[i + half] * c[i] + x[i] * s[i]) * factor;
-    }
-  }
-
-  // Puts the key and the value of query t into the cache.
-  void write(int64_t b, int64_t k, int64_t t, float* scratch) const {
-    rotate(b, t, head(b, t, heads + k), 1, scratch);
-    const float* value = head(b, t, heads + kv_heads + k);
-    T *to_key = row(keys, b, k, start[b] + t), *to_value = row(values, b, k, start[b] + t);
-    for (int64_t h = 0; h < head_dim; ++h) {
-      to_key[h] = narrow<T>(scratch[h]);
-      to_value[h] = narrow<T>(value[h]);
-    }
-  }
 };
 
 }  // namespace

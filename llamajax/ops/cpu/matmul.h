@@ -147,6 +147,11 @@ void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
     for (int64_t row = begin, rows; row < end; row += rows) {
       const int8_t* q = quants + row * p.K;
       const BlockOfX* b = blocks + row * num_blocks;
+      // y's lines, and the residual's, come while the products are computed: each is in another page.
+      for (int64_t r = row; r < std::min(end, row + kTileRows); ++r) {
+        __builtin_prefetch(p.y + r * width + group * kGroup, 1);
+        if (p.residual) __builtin_prefetch(p.residual + r * width + group * kGroup);
+      }
       rows = tile_of_group<F>(weights, q, b, num_blocks, end - row, products);
       if (p.gated) tile_of_group<F>(weights + groups * group_bytes, q, b, num_blocks, end - row, up);
       finish(p, row, rows, group * kGroup, products, up);
