@@ -22,7 +22,9 @@ DTypeOption = Annotated[
     DType,
     typer.Option(
         "--dtype",
-        help="How weights are kept; auto: as shipped (quantized in bf16 but on a CPU); int8: smaller, less exact.",
+        "--quantize",
+        help="How weights are kept; auto: as shipped (quantized in bf16 but on a CPU); int8, q8_0, q4_k, q4_0: ever "
+        "smaller, ever less exact.",
     ),
 ]
 DeviceOption = Annotated[

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypedDict
 
 from llamajax.errors import RequestError
 
-DType = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "q4_k"]
 Device = Literal["cpu", "gpu", "tpu"]
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 

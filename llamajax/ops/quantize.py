@@ -19,7 +19,9 @@ def quantize(weight: Float[Array, "N K"], format: str) -> Parts:
     blocks = weight.astype(jnp.float32).reshape(len(weight), -1, FORMATS[format].weights)
     quants, scale, offset = QUANTIZABLE[format](blocks)
     rows = len(weight)
-    return Parts(quants.reshape(rows, -1), scale.reshape(rows, -1), None if offset is None else offset.reshape(rows, -1))
+    return Parts(
+        quants.reshape(rows, -1), scale.reshape(rows, -1), None if offset is None else offset.reshape(rows, -1)
+    )
 
 
 def _f16(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
@@ -60,7 +62,7 @@ def _q4_k(blocks: Float32[Array, "N B 256"]) -> Parts:
 
 
 def _scale_and_minimum(x: Float32[Array, "... 32"]) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
-    """Of several scales, with the weighted least squares fit of scale * quant - minimum, the one with the least error."""
+    """Several scales are tried, each with the least squares fit of scale * quant - minimum; the best is taken."""
     importance = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True)) + jnp.abs(x)
     low = jnp.minimum(x.min(axis=-1), 0)
     span = x.max(axis=-1) - low
@@ -71,7 +73,7 @@ def _scale_and_minimum(x: Float32[Array, "... 32"]) -> tuple[Float32[Array, "...
     def rounded(inverse: Array) -> Array:
         return jnp.clip(jnp.round(inverse[..., None] * (x - low[..., None])), 0, 15)
 
-    best = span / 15, low, error(span / 15, low, rounded(15 * _inverse(span)))
+    best: tuple[Array, ...] = (span / 15, low, error(span / 15, low, rounded(15 * _inverse(span))))
     weight_sum, x_sum = importance.sum(axis=-1), (importance * x).sum(axis=-1)
     for trial in range(_Q4_K_TRIALS):
         quants = rounded((14 + trial / 10) * _inverse(span))

@@ -50,6 +50,13 @@ class Parts(NamedTuple):
     scale: Float32[Array, "... R"]
     offset: Float32[Array, "... R"] | None = None
 
+    def dequantized(self) -> Float32[Array, "... K"]:
+        """The weights."""
+        weights = self.scale[..., None] * self.quants.reshape(*self.scale.shape, -1).astype(jnp.float32)
+        if self.offset is not None:
+            weights = weights + self.offset[..., None]
+        return weights.reshape(self.quants.shape)
+
 
 def split(blocks: UInt8[Array, "... bytes"], format: str) -> Parts:
     """Rows of whole blocks, taken apart; `format` is a key of FORMATS."""
@@ -60,9 +67,7 @@ def split(blocks: UInt8[Array, "... bytes"], format: str) -> Parts:
 
 def dequantize(blocks: UInt8[Array, "... bytes"], format: str) -> Float32[Array, "... K"]:
     """The weights of rows of whole blocks; `format` is a key of FORMATS."""
-    quants, scale, offset = split(blocks, format)
-    weights = scale[..., None] * quants.reshape(*scale.shape, -1).astype(jnp.float32)
-    return (weights if offset is None else weights + offset[..., None]).reshape(quants.shape)
+    return split(blocks, format).dequantized()
 
 
 def _fields(block: Array, *sizes: int) -> list[Array]:

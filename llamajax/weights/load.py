@@ -16,6 +16,7 @@ from llamajax.errors import CheckpointError
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight, native, quantize_int8
 from llamajax.ops.packed import pack
+from llamajax.ops.quantize import QUANTIZABLE, quantize
 from llamajax.ops.quants import FORMATS, dequantize, split
 from llamajax.types import DType
 from llamajax.weights.names import IGNORED, Source, sources
@@ -40,8 +41,9 @@ def load_weights(
       device: where the weights are put, and converted.
       dtype: "auto" keeps dense weights in the precision they were shipped in (but on a CPU f16 and the embeddings in
         f32, in which products take a third of the time), and quantized ones in their blocks on a CPU with the native
-        kernels, elsewhere dense in bf16; "int8" keeps all with a scale for each output; another dtype makes all dense
-        in it.
+        kernels, elsewhere dense in bf16; "int8" keeps all with a scale for each output; "q8_0", "q4_0" and "q4_k" round
+        to these blocks (the embeddings and the head to q8_0), kept as such or in bf16 as quantized ones are; another
+        dtype makes all dense in it.
       progress: called with bytes read so far, and in all.
 
     Raises CheckpointError naming all missing, unexpected and misshapen tensors.
@@ -72,6 +74,22 @@ def bytes_in_memory(
         jax.eval_shape(partial(_convert, path, parts, tensors, dtype, platform)) for path, parts in plan.items()
     ]
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(converted))
+
+
+def keeps_blocks(platform: str) -> bool:
+    """Whether weights can be kept in a file's blocks; else such weights are kept in bf16."""
+    return platform == "cpu" and native.available()
+
+
+def block_format(path: str, dtype: DType) -> str:
+    """The blocks of a parameter: embeddings and the head, which decides between tokens, are worth 8 bits."""
+    return dtype if "proj" in path else "q8_0"
+
+
+def in_blocks(weight: jax.Array, name: str, packed: bool) -> Weight:
+    """A weight rounded to a format's blocks, kept in them (packed) or in bf16."""
+    parts = quantize(weight, name)
+    return pack(parts, name) if packed else parts.dequantized().astype(jnp.bfloat16)
 
 
 def _check(plan: Mapping[str, list[Source]], tensors: Mapping[str, StoredTensor]) -> None:
@@ -106,8 +124,16 @@ def _convert(
     formats = tuple(tensor.format for tensor in stored)
     heads = tuple(part.interleaved_heads for part in parts)
     data = tuple(tensor.data for tensor in stored)
-    if dtype == "auto" and platform == "cpu" and native.available() and set(formats) <= FORMATS.keys():
+    if dtype == "auto" and keeps_blocks(platform) and set(formats) <= FORMATS.keys():
         return _packed(data, formats, heads)
+    if dtype in QUANTIZABLE and len(parts[0].shape) == 2:
+        name = block_format(path, dtype)
+        if parts[0].shape[1] % FORMATS[name].weights:
+            raise CheckpointError(
+                f"{parts[0].name} has rows of {parts[0].shape[1]} numbers, {name} is for multiples of "
+                f"{FORMATS[name].weights}: choose {'q8_0 or q4_0' if name == 'q4_k' else 'another dtype'}"
+            )
+        return _quantized(data, formats, heads, name, keeps_blocks(platform))
     kept: np.dtype | None
     if len(parts[0].shape) == 1:
         kept = jnp.dtype(jnp.float32)
@@ -137,6 +163,14 @@ def _packed(stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tupl
     if len(set(formats)) == 1:
         return pack(jax.tree.map(lambda *x: jnp.concatenate(x), *parts), formats[0])
     return tuple(pack(part, format) for part, format in zip(parts, formats, strict=True))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantized(
+    stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...], name: str, packed: bool
+) -> Weight:
+    """Parts, rounded to a block format."""
+    return in_blocks(_dense(stored, formats, heads, jnp.dtype(jnp.float32)), name, packed)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

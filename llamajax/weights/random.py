@@ -4,12 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight, quantize_int8
+from llamajax.ops.quantize import QUANTIZABLE
 from llamajax.types import DType
+from llamajax.weights.load import block_format, in_blocks, keeps_blocks
 
 
 def random_weights(model: Llama, device: jax.Device, dtype: DType = "auto", seed: int = 0) -> None:
@@ -21,18 +22,22 @@ def random_weights(model: Llama, device: jax.Device, dtype: DType = "auto", seed
       model: a structure; it is changed.
       dtype: as `load_weights` keeps dense weights; "auto" is bf16.
     """
-    kept = None if dtype == "int8" else jnp.dtype(jnp.bfloat16 if dtype == "auto" else dtype)
-    for i, (_, parameter) in enumerate(nnx.to_flat_state(nnx.state(model))):
+    for i, (keys, parameter) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        path = ".".join(map(str, keys))
+        name = block_format(path, dtype) if dtype in QUANTIZABLE else {"auto": "bfloat16"}.get(dtype, dtype)
         with jax.default_device(device):
             # Not threefry, jax's default: on a CPU it takes ten times as long.
             key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), i)
-            parameter.set_value(jax.block_until_ready(_random(key, parameter.get_value().shape, kept)))
+            weight = _random(key, parameter.get_value().shape, name, keeps_blocks(device.platform))
+            parameter.set_value(jax.block_until_ready(weight))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _random(key: jax.Array, shape: tuple[int, ...], kept: np.dtype | None) -> Weight:
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _random(key: jax.Array, shape: tuple[int, ...], kept: str, packed: bool) -> Weight:
     if len(shape) == 1:
         return jnp.ones(shape, jnp.float32)
     bound = (3 / shape[-1]) ** 0.5
-    drawn = jax.random.uniform(key, shape, kept or jnp.bfloat16, -bound, bound)
-    return quantize_int8(drawn) if kept is None else drawn
+    drawn = partial(jax.random.uniform, key, shape, minval=-bound, maxval=bound)
+    if kept == "int8":
+        return quantize_int8(drawn(jnp.bfloat16))
+    return in_blocks(drawn(jnp.float32), kept, packed) if kept in QUANTIZABLE else drawn(jnp.dtype(kept))

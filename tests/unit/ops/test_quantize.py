@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 
 from llamajax.ops.packed import pack, unpack_rows
 from llamajax.ops.quantize import QUANTIZABLE, quantize
-from llamajax.ops.quants import Parts, split
+from llamajax.ops.quants import split
 
 from ... import tiny_model
 
@@ -26,12 +26,6 @@ def weights() -> np.ndarray:
     return weight.astype(np.float32)
 
 
-def dequantized(parts: Parts) -> np.ndarray:
-    quants, scale = np.asarray(parts.quants, float), np.asarray(parts.scale, float)
-    weight = scale[..., None] * quants.reshape(*scale.shape, -1)
-    return (weight if parts.offset is None else weight + np.asarray(parts.offset)[..., None]).reshape(quants.shape)
-
-
 @pytest.mark.parametrize("format", ["q8_0", "q4_0"])
 def test_as_the_gguf_package_does(format: str) -> None:
     stored = gguf.quantize(weights(), GGMLQuantizationType[format.upper()])
@@ -46,7 +40,7 @@ def test_q4_k_is_better_than_the_plain_rounding_of_each_group() -> None:
     low = np.minimum(groups.min(axis=-1, keepdims=True), 0)
     step = np.maximum(groups.max(axis=-1, keepdims=True) - low, 1e-30) / 15
     plain = (np.rint((groups - low) / step) * step + low).reshape(weight.shape)
-    found = dequantized(jax.jit(quantize, static_argnums=1)(weight, "q4_k"))
+    found = np.asarray(jax.jit(quantize, static_argnums=1)(weight, "q4_k").dequantized())
     errors = [np.square(x - weight).sum(axis=1) ** 0.5 for x in (found, plain)]
     # Scales of 6 bits cost what the search wins, or less; normal numbers are the hardest.
     assert (errors[0] <= 1.1 * errors[1] + 1e-9).all()
@@ -61,11 +55,11 @@ def test_q4_k_keeps_its_own_weights() -> None:
     scale, minimum = rng.integers(20, 64, (2, 8, 1)) * 2.0**-10, rng.integers(20, 64, (2, 8, 1)) * 2.0**-8
     scale[:, 0], minimum[:, 0] = 63 * 2.0**-10, 63 * 2.0**-8
     weight = (scale * quants - minimum).reshape(2, 256).astype(np.float32)
-    np.testing.assert_allclose(dequantized(quantize(weight, "q4_k")), weight, atol=1e-6)
+    np.testing.assert_allclose(quantize(weight, "q4_k").dequantized(), weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", QUANTIZABLE)
 def test_it_can_be_packed(format: str) -> None:
     parts = quantize(weights(), format)
     rows = unpack_rows(pack(parts, format), jnp.arange(24))
-    np.testing.assert_allclose(rows, dequantized(parts), rtol=2.0**-10, atol=2.0**-10 * np.abs(weights()).max())
+    np.testing.assert_allclose(rows, parts.dequantized(), rtol=2.0**-10, atol=2.0**-10 * np.abs(weights()).max())
