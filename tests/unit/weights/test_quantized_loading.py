@@ -1,0 +1,33 @@
+"""Weights that are rounded to blocks while they are loaded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llamajax
+from llamajax.bench.run import kept_dtype
+from llamajax.errors import CheckpointError
+from llamajax.ops import native
+
+
+def log_probabilities(llm: llamajax.LLM) -> np.ndarray:
+    logits = llm.logits(llm.tokenizer.encode("The first of May is a holiday in many countries of the world."))
+    return logits - np.log(np.exp(logits.astype(float)).sum(axis=1, keepdims=True))
+
+
+def test_q8_0_is_near_and_q4_0_is_not_so_near(smollm2_gguf: Path) -> None:
+    exact = log_probabilities(llamajax.load(smollm2_gguf, dtype="float32"))
+    divergence = {}
+    for name in ("q8_0", "q4_0"):
+        llm = llamajax.load(smollm2_gguf, dtype=name)
+        # The tied embeddings have eight bits in any case.
+        blocks = {"q8_0": "q8_0", "q4_0": "q4_0+q8_0"}[name]
+        assert kept_dtype(llm) == (blocks if native.available() else "bfloat16")
+        divergence[name] = (np.exp(exact) * (exact - log_probabilities(llm))).sum(axis=1).mean()
+    assert 0 < divergence["q8_0"] < 0.02 < divergence["q4_0"] < 1
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(smollm2_gguf: Path) -> None:
+    with pytest.raises(CheckpointError, match="rows of 576 numbers, q4_k is for multiples of 256: choose q8_0 or q4_0"):
+        llamajax.load(smollm2_gguf, dtype="q4_k")
