@@ -124,9 +124,10 @@ def _convert(
     formats = tuple(tensor.format for tensor in stored)
     heads = tuple(part.interleaved_heads for part in parts)
     data = tuple(tensor.data for tensor in stored)
-    if dtype == "auto" and keeps_blocks(platform) and set(formats) <= FORMATS.keys():
+    is_matrix = len(parts[0].shape) == 2
+    if dtype == "auto" and is_matrix and keeps_blocks(platform) and set(formats) <= FORMATS.keys():
         return _packed(data, formats, heads)
-    if dtype in QUANTIZABLE and len(parts[0].shape) == 2:
+    if dtype in QUANTIZABLE and is_matrix:
         name = block_format(path, dtype)
         if parts[0].shape[1] % FORMATS[name].weights:
             raise CheckpointError(
@@ -135,7 +136,7 @@ def _convert(
             )
         return _quantized(data, formats, heads, name, keeps_blocks(platform))
     kept: np.dtype | None
-    if len(parts[0].shape) == 1:
+    if not is_matrix:
         kept = jnp.dtype(jnp.float32)
     elif dtype == "int8":
         kept = None
