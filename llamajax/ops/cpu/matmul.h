@@ -11,8 +11,13 @@ struct BlockOfX {
   int32_t initial;   // -zero * the sum of the block's quants
 };
 struct RoundedX {
-  std::vector<int8_t> quants;    // [M, K]
-  std::vector<BlockOfX> blocks;  // [M, K / block]
+  std::vector<int8_t> quants;    // [rows, K]
+  std::vector<BlockOfX> blocks;  // [rows, K / block]
+
+  void resize(int64_t rows, int64_t K, int64_t block) {
+    quants.resize(rows * K);
+    blocks.resize(rows * (K / block));
+  }
 };
 
 template <int kBits_, int kBlock_, bool kOffsets_>
@@ -22,65 +27,77 @@ struct Format {
   static constexpr int64_t kHead = kGroup * (2 + 2 * kOffsets), kBytes = kHead + kGroup * kBlock * kBits / 8;
 };
 
-// kRows rows of x times kLanes rows of weights: y [kRows, kGroup].
-template <class F, int kRows>
-inline void tile(const uint8_t* weights, int64_t lane, const int8_t* quants, const BlockOfX* blocks, int64_t num_blocks,
-                 float* y) {
-  constexpr int kSteps = F::kBlock / 4;
+// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, kTileRows, kGroup].
+template <class F, int kRows, int kGroups>
+inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quants, const BlockOfX* blocks,
+                 int64_t num_blocks, float* y) {
+  constexpr int kSteps = F::kBlock / 4, kLoads = kSteps * F::kBits / 8;
   const int64_t K = num_blocks * F::kBlock;
-  Floats total[kRows];
-  for (int r = 0; r < kRows; ++r) total[r] = all(0.0f);
-  for (int64_t b = 0; b < num_blocks; ++b, weights += F::kBytes) {
-    const uint16_t* head = reinterpret_cast<const uint16_t*>(weights) + lane;
-    const uint8_t* packed = weights + F::kHead + 4 * lane;
-    const Floats scale = load_half(head);
-    Bytes step[kSteps];
-    if constexpr (F::kBits == 4) {
-      for (int s = 0; s < kSteps / 2; ++s) {
-        const Bytes both = load_bytes(packed + 4 * kGroup * s);
-        step[s] = low_nibbles(both);
-        step[s + kSteps / 2] = high_nibbles(both);
-      }
-    } else {
-      for (int s = 0; s < kSteps; ++s) step[s] = load_bytes(packed + 4 * kGroup * s);
+  Floats total[kRows][kGroups];
+  UNROLL for (int i = 0; i < kRows * kGroups; ++i) total[i / kGroups][i % kGroups] = all(0.0f);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    Ints products[kRows][kGroups];
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      UNROLL for (int g = 0; g < kGroups; ++g) products[r][g] = all(blocks[r * num_blocks + b].initial);
     }
-    // Four rows at once: a row's sums wait for each other.
-    constexpr int kTogether = kRows % 4 == 0 ? 4 : kRows;
-    UNROLL for (int first = 0; first < kRows; first += kTogether) {
-      Ints products[kTogether];
-      UNROLL for (int r = 0; r < kTogether; ++r) products[r] = all(blocks[(first + r) * num_blocks + b].initial);
-      UNROLL for (int s = 0; s < kSteps; ++s) {
-        UNROLL for (int r = 0; r < kTogether; ++r) {
-          products[r] = dot<F::kBits>(products[r], step[s], quants + (first + r) * K + b * F::kBlock + 4 * s);
+    const auto multiply = [&](const Bytes (&weights)[kGroups], int step) {
+      UNROLL for (int r = 0; r < kRows; ++r) {
+        UNROLL for (int g = 0; g < kGroups; ++g) {
+          products[r][g] = dot<F::kBits>(products[r][g], weights[g], quants + r * K + b * F::kBlock + 4 * step);
         }
       }
-      UNROLL for (int r = 0; r < kTogether; ++r) {
-        const BlockOfX& x = blocks[(first + r) * num_blocks + b];
-        Floats& sum = total[first + r];
-        sum = fma(to_floats(products[r]), scale * all(x.scale), sum);
-        if constexpr (F::kOffsets) sum = fma(load_half(head + kGroup), all(x.sum), sum);
+    };
+    UNROLL for (int i = 0; i < kLoads; ++i) {
+      Bytes weights[kGroups], high[kGroups];
+      UNROLL for (int g = 0; g < kGroups; ++g) {
+        weights[g] = load_bytes(groups[g] + b * F::kBytes + F::kHead + 4 * lane + 4 * kGroup * i);
+        if constexpr (F::kBits == 4) {
+          high[g] = high_nibbles(weights[g]);
+          weights[g] = low_nibbles(weights[g]);
+        }
+      }
+      multiply(weights, i);
+      if constexpr (F::kBits == 4) multiply(high, i + kLoads);
+    }
+    UNROLL for (int g = 0; g < kGroups; ++g) {
+      const uint16_t* head = reinterpret_cast<const uint16_t*>(groups[g] + b * F::kBytes) + lane;
+      const Floats scale = load_half(head);
+      UNROLL for (int r = 0; r < kRows; ++r) {
+        const BlockOfX& x = blocks[r * num_blocks + b];
+        total[r][g] = fma(to_floats(products[r][g]), scale * all(x.scale), total[r][g]);
+        if constexpr (F::kOffsets) total[r][g] = fma(load_half(head + kGroup), all(x.sum), total[r][g]);
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) store(y + r * kGroup + lane, total[r]);
+  UNROLL for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int g = 0; g < kGroups; ++g) store(y + (g * kTileRows + r) * kGroup + lane, total[r][g]);
+  }
 }
 
-// As many rows of x as a tile has, at most `rows`, times a group of weights. Returns how many.
-template <class F, int kRows = kTileRows>
-inline int64_t tile_of_group(const uint8_t* weights, const int8_t* quants, const BlockOfX* blocks, int64_t num_blocks,
-                             int64_t rows, float* y) {
+// As many rows of x as a tile has, at most `rows`, times groups of weights. Returns how many.
+template <class F, int kGroups, int kRows = kTileRows>
+inline int64_t tile_of_groups(const uint8_t* const* groups, const int8_t* quants, const BlockOfX* blocks,
+                              int64_t num_blocks, int64_t rows, float* y) {
   if constexpr (kRows > 1) {
-    constexpr int kFewer = kRows > 4 ? kRows - 4 : kRows / 2;
-    if (rows < kRows) return tile_of_group<F, kFewer>(weights, quants, blocks, num_blocks, rows, y);
+    if (rows < kRows) return tile_of_groups<F, kGroups, kRows - 1>(groups, quants, blocks, num_blocks, rows, y);
   }
-  for (int64_t lane = 0; lane < kGroup; lane += kLanes) tile<F, kRows>(weights, lane, quants, blocks, num_blocks, y);
+  constexpr int kTogether = kRows > 1 ? kGroups : 1;  // one row waits for memory, which comes faster in a row
+  for (int g = 0; g < kGroups; g += kTogether) {
+    for (int64_t lane = 0; lane < kGroup; lane += kLanes) {
+      tile<F, kRows, kTogether>(groups + g, lane, quants, blocks, num_blocks, y + g * kTileRows * kGroup);
+    }
+  }
   return kRows;
 }
 
-// One row of x to int8, each block with its largest magnitude at 127; of x * norm / rms(x) if there is a norm.
+// Row `row` of x to int8, as row `at` of `rounded`: each block with its largest magnitude at 127; of x * norm / rms(x)
+// if there is a norm.
 template <class F>
-inline void round_row(const Product& p, const float* x, int8_t* quants, BlockOfX* blocks) {
+inline void round_row(const Product& p, int64_t row, int64_t at, RoundedX& rounded) {
   constexpr int kParts = F::kBlock / kLanes;
+  const float* x = p.x + row * p.K;
+  int8_t* quants = rounded.quants.data() + at * p.K;
+  BlockOfX* blocks = rounded.blocks.data() + at * (p.K / F::kBlock);
   float factor = 1;
   if (p.norm) {
     Floats squares = all(0.0f);
@@ -122,40 +139,56 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
   }
 }
 
+// The products of `rows` rows of x, which begin at `row`, with a pair of groups of weights: of a gate and of what it
+// is for, or two that follow each other.
+template <class F>
+inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int64_t rows, int64_t pair) {
+  const int64_t num_blocks = p.K / F::kBlock, groups = (p.N + kGroup - 1) / kGroup;
+  const int64_t first = p.gated ? pair : 2 * pair, second = p.gated ? groups / 2 + pair : first + 1;
+  const int64_t results = std::min<int64_t>(p.gated ? 1 : 2, groups - first), width = p.gated ? p.N / 2 : p.N;
+  const uint8_t* const weights[2] = {p.weights + first * num_blocks * F::kBytes,
+                                     p.weights + second * num_blocks * F::kBytes};
+  float products[2][kTileRows * kGroup];
+  for (int64_t r = 0, count; r < rows; r += count) {
+    // y's lines, and the residual's, come while the products are computed: each is in another page.
+    for (int64_t i = row + r; i < row + std::min(rows, r + kTileRows); ++i) {
+      for (int64_t at = i * width + first * kGroup; at < i * width + (first + results) * kGroup; at += kGroup) {
+        __builtin_prefetch(p.y + at, 1);
+        if (p.residual) __builtin_prefetch(p.residual + at);
+      }
+    }
+    const int8_t* quants = x.quants.data() + r * p.K;
+    const BlockOfX* blocks = x.blocks.data() + r * num_blocks;
+    count = second < groups ? tile_of_groups<F, 2>(weights, quants, blocks, num_blocks, rows - r, products[0])
+                            : tile_of_groups<F, 1>(weights, quants, blocks, num_blocks, rows - r, products[0]);
+    for (int64_t i = 0; i < results; ++i) finish(p, row + r, count, (first + i) * kGroup, products[i], products[1]);
+  }
+}
+
 template <class F>
 void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
-  const int64_t num_blocks = p.K / F::kBlock, group_bytes = num_blocks * F::kBytes;
-  static thread_local RoundedX rounded;
-  rounded.quants.resize(p.M * p.K);
-  rounded.blocks.resize(p.M * num_blocks);
-  int8_t* quants = rounded.quants.data();
-  BlockOfX* blocks = rounded.blocks.data();
-  parallel_for(pool, p.M, std::max<int64_t>(1, 8192 / p.K), [&](int64_t row) {
-    round_row<F>(p, p.x + row * p.K, quants + row * p.K, blocks + row * num_blocks);
-  });
-
-  // Rows of x that stay in a core's second-level cache while all weights pass.
-  const int64_t panel = std::max<int64_t>(kTileRows, kPanelBytes / p.K / kTileRows * kTileRows);
-  const int64_t width = p.gated ? p.N / 2 : p.N, groups = (width + kGroup - 1) / kGroup;
-  const int64_t panels = (p.M + panel - 1) / panel;
+  const int64_t pairs = (p.N + 2 * kGroup - 1) / (2 * kGroup), threads = pool.num_threads();
+  if (p.M >= kFewRows * threads) {
+    // The threads share the rows out: what one makes of its rows here, and in the next call, stays in its caches.
+    const int64_t most = std::max<int64_t>(kTileRows, kPanelBytes / p.K) * threads;
+    const int64_t panels = (p.M + most - 1) / most * threads, panel = ((p.M + panels - 1) / panels + 3) / 4 * 4;
+    parallel_for(pool, (p.M + panel - 1) / panel, 1, [&](int64_t i) {
+      static thread_local RoundedX x;
+      const int64_t begin = i * panel, rows = std::min(p.M - begin, panel);
+      x.resize(rows, p.K, F::kBlock);
+      for (int64_t row = 0; row < rows; ++row) round_row<F>(p, begin + row, row, x);
+      for (int64_t pair = 0; pair < pairs; ++pair) multiply_pair<F>(p, x, begin, rows, pair);
+    });
+    return;
+  }
+  static thread_local RoundedX scratch;
+  RoundedX& x = scratch;  // this thread's, in the others too
+  x.resize(p.M, p.K, F::kBlock);
+  parallel_for(pool, p.M, std::max<int64_t>(1, 8192 / p.K), [&](int64_t row) { round_row<F>(p, row, row, x); });
   // Few rows wait for memory, which comes faster in a row; many should end at the same time.
-  const int64_t shares = pool.num_threads() * (p.M > kTileRows ? 16 : 4);
-  parallel_for(pool, panels * groups, std::max<int64_t>(1, groups / std::max<int64_t>(1, shares)), [&](int64_t task) {
-    const int64_t begin = task / groups * panel, end = std::min(p.M, begin + panel), group = task % groups;
-    const uint8_t* weights = p.weights + group * group_bytes;
-    float products[kTileRows * kGroup], up[kTileRows * kGroup];
-    for (int64_t row = begin, rows; row < end; row += rows) {
-      const int8_t* q = quants + row * p.K;
-      const BlockOfX* b = blocks + row * num_blocks;
-      // y's lines, and the residual's, come while the products are computed: each is in another page.
-      for (int64_t r = row; r < std::min(end, row + kTileRows); ++r) {
-        __builtin_prefetch(p.y + r * width + group * kGroup, 1);
-        if (p.residual) __builtin_prefetch(p.residual + r * width + group * kGroup);
-      }
-      rows = tile_of_group<F>(weights, q, b, num_blocks, end - row, products);
-      if (p.gated) tile_of_group<F>(weights + groups * group_bytes, q, b, num_blocks, end - row, up);
-      finish(p, row, rows, group * kGroup, products, up);
-    }
+  const int64_t shares = threads * (p.M > kTileRows ? 16 : 4);
+  parallel_for(pool, pairs, std::max<int64_t>(1, pairs / shares), [&](int64_t pair) {
+    multiply_pair<F>(p, x, 0, p.M, pair);
   });
 }
 

@@ -1,6 +1,6 @@
 // AVX2 with FMA and F16C: 8 lanes.
 constexpr int kLanes = 8;
-constexpr int kTileRows = 4, kQueries = 4;
+constexpr int kTileRows = 2, kQueries = 4;
 using Floats = __m256;
 using Ints = __m256i;
 using Bytes = __m256i;

@@ -1,6 +1,6 @@
 // AVX-512 with VNNI: 16 lanes.
 constexpr int kLanes = 16;
-constexpr int kTileRows = 12, kQueries = 12;  // accumulators and operands fit the 32 registers
+constexpr int kTileRows = 6, kQueries = 12;  // accumulators and operands fit the 32 registers
 using Floats = __m512;
 using Ints = __m512i;
 using Bytes = __m512i;

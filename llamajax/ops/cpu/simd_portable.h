@@ -1,6 +1,6 @@
 // What any compiler makes of 4 lanes; with NEON's dot products where they are built in.
 constexpr int kLanes = 4;
-constexpr int kTileRows = 4, kQueries = 4;
+constexpr int kTileRows = 2, kQueries = 4;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
