@@ -24,6 +24,7 @@ from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.model.llama import Llama
+from llamajax.ops import native
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
 from llamajax.tokenizers.gguf import from_gguf
@@ -357,7 +358,8 @@ def load(
 def cache_dtype(device: jax.Device, dtype: DType) -> np.dtype:
     """What the KV cache is kept in."""
     # XLA's CPU products with few rows are slow in bf16.
-    return jnp.dtype(jnp.float32 if device.platform == "cpu" or dtype == "float32" else jnp.bfloat16)
+    slow = device.platform == "cpu" and not native.available()
+    return jnp.dtype(jnp.float32 if slow or dtype == "float32" else jnp.bfloat16)
 
 
 def find_device(kind: Device | None) -> jax.Device:

@@ -26,27 +26,6 @@ inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
   }
 }
 
-// scores [kRows, kKeys] of queries [kRows, H] and keys that are stored [H, kKeys].
-template <int kRows>
-inline void score_transposed(const float* queries, int64_t H, const float* keys, float* scores) {
-  for (int j = 0; j < kKeys; j += 2 * kLanes) {
-    Floats total[kRows][2];
-    UNROLL for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = all(0.0f);
-    for (int64_t h = 0; h < H; ++h) {
-      const Floats first = load(keys + h * kKeys + j), second = load(keys + h * kKeys + j + kLanes);
-      UNROLL for (int r = 0; r < kRows; ++r) {
-        const Floats query = all(queries[r * H + h]);
-        total[r][0] = fma(query, first, total[r][0]);
-        total[r][1] = fma(query, second, total[r][1]);
-      }
-    }
-    UNROLL for (int r = 0; r < kRows; ++r) {
-      store(scores + r * kKeys + j, total[r][0]);
-      store(scores + r * kKeys + j + kLanes, total[r][1]);
-    }
-  }
-}
-
 // scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys [H] of a cache. The values, which are next,
 // are fetched meanwhile.
 template <int kRows, class T>
@@ -108,101 +87,248 @@ inline void mix(const float* weights, const float* factor, const T* values, int6
   if (h < H) mix_part<kRows, 1, false>(weights, factor, values, count, H, h, sums);
 }
 
-// One row's scores to weights relative to its highest score so far; those from `count` on to 0.
-inline void soften(float* scores, int64_t count, float& highest, float& total, float& factor) {
-  factor = 1;
-  if (count > 0) {
-    std::fill(scores + count, scores + kKeys, kLowest);
-    Floats most = all(highest), weight_sum = all(0.0f);
-    for (int64_t j = 0; j < count; j += kLanes) most = max(most, load(scores + j));
-    const float next = maximum(most);
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const Floats weight = exp(load(scores + j) - all(next));
-      store(scores + j, weight);
-      weight_sum = weight_sum + weight;
-    }
-    factor = std::exp(highest - next);
-    total = total * factor + sum(weight_sum);
-    highest = next;
+// The softmax of kRows rows' blocks so far.
+template <int kRows>
+struct Softmax {
+  static constexpr int kWhole = (kRows + kLanes - 1) / kLanes * kLanes;
+  float highest[kWhole], total[kWhole];
+  float factor[kWhole];  // of what was summed before the last block
+  float share[kWhole];   // of the last block's weights that are relative to its highest score
+
+  Softmax() {
+    std::fill_n(highest, kWhole, kLowest);
+    std::fill_n(total, kWhole, 0);
   }
-  std::fill(scores + std::max<int64_t>(count, 0), scores + kKeys, 0);
+  // Goes on to a block with these highest scores.
+  void go_on(const float* scores) {
+    for (int r = 0; r < kWhole; r += kLanes) {
+      const Floats before = load(highest + r), block = load(scores + r), now = max(before, block);
+      store(highest + r, now);
+      store(factor + r, exp(before - now));
+      store(share + r, exp(block - now));
+      store(total + r, load(total + r) * load(factor + r));
+    }
+  }
+};
+
+// The highest of kKeys scores, of which the first `count` count; the others become kLowest.
+inline float highest(float* scores, int64_t count) {
+  std::fill(scores + std::clamp<int64_t>(count, 0, kKeys), scores + kKeys, kLowest);
+  Floats most = all(kLowest);
+  for (int j = 0; j < kKeys; j += kLanes) most = max(most, load(scores + j));
+  return maximum(most);
 }
 
-// Rows first .. first + kRows of a KV head's queries (row = query * group + head of the group), those there are.
-// Keys stand transposed, [block, H, kKeys], or as the cache has them if `transposed` is null.
-template <int kRows, int kWide, class T>
-inline void attend(const Attention<T>& a, int64_t b, int64_t k, int64_t first, const float* transposed) {
-  const int64_t H = a.head_dim, group = a.group(), rows = std::min<int64_t>(kRows, a.queries * group - first);
+// One query of kRows heads of a KV head's group.
+template <int kRows, class T>
+inline void attend_one(const Attention<T>& a, int64_t b, int64_t k, int64_t first) {
+  const int64_t H = a.head_dim, end = a.start[b] + 1;
   static thread_local std::vector<float> scratch;
-  scratch.resize(kRows * (2 * H + kKeys));
-  float *queries = scratch.data(), *sums = queries + kRows * H, *scores = sums + kRows * H;
-  std::fill(queries, scores, 0);
-  float highest[kRows], total[kRows] = {}, factor[kRows];
-  int64_t position[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t t = (first + std::min<int64_t>(r, rows - 1)) / group, g = (first + r) % group;
-    position[r] = a.start[b] + t;
-    highest[r] = kLowest;
-    if (r < rows) rotate(a, b, t, k * group + g, 1 / std::sqrt(float(H)), queries + r * H);
-  }
-  for (int64_t s = 0; s <= position[kRows - 1]; s += kKeys) {
-    const int64_t count = std::min<int64_t>(kKeys, position[kRows - 1] + 1 - s);
-    if (transposed) {
-      score_transposed<kRows>(queries, H, transposed + s * H, scores);
-    } else {
-      score_stored<kRows>(queries, H, a.row(a.keys, b, k, s), a.row(a.values, b, k, s), count, scores);
-    }
+  scratch.resize(2 * kRows * H);
+  float *queries = scratch.data(), *sums = queries + kRows * H, scores[kRows * kKeys];
+  Softmax<kRows> softmax;
+  float most[softmax.kWhole] = {};
+  std::fill(sums, sums + kRows * H, 0);
+  for (int r = 0; r < kRows; ++r) rotate(a, b, 0, k * a.group() + first + r, 1 / std::sqrt(float(H)), queries + r * H);
+  for (int64_t s = 0; s < end; s += kKeys) {
+    const int64_t count = std::min<int64_t>(kKeys, end - s);
+    score_stored<kRows>(queries, H, a.row(a.keys, b, k, s), a.row(a.values, b, k, s), count, scores);
+    for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, count);
+    softmax.go_on(most);
     for (int r = 0; r < kRows; ++r) {
-      soften(scores + r * kKeys, std::min<int64_t>(kKeys, position[r] + 1 - s), highest[r], total[r], factor[r]);
+      Floats total = all(0.0f);
+      for (float* at = scores + r * kKeys; at < scores + (r + 1) * kKeys; at += kLanes) {
+        const Floats weight = exp(load(at) - all(softmax.highest[r]));
+        store(at, weight);
+        total = total + weight;
+      }
+      softmax.total[r] += sum(total);
     }
-    mix<kRows, kWide>(scores, factor, a.row(a.values, b, k, s), count, H, sums);
+    mix<kRows, 4>(scores, softmax.factor, a.row(a.values, b, k, s), count, H, sums);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float* out = a.out + (b * a.heads + k * a.group() + first + r) * H;
+    for (int64_t h = 0; h < H; ++h) out[h] = sums[r * H + h] / softmax.total[r];
+  }
+}
+
+template <class T, int kRows = 4>
+inline void attend_group(const Attention<T>& a, int64_t b, int64_t k) {
+  if constexpr (kRows > 1) {
+    if (a.group() % kRows != 0) return attend_group<T, kRows - 1>(a, b, k);
+  }
+  for (int64_t first = 0; first < a.group(); first += kRows) attend_one<kRows>(a, b, k, first);
+}
+
+// Many queries are multiplied in 16 bits, which are pairs of numbers for the vectors: with queries and keys rounded to
+// multiples of a vector's largest magnitude / kFine, values of a dimension's in the block, weights of the block's
+// largest / kWeight. Their sums fit 32 bits.
+constexpr int32_t kFine = 4095, kWeight = INT32_MAX / kFine / kKeys;
+
+// A block of the cache for that.
+struct Block {
+  int16_t *keys, *values;           // [head_dim / 2, kKeys, 2], [kKeys / 2, width, 2]
+  float *key_steps, *value_steps;  // [kKeys], [width]
+};
+
+// Blocks of all sequences and KV heads. Their width is head_dim, filled up to whole vectors.
+struct Blocks {
+  int64_t head_dim, width;
+  std::vector<int16_t> numbers;
+  std::vector<float> steps;
+
+  void resize(int64_t count, int64_t H) {
+    head_dim = H;
+    width = (H + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
+    numbers.resize(count * kKeys * (head_dim + width));
+    steps.resize(count * (kKeys + width));
+  }
+  Block operator[](int64_t i) {
+    int16_t* keys = numbers.data() + i * kKeys * (head_dim + width);
+    float* key_steps = steps.data() + i * (kKeys + width);
+    return {keys, keys + kKeys * head_dim, key_steps, key_steps + kKeys};
+  }
+};
+
+// `count` numbers x to multiples of their largest magnitude / `most`, in whole vectors. Returns this step.
+template <class T>
+inline float round_to_int16(const T* x, int64_t count, float most, int16_t* y) {
+  Floats largest = all(0.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats part = load_first(x + i, count - i);
+    largest = max(largest, max(part, -part));
+  }
+  const float amount = maximum(largest);
+  const Floats inverse = all(amount > 0 ? most / amount : 0);
+  for (int64_t i = 0; i < count; i += kLanes) store_int16(y + i, round(load_first(x + i, count - i) * inverse));
+  return amount / most;
+}
+
+// Writes what is new of the positions from s on into the cache, and makes a block of them.
+template <class T>
+inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t width, const Block& block) {
+  const int64_t H = a.head_dim, start = a.start[b], end = start + a.queries;
+  for (int64_t t = std::max(s, start); t < std::min(s + kKeys, end); ++t) write(a, b, k, t - start);
+  static thread_local std::vector<int16_t> rounded;
+  static thread_local std::vector<T> zeros;
+  rounded.resize(width);
+  zeros.assign(H, T{});
+  const T* values[kKeys];
+  for (int64_t j = 0; j < kKeys; ++j) {
+    const bool there = s + j < end;
+    values[j] = there ? a.row(a.values, b, k, s + j) : zeros.data();
+    block.key_steps[j] = round_to_int16(there ? a.row(a.keys, b, k, s + j) : zeros.data(), H, kFine, rounded.data());
+    for (int64_t h = 0; h < H; h += 2) std::memcpy(block.keys + h * kKeys + 2 * j, &rounded[h], 4);
+  }
+  for (int64_t h = 0; h < width; h += kLanes) {
+    Floats part[kKeys], largest = all(0.0f);
+    for (int j = 0; j < kKeys; ++j) {
+      part[j] = h < H ? load_first(values[j] + h, H - h) : all(0.0f);
+      largest = max(largest, max(part[j], -part[j]));
+    }
+    const Floats inverse = all(float(kFine)) / max(largest, all(1e-30f));
+    store(block.value_steps + h, largest * all(1.0f / kFine));
+    for (int j = 0; j < kKeys; j += 2) {
+      store_pairs(block.values + j * width + 2 * h, round(part[j] * inverse), round(part[j + 1] * inverse));
+    }
+  }
+}
+
+// c [kRows, width] = factor [kRows] * c, if there is a factor, + a [kRows, depth] times b [depth / 2, width, 2], of
+// steps for each row of a and each column of b.
+template <int kRows>
+inline void product(const int16_t* a, const float* row_steps, const int16_t* b, const float* column_steps,
+                    int64_t depth, int64_t width, const float* factor, float* c) {
+  for (int64_t j = 0; j < width; j += 2 * kLanes) {
+    Ints total[kRows][2];
+    UNROLL for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = all(0);
+    for (int64_t d = 0; d < depth; d += 2) {
+      const Ints first = load_pairs(b + d * width + 2 * j), second = load_pairs(b + d * width + 2 * (j + kLanes));
+      UNROLL for (int r = 0; r < kRows; ++r) {
+        total[r][0] = dot(total[r][0], first, a + r * depth + d);
+        total[r][1] = dot(total[r][1], second, a + r * depth + d);
+      }
+    }
+    UNROLL for (int i = 0; i < 2; ++i) {
+      const Floats steps = load(column_steps + j + i * kLanes);
+      UNROLL for (int r = 0; r < kRows; ++r) {
+        float* to = c + r * width + j + i * kLanes;
+        const Floats before = factor ? load(to) * all(factor[r]) : all(0.0f);
+        store(to, fma(to_floats(total[r][i]), steps * all(row_steps[r]), before));
+      }
+    }
+  }
+}
+
+// Rows first .. first + kQueries of a KV head's queries (row = query * group + head of the group), those there are.
+template <class T>
+inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t first, Blocks& blocks, int64_t first_block) {
+  constexpr int kRows = kQueries;
+  const int64_t H = a.head_dim, width = blocks.width, group = a.group();
+  const int64_t rows = std::min<int64_t>(kRows, a.queries * group - first);
+  static thread_local std::vector<float> scratch;
+  static thread_local std::vector<int16_t> queries;
+  scratch.resize(H + kRows * width);
+  queries.resize(kRows * H + kLanes);
+  float *rotated = scratch.data(), *sums = rotated + H, scores[kRows * kKeys];
+  int16_t weights[kRows * kKeys];
+  Softmax<kRows> softmax;
+  float query_steps[kRows], weight_steps[kRows], most[softmax.kWhole] = {};
+  std::fill(sums, sums + kRows * width, 0);
+  int64_t end[kRows];
+  const float finest = std::min<float>(kFine, INT32_MAX / kFine / H);
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + std::min<int64_t>(r, rows - 1), t = row / group;
+    end[r] = a.start[b] + t + 1;
+    rotate(a, b, t, k * group + row % group, 1 / std::sqrt(float(H)), rotated);
+    query_steps[r] = round_to_int16(rotated, H, finest, queries.data() + r * H);
+  }
+  for (int64_t s = 0; s < end[kRows - 1]; s += kKeys) {
+    const Block block = blocks[first_block + s / kKeys];
+    product<kRows>(queries.data(), query_steps, block.keys, block.key_steps, H, kKeys, nullptr, scores);
+    for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, end[r] - s);
+    softmax.go_on(most);
+    for (int r = 0; r < kRows; ++r) {
+      Ints total = all(0);
+      for (int j = r * kKeys; j < (r + 1) * kKeys; j += kLanes) {
+        const Ints weight = round(exp(load(scores + j) - all(most[r])) * all(float(kWeight)));
+        store_int16(weights + j, weight);
+        total = add(total, weight);
+      }
+      weight_steps[r] = softmax.share[r] / kWeight;
+      softmax.total[r] += sum(to_floats(total)) * weight_steps[r];
+    }
+    product<kRows>(weights, weight_steps, block.values, block.value_steps, kKeys, width, softmax.factor, sums);
   }
   for (int r = 0; r < rows; ++r) {
     const int64_t t = (first + r) / group, g = (first + r) % group;
     float* out = a.out + ((b * a.queries + t) * a.heads + k * group + g) * H;
-    for (int64_t h = 0; h < H; ++h) out[h] = sums[r * H + h] / total[r];
+    for (int64_t h = 0; h < H; ++h) out[h] = sums[r * width + h] / softmax.total[r];
   }
-}
-
-// One query of each head of a group.
-template <class T, int kRows = 4>
-inline void attend_one(const Attention<T>& a, int64_t b, int64_t k) {
-  if constexpr (kRows > 1) {
-    if (a.group() % kRows != 0) return attend_one<T, kRows - 1>(a, b, k);
-  }
-  for (int64_t first = 0; first < a.group(); first += kRows) attend<kRows, 4>(a, b, k, first, nullptr);
 }
 
 template <class T>
 inline void attention(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
-  const int64_t B = a.batch, K = a.kv_heads, H = a.head_dim, rows = a.queries * a.group();
+  const int64_t B = a.batch, K = a.kv_heads;
   if (a.queries == 1) {
     parallel_for(pool, B * K, 1, [&](int64_t i) {
-      const int64_t b = i / K, k = i % K;
-      write(a, b, k, 0);
-      attend_one(a, b, k);
+      write(a, i / K, i % K, 0);
+      attend_group(a, i / K, i % K);
     });
     return;
   }
-  int64_t blocks = 0;  // of keys, in the longest sequence
-  for (int64_t b = 0; b < B; ++b) blocks = std::max<int64_t>(blocks, (a.start[b] + a.queries + kKeys - 1) / kKeys);
-  static thread_local std::vector<float> transposed_scratch;
-  transposed_scratch.resize(B * K * blocks * kKeys * H);
-  float* transposed = transposed_scratch.data();
-  parallel_for(pool, B * K * blocks, 1, [&](int64_t i) {
-    const int64_t b = i / (K * blocks), k = i / blocks % K, s = i % blocks * kKeys, end = a.start[b] + a.queries;
-    for (int64_t t = std::max<int64_t>(s - a.start[b], 0); t < std::min<int64_t>(s + kKeys - a.start[b], a.queries); ++t) {
-      write(a, b, k, t);
-    }
-    float* block = transposed + ((b * K + k) * blocks * kKeys + s) * H;
-    for (int64_t j = 0; j < kKeys; ++j) {
-      const T* key = a.row(a.keys, b, k, s + j);
-      for (int64_t h = 0; h < H; ++h) block[h * kKeys + j] = s + j < end ? widen(key[h]) : 0;
-    }
+  int64_t count = 0;  // of blocks in the longest sequence
+  for (int64_t b = 0; b < B; ++b) count = std::max<int64_t>(count, (a.start[b] + a.queries + kKeys - 1) / kKeys);
+  static thread_local Blocks scratch;
+  Blocks& blocks = scratch;  // this thread's, in the others too
+  blocks.resize(B * K * count, a.head_dim);
+  parallel_for(pool, B * K * count, 1, [&](int64_t i) {
+    const int64_t b = i / (K * count), k = i / count % K, s = i % count * kKeys;
+    if (s < a.start[b] + a.queries) pack(a, b, k, s, blocks.width, blocks[i]);
   });
-  const int64_t tiles = (rows + kQueries - 1) / kQueries;
+  const int64_t tiles = (a.queries * a.group() + kQueries - 1) / kQueries;
   parallel_for(pool, B * K * tiles, 1, [&](int64_t i) {
-    const int64_t b = i / (K * tiles), k = i / tiles % K, tile = tiles - 1 - i % tiles;  // the longest first
-    attend<kQueries, 2>(a, b, k, tile * kQueries, transposed + (b * K + k) * blocks * kKeys * H);
+    const int64_t head = i / tiles, tile = tiles - 1 - i % tiles;  // the longest first
+    attend_many(a, head / K, head % K, tile * kQueries, blocks, head * count);
   });
 }

@@ -23,7 +23,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kGroup = 16;  // rows of weights that are stored together
-constexpr int kKeys = 64;       // positions of a block of attention
+constexpr int kKeys = 64;  // positions of a block of attention
 constexpr int64_t kPanelBytes = 1 << 17;  // of x, rounded: stays in a core's second-level cache
 constexpr int64_t kFewRows = 32;          // for each thread: fewer share the weights out, not the rows
 constexpr int64_t kAhead = 8;   // positions that are fetched before they are needed

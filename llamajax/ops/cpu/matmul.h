@@ -74,17 +74,18 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
   }
 }
 
-// As many rows of x as a tile has, at most `rows`, times groups of weights. Returns how many.
-template <class F, int kGroups, int kRows = kTileRows>
-inline int64_t tile_of_groups(const uint8_t* const* groups, const int8_t* quants, const BlockOfX* blocks,
-                              int64_t num_blocks, int64_t rows, float* y) {
+// As many rows of x as a tile has, at most `rows`, times a pair of groups of weights. Returns how many.
+template <class F, int kRows = kTileRows>
+inline int64_t tile_of_pair(const uint8_t* const* pair, const int8_t* quants, const BlockOfX* blocks,
+                            int64_t num_blocks, int64_t rows, float* y) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_of_groups<F, kGroups, kRows - 1>(groups, quants, blocks, num_blocks, rows, y);
+    constexpr int kFewer = kRows > 2 ? kRows - 2 : 1;
+    if (rows < kRows) return tile_of_pair<F, kFewer>(pair, quants, blocks, num_blocks, rows, y);
   }
-  constexpr int kTogether = kRows > 1 ? kGroups : 1;  // one row waits for memory, which comes faster in a row
-  for (int g = 0; g < kGroups; g += kTogether) {
+  constexpr int kTogether = kRows > 1 ? 2 : 1;  // one row waits for memory, which comes faster in a row
+  for (int g = 0; g < 2; g += kTogether) {
     for (int64_t lane = 0; lane < kGroup; lane += kLanes) {
-      tile<F, kRows, kTogether>(groups + g, lane, quants, blocks, num_blocks, y + g * kTileRows * kGroup);
+      tile<F, kRows, kTogether>(pair + g, lane, quants, blocks, num_blocks, y + g * kTileRows * kGroup);
     }
   }
   return kRows;
@@ -144,7 +145,8 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
 template <class F>
 inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int64_t rows, int64_t pair) {
   const int64_t num_blocks = p.K / F::kBlock, groups = (p.N + kGroup - 1) / kGroup;
-  const int64_t first = p.gated ? pair : 2 * pair, second = p.gated ? groups / 2 + pair : first + 1;
+  const int64_t first = p.gated ? pair : 2 * pair;
+  const int64_t second = p.gated ? groups / 2 + pair : std::min(first + 1, groups - 1);
   const int64_t results = std::min<int64_t>(p.gated ? 1 : 2, groups - first), width = p.gated ? p.N / 2 : p.N;
   const uint8_t* const weights[2] = {p.weights + first * num_blocks * F::kBytes,
                                      p.weights + second * num_blocks * F::kBytes};
@@ -159,8 +161,7 @@ inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int6
     }
     const int8_t* quants = x.quants.data() + r * p.K;
     const BlockOfX* blocks = x.blocks.data() + r * num_blocks;
-    count = second < groups ? tile_of_groups<F, 2>(weights, quants, blocks, num_blocks, rows - r, products[0])
-                            : tile_of_groups<F, 1>(weights, quants, blocks, num_blocks, rows - r, products[0]);
+    count = tile_of_pair<F>(weights, quants, blocks, num_blocks, rows - r, products[0]);
     for (int64_t i = 0; i < results; ++i) finish(p, row + r, count, (first + i) * kGroup, products[i], products[1]);
   }
 }

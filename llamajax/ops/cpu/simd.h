@@ -16,12 +16,12 @@ inline void store_first(float* p, Floats x, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(float));
 }
 
-// e^x to about 2e-7, relatively, for x from -87 to 88; of the nearer of these for others. 2^n * e^r with |r| <= log(2) / 2, e^r by its Taylor series to the seventh power.
+// e^x to about 2e-7, relatively, for x from -87 to 88; of the nearer of these for others. 2^n * e^r with |r| <= log(2) / 2, e^r by its Taylor series to the sixth power.
 inline Floats exp(Floats x) {
-  x = -max(-max(x, all(-87.0f)), all(-88.0f));
+  x = min(max(x, all(-87.0f)), all(88.0f));
   const Floats n = whole(x * all(1.44269504f));
   const Floats r = fma(n, all(-1.42860677e-6f), fma(n, all(-0.693145752f), x));
-  Floats y = all(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) y = fma(y, r, all(c));
+  Floats y = all(1.0f / 720);
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) y = fma(y, r, all(c));
   return times_power_of_two(y, n);
 }

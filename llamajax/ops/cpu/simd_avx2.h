@@ -19,6 +19,7 @@ inline Floats all(float x) { return _mm256_set1_ps(x); }
 inline Ints all(int32_t x) { return _mm256_set1_epi32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline float sum(Floats x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -35,6 +36,14 @@ inline Ints round(Floats x) { return _mm256_cvtps_epi32(x); }
 inline void store_int8(int8_t* p, Ints x) {
   const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));
+}
+inline void store_int16(int16_t* p, Ints x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+inline Ints load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_pairs(int16_t* p, Ints first, Ints second) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa));
 }
 inline Floats times_power_of_two(Floats x, Floats n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
@@ -60,4 +69,11 @@ inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, even_numbers));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, odd_numbers));
   }
+}
+
+// sum + the products of the two numbers in each lane with the same two.
+inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
+  int32_t two;
+  std::memcpy(&two, x, 4);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(two)));
 }

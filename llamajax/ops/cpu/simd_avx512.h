@@ -2,7 +2,7 @@
 constexpr int kLanes = 16;
 constexpr int kTileRows = 6, kQueries = 12;  // accumulators and operands fit the 32 registers
 using Floats = __m512;
-using Ints = __m512i;
+typedef int32_t Ints __attribute__((vector_size(64)));
 using Bytes = __m512i;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -16,15 +16,23 @@ inline Floats load_half(const uint16_t* p) {
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
-inline Ints all(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints all(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints add(Ints a, Ints b) { return a + b; }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float maximum(Floats x) { return _mm512_reduce_max_ps(x); }
-inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
-inline Ints round(Floats x) { return _mm512_cvtps_epi32(x); }
-inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps((__m512i)x); }
+inline Ints round(Floats x) { return (Ints)_mm512_cvtps_epi32(x); }
+inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x)); }
+inline void store_int16(int16_t* p, Ints x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+}
+inline Ints load_pairs(const int16_t* p) { return (Ints)_mm512_loadu_si512(p); }
+inline void store_pairs(int16_t* p, Ints first, Ints second) {
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)first, (__m512i)(second << 16)));
+}
 inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 inline Floats whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
@@ -35,5 +43,12 @@ template <int kBits>
 inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
-  return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(four));
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, weights, _mm512_set1_epi32(four));
+}
+
+// sum + the products of the two numbers in each lane with the same two.
+inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
+  int32_t two;
+  std::memcpy(&two, x, 4);
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, _mm512_set1_epi32(two));
 }

@@ -30,6 +30,7 @@ inline Floats all(float x) { return Floats{x, x, x, x}; }
 inline Ints all(int32_t x) { return Ints{x, x, x, x}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Ints add(Ints a, Ints b) { return a + b; }
+inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float maximum(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
@@ -41,6 +42,20 @@ inline Floats whole(Floats x) {
 inline Ints round(Floats x) { return __builtin_convertvector(whole(x), Ints); }
 inline void store_int8(int8_t* p, Ints x) {
   for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x[i]);
+}
+inline void store_int16(int16_t* p, Ints x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = int16_t(x[i]);
+}
+inline Ints load_pairs(const int16_t* p) {
+  Ints x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store_pairs(int16_t* p, Ints first, Ints second) {
+  for (int i = 0; i < kLanes; ++i) {
+    p[2 * i] = int16_t(first[i]);
+    p[2 * i + 1] = int16_t(second[i]);
+  }
 }
 inline Floats times_power_of_two(Floats x, Floats n) {
   Ints bits = (round(n) + 127) << 23;
@@ -55,5 +70,13 @@ inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
   for (int i = 0; i < kLanes; ++i) {
     for (int j = 0; j < 4; ++j) sum[i] += int(weights[4 * i + j]) * x[j];
   }
+  return sum;
+}
+
+// sum + the products of the two numbers in each lane with the same two.
+inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
+  int16_t numbers[2 * kLanes];
+  std::memcpy(numbers, &pairs, sizeof pairs);
+  for (int i = 0; i < kLanes; ++i) sum[i] += numbers[2 * i] * x[0] + numbers[2 * i + 1] * x[1];
   return sum;
 }

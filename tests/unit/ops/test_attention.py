@@ -70,6 +70,20 @@ def arguments(rng: np.random.Generator, *shape: int, dtype: type = np.float32) -
     return [x.astype(np.float32) for x in numbers] + [x.astype(dtype) for x in caches]
 
 
+def slack(implementation: str, qkv: np.ndarray, key: np.ndarray, value: np.ndarray) -> float:
+    """How far what is mixed may be from exact sums: many queries at once are rounded to 12 bits natively.
+
+    An error of a score moves as large a part of the values. It is taken as five standard deviations.
+    """
+    width = qkv.shape[1] - 2 * key.shape[0] * key.shape[-1]
+    query, cached = np.abs(qkv[:, :width]), np.abs(np.concatenate([key.ravel(), qkv[:, width:].ravel()]))
+    values = max(np.abs(value).max(), cached.max())
+    if implementation == "xla" or len(qkv) == 1:
+        return 1e-4 * (1 + query.max()) * values
+    products = query.max() * np.sqrt(np.square(cached).mean()) + cached.max() * np.sqrt(np.square(query).mean())
+    return values * (1e-3 + 5 * products / 4095 / 12**0.5)
+
+
 # T, K, G, H, S. Each is a program: few. Heads that are no multiple of 8 are XLA's.
 SHAPES = [
     (1, 1, 1, 2, 1),
@@ -92,13 +106,15 @@ def test_attention(implementation: str, shape: tuple[int, ...], start: int, scal
     start = min(start, S - T)
     qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape)
     qkv[:, : -2 * key.shape[0] * key.shape[2]] *= np.float32(scale)
+    atol = slack(implementation, qkv, key, value)
     # What stands after the last query's position is not read.
     key[:, start + T :], value[:, start + T :] = 1e4, 1e6
     expected = reference(qkv, cos, sin, key, value, start)
     found = _attention(qkv, cos, sin, key, value, jnp.int32(start))
-    for actual, wanted in zip(found, expected, strict=True):
-        assert actual.dtype == jnp.float32
-        np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-4)
+    assert all(actual.dtype == jnp.float32 for actual in found)
+    np.testing.assert_allclose(found[0], expected[0], atol=atol)
+    for actual, wanted in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_by_hand(implementation: str) -> None:
@@ -110,7 +126,7 @@ def test_attention_by_hand(implementation: str) -> None:
     one, zero = np.ones((2, H // 2), np.float32), np.zeros((2, H // 2), np.float32)
     cache = np.full((1, 3, H), 100, np.float32)
     mixed, key, value = _attention(qkv.reshape(2, -1), one, zero, cache, cache, jnp.int32(0))
-    np.testing.assert_allclose(np.asarray(mixed)[:, :2], [[4, 0], [1, 0]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(mixed)[:, :2], [[4, 0], [1, 0]], rtol=3e-4, atol=1e-6)
     np.testing.assert_allclose(np.asarray(key)[0, :, 0], [0, np.log(3), 100], rtol=1e-6)
     np.testing.assert_allclose(np.asarray(value)[0, :, 0], [4, 0, 100])
 
@@ -135,7 +151,9 @@ def test_vmap_is_a_batch(implementation: str, shape: tuple[int, ...]) -> None:
     rows = [arguments(rng, *shape) for _ in range(4)]
     found = jax.jit(jax.vmap(ops.attention))(*(np.stack(x) for x in zip(*rows, strict=True)), start)
     for b, row in enumerate(rows):
-        for actual, wanted in zip(found, reference(*row, start[b]), strict=True):
+        expected = reference(*row, start[b])
+        np.testing.assert_allclose(found[0][b], expected[0], atol=slack(implementation, row[0], *row[3:]))
+        for actual, wanted in zip(found[1:], expected[1:], strict=True):
             np.testing.assert_allclose(actual[b], wanted, rtol=1e-4, atol=1e-4)
         if implementation != "xla" and shape[3] % 8 == 0:
             for actual, alone in zip(found, _attention(*row, start[b]), strict=True):
