@@ -357,9 +357,12 @@ def load(
 
 def cache_dtype(device: jax.Device, dtype: DType) -> np.dtype:
     """What the KV cache is kept in."""
-    # XLA's CPU products with few rows are slow in bf16.
-    slow = device.platform == "cpu" and not native.available()
-    return jnp.dtype(jnp.float32 if slow or dtype == "float32" else jnp.bfloat16)
+    if dtype == "float32":
+        return jnp.dtype(jnp.float32)
+    if device.platform != "cpu":
+        return jnp.dtype(jnp.bfloat16)
+    # XLA's CPU products with few rows are slow in 16 bits, and it writes into bf16 arrays by way of f32.
+    return jnp.dtype(jnp.float16 if native.available() else jnp.float32)
 
 
 def find_device(kind: Device | None) -> jax.Device:

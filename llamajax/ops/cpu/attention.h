@@ -20,9 +20,9 @@ inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
   rotate(a, b, t, a.heads + k, 1, rotated.data());
   const float* value = a.head(b, t, a.heads + a.kv_heads + k);
   T *to_key = a.row(a.keys, b, k, a.start[b] + t), *to_value = a.row(a.values, b, k, a.start[b] + t);
-  for (int64_t h = 0; h < a.head_dim; ++h) {
-    to_key[h] = narrow<T>(rotated[h]);
-    to_value[h] = narrow<T>(value[h]);
+  for (int64_t h = 0; h < a.head_dim; h += kLanes) {
+    store_first(to_key + h, load_first(&rotated[h], a.head_dim - h), a.head_dim - h);
+    store_first(to_value + h, load_first(value + h, a.head_dim - h), a.head_dim - h);
   }
 }
 

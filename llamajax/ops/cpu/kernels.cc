@@ -29,24 +29,12 @@ constexpr int64_t kFewRows = 32;          // for each thread: fewer share the we
 constexpr int64_t kAhead = 8;   // positions that are fetched before they are needed
 constexpr float kLowest = -1e30f;
 
-// bf16 is kept as uint16_t.
-template <class T>
-inline T narrow(float x);
-template <>
-inline float narrow<float>(float x) { return x; }
-template <>
-inline uint16_t narrow<uint16_t>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to the nearest, ties to even
-}
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
+struct Half {  // IEEE 754 binary16
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
 
 // What a product is asked for: y = x W^T + residual, or silu(gate) * up for W's two halves.
 struct Product {
@@ -180,7 +168,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
       int64_t(y->element_count()) != B * T * N * H || int64_t(cos.element_count()) != B * T * H / 2 ||
       sin.element_count() != cos.element_count() || values->element_count() != keys->element_count() ||
       values->element_type() != type || old_keys.untyped_data() != keys->untyped_data() ||
-      old_values.untyped_data() != values->untyped_data() || (type != ffi::F32 && type != ffi::BF16)) {
+      old_values.untyped_data() != values->untyped_data() || (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16)) {
     return wrong;
   }
   for (int64_t b = 0; b < B; ++b) {
@@ -198,8 +186,10 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   };
   if (type == ffi::F32) {
     call(static_cast<float*>(keys->untyped_data()), static_cast<float*>(values->untyped_data()));
+  } else if (type == ffi::F16) {
+    call(static_cast<Half*>(keys->untyped_data()), static_cast<Half*>(values->untyped_data()));
   } else {
-    call(static_cast<uint16_t*>(keys->untyped_data()), static_cast<uint16_t*>(values->untyped_data()));
+    call(static_cast<BFloat16*>(keys->untyped_data()), static_cast<BFloat16*>(values->untyped_data()));
   }
   return ffi::Error::Success();
 }

@@ -60,12 +60,12 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
       if constexpr (F::kBits == 4) multiply(high, i + kLoads);
     }
     UNROLL for (int g = 0; g < kGroups; ++g) {
-      const uint16_t* head = reinterpret_cast<const uint16_t*>(groups[g] + b * F::kBytes) + lane;
-      const Floats scale = load_half(head);
+      const Half* head = reinterpret_cast<const Half*>(groups[g] + b * F::kBytes) + lane;
+      const Floats scale = load(head);
       UNROLL for (int r = 0; r < kRows; ++r) {
         const BlockOfX& x = blocks[r * num_blocks + b];
         total[r][g] = fma(to_floats(products[r][g]), scale * all(x.scale), total[r][g]);
-        if constexpr (F::kOffsets) total[r][g] = fma(load_half(head + kGroup), all(x.sum), total[r][g]);
+        if constexpr (F::kOffsets) total[r][g] = fma(load(head + kGroup), all(x.sum), total[r][g]);
       }
     }
   }

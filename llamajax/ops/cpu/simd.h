@@ -9,11 +9,12 @@ inline Floats load_first(const T* p, int64_t count) {
   return load(padded);
 }
 
-inline void store_first(float* p, Floats x, int64_t count) {
+template <class T>
+inline void store_first(T* p, Floats x, int64_t count) {
   if (count >= kLanes) return store(p, x);
-  float lanes[kLanes];
+  T lanes[kLanes];
   store(lanes, x);
-  std::memcpy(p, lanes, count * sizeof(float));
+  std::memcpy(p, lanes, count * sizeof(T));
 }
 
 // e^x to about 2e-7, relatively, for x from -87 to 88; of the nearer of these for others. 2^n * e^r with |r| <= log(2) / 2, e^r by its Taylor series to the sixth power.

@@ -6,15 +6,22 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 using Bytes = __m512i;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-inline Floats load(const uint16_t* bf16) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16))), 16));
-}
-inline Floats load_half(const uint16_t* p) {
+inline Floats load(const Half* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Floats load(const BFloat16* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline void store(Half* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
+  const Ints bits = (Ints)_mm512_castps_si512(x), up = bits + 0x7fff + ((bits >> 16) & 1);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(up >> 16)));
+}
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Ints all(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }

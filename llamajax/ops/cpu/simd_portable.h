@@ -10,22 +10,38 @@ inline Floats load(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-inline Floats load(const uint16_t* bf16) {
-  Ints x = {bf16[0] << 16, bf16[1] << 16, bf16[2] << 16, bf16[3] << 16};
+inline float widen(Half x) {
+  const float magnitude = (x.bits & 0x7c00) == 0 ? std::ldexp(float(x.bits & 0x3ff), -24)
+                                                 : std::ldexp(float((x.bits & 0x3ff) | 0x400), ((x.bits >> 10) & 31) - 25);
+  return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+// To the nearest, ties to even; what is too large to infinity.
+inline Half narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00))};
+  if (magnitude < 0x38800000) return {uint16_t(sign | uint32_t(std::lrint(std::ldexp(std::fabs(x), 24))))};
+  return {uint16_t(sign | ((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+}
+inline Floats load(const Half* p) { return Floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline Floats load(const BFloat16* p) {
+  Ints x = {p[0].bits << 16, p[1].bits << 16, p[2].bits << 16, p[3].bits << 16};
   return (Floats)x;
 }
-inline float half(uint16_t x) {  // IEEE 754 binary16
-  const float magnitude = (x & 0x7c00) == 0 ? std::ldexp(float(x & 0x3ff), -24)
-                                            : std::ldexp(float((x & 0x3ff) | 0x400), ((x >> 10) & 31) - 25);
-  return x & 0x8000 ? -magnitude : magnitude;
-}
-inline Floats load_half(const uint16_t* p) { return Floats{half(p[0]), half(p[1]), half(p[2]), half(p[3])}; }
 inline Bytes load_bytes(const uint8_t* p) {
   Bytes x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+inline void store(Half* p, Floats x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = narrow(x[i]);
+}
+inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
+  const Ints bits = (Ints)x, up = bits + 0x7fff + ((bits >> 16) & 1);
+  for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(uint32_t(up[i]) >> 16);
+}
 inline Floats all(float x) { return Floats{x, x, x, x}; }
 inline Ints all(int32_t x) { return Ints{x, x, x, x}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
