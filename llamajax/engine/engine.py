@@ -53,7 +53,7 @@ class Engine:
         self._runner.check(request)
         length = len(request.token_ids)
         limit = min(request.max_new_tokens, self._runner.max_seq_len - length)
-        return Job(request, listener, tuple(chunk_lens(length)), limit, deadline)
+        return Job(request, listener, chunk_lens(length), limit, deadline)
 
     def step(self) -> bool:
         """One round. False if there is nothing left to do.

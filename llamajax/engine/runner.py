@@ -4,6 +4,7 @@ Knows token ids and slots; knows nothing of text, queues or strategies.
 """
 
 from collections.abc import Sequence
+from functools import cache as once
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +22,27 @@ from llamajax.types import Request, Token, TokenLogprobs, is_integer
 
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
-CHUNKS = (32, 128, 512)
+CHUNKS = (16, 64, 128, 512)
+# A call costs as much as this many tokens more, on a CPU.
+CALL_COST = 32
 MIN_CACHE_LEN = 128
 # An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
 RESERVED_LEN = 512
 
 
-def chunk_lens(num_tokens: int) -> list[int]:
-    """The chunks in which so many tokens are read; the last one is padded.
+@once
+def chunk_lens(num_tokens: int) -> tuple[int, ...]:
+    """The chunks in which so many tokens are read, the longest first, at the least cost; the last one is padded.
 
-    A longer chunk is taken when three shorter ones do not suffice. The number of tokens alone decides, so that a
-    prompt is computed in the same way whoever reads it.
+    The number of tokens alone decides, so that a prompt is computed in the same way whoever reads it.
     """
-    lens: list[int] = []
-    while num_tokens > 0:
-        lens.append(next((c for c in CHUNKS if num_tokens <= 3 * c), CHUNKS[-1]))
-        num_tokens -= lens[-1]
-    return lens
+    if num_tokens <= 0:
+        return ()
+    longest = CHUNKS[-1]
+    if whole := (num_tokens - 1) // longest:
+        return (longest,) * whole + chunk_lens(num_tokens - whole * longest)
+    plans = [(first, *chunk_lens(num_tokens - first)) for first in reversed(CHUNKS)]
+    return min(plans, key=lambda plan: sum(plan) + CALL_COST * len(plan))
 
 
 class Runner:

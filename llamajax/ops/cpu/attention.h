@@ -160,21 +160,27 @@ inline void attend_group(const Attention<T>& a, int64_t b, int64_t k) {
   for (int64_t first = 0; first < a.group(); first += kRows) attend_one<kRows>(a, b, k, first);
 }
 
-// Many queries are multiplied in 16 bits, which are pairs of numbers for the vectors: with queries and keys rounded to
-// multiples of a vector's largest magnitude / kFine, values of a dimension's in the block, weights of the block's
-// largest / kWeight. Their sums fit 32 bits.
+// Many queries take the cache in blocks that stand as the products run. Of a cache of f32 these are in f32. Of another,
+// they are in 16 bits, in pairs: queries and keys are multiples of a vector's largest magnitude / kFine, values of a
+// dimension's in the block, weights of the block's largest / kWeight, so that sums fit 32 bits.
 constexpr int32_t kFine = 4095, kWeight = INT32_MAX / kFine / kKeys;
 
-// A block of the cache for that.
+template <class T>
+using Number = std::conditional_t<std::is_same_v<T, float>, float, int16_t>;
+template <class N>
+constexpr int kPair = std::is_same_v<N, float> ? 1 : 2;
+
+template <class N>
 struct Block {
-  int16_t *keys, *values;           // [head_dim / 2, kKeys, 2], [kKeys / 2, width, 2]
+  N *keys, *values;                // [head_dim / kPair, kKeys, kPair], [kKeys / kPair, width, kPair]
   float *key_steps, *value_steps;  // [kKeys], [width]
 };
 
 // Blocks of all sequences and KV heads. Their width is head_dim, filled up to whole vectors.
+template <class N>
 struct Blocks {
   int64_t head_dim, width;
-  std::vector<int16_t> numbers;
+  std::vector<N> numbers;
   std::vector<float> steps;
 
   void resize(int64_t count, int64_t H) {
@@ -183,42 +189,59 @@ struct Blocks {
     numbers.resize(count * kKeys * (head_dim + width));
     steps.resize(count * (kKeys + width));
   }
-  Block operator[](int64_t i) {
-    int16_t* keys = numbers.data() + i * kKeys * (head_dim + width);
+  Block<N> operator[](int64_t i) {
+    N* keys = numbers.data() + i * kKeys * (head_dim + width);
     float* key_steps = steps.data() + i * (kKeys + width);
     return {keys, keys + kKeys * head_dim, key_steps, key_steps + kKeys};
   }
 };
 
-// `count` numbers x to multiples of their largest magnitude / `most`, in whole vectors. Returns this step.
-template <class T>
-inline float round_to_int16(const T* x, int64_t count, float most, int16_t* y) {
-  Floats largest = all(0.0f);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Floats part = load_first(x + i, count - i);
-    largest = max(largest, max(part, -part));
+// Puts numbers as they are, or rounded. Returns what was put.
+inline Floats put(float* p, Floats x) {
+  store(p, x);
+  return x;
+}
+inline Floats put(int16_t* p, Floats x) {
+  const Ints rounded = round(x);
+  store_int16(p, rounded);
+  return to_floats(rounded);
+}
+
+// `count` numbers x, as multiples of their largest magnitude / `most` if they are rounded, in whole vectors. Returns
+// the step.
+template <class T, class N>
+inline float narrow_row(const T* x, int64_t count, float most, N* y) {
+  float step = 1;
+  Floats inverse = all(1.0f);
+  if constexpr (kPair<N> == 2) {
+    Floats largest = all(0.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats part = load_first(x + i, count - i);
+      largest = max(largest, max(part, -part));
+    }
+    step = maximum(largest) / most;
+    inverse = all(step > 0 ? 1 / step : 0);
   }
-  const float amount = maximum(largest);
-  const Floats inverse = all(amount > 0 ? most / amount : 0);
-  for (int64_t i = 0; i < count; i += kLanes) store_int16(y + i, round(load_first(x + i, count - i) * inverse));
-  return amount / most;
+  for (int64_t i = 0; i < count; i += kLanes) put(y + i, load_first(x + i, count - i) * inverse);
+  return step;
 }
 
 // Writes what is new of the positions from s on into the cache, and makes a block of them.
-template <class T>
-inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t width, const Block& block) {
+template <class T, class N>
+inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t width, const Block<N>& block) {
+  constexpr int P = kPair<N>;
   const int64_t H = a.head_dim, start = a.start[b], end = start + a.queries;
   for (int64_t t = std::max(s, start); t < std::min(s + kKeys, end); ++t) write(a, b, k, t - start);
-  static thread_local std::vector<int16_t> rounded;
+  static thread_local std::vector<N> narrowed;
   static thread_local std::vector<T> zeros;
-  rounded.resize(width);
+  narrowed.resize(width);
   zeros.assign(H, T{});
   const T* values[kKeys];
   for (int64_t j = 0; j < kKeys; ++j) {
     const bool there = s + j < end;
     values[j] = there ? a.row(a.values, b, k, s + j) : zeros.data();
-    block.key_steps[j] = round_to_int16(there ? a.row(a.keys, b, k, s + j) : zeros.data(), H, kFine, rounded.data());
-    for (int64_t h = 0; h < H; h += 2) std::memcpy(block.keys + h * kKeys + 2 * j, &rounded[h], 4);
+    block.key_steps[j] = narrow_row(there ? a.row(a.keys, b, k, s + j) : zeros.data(), H, kFine, narrowed.data());
+    for (int64_t h = 0; h < H; h += P) std::copy_n(&narrowed[h], P, block.keys + h * kKeys + P * j);
   }
   for (int64_t h = 0; h < width; h += kLanes) {
     Floats part[kKeys], largest = all(0.0f);
@@ -226,24 +249,31 @@ inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t
       part[j] = h < H ? load_first(values[j] + h, H - h) : all(0.0f);
       largest = max(largest, max(part[j], -part[j]));
     }
-    const Floats inverse = all(float(kFine)) / max(largest, all(1e-30f));
-    store(block.value_steps + h, largest * all(1.0f / kFine));
-    for (int j = 0; j < kKeys; j += 2) {
-      store_pairs(block.values + j * width + 2 * h, round(part[j] * inverse), round(part[j + 1] * inverse));
+    if constexpr (P == 1) {
+      store(block.value_steps + h, all(1.0f));
+      for (int j = 0; j < kKeys; ++j) store(block.values + j * width + h, part[j]);
+    } else {
+      const Floats inverse = all(float(kFine)) / max(largest, all(1e-30f));
+      store(block.value_steps + h, largest * all(1.0f / kFine));
+      for (int j = 0; j < kKeys; j += 2) {
+        store_pairs(block.values + j * width + 2 * h, round(part[j] * inverse), round(part[j + 1] * inverse));
+      }
     }
   }
 }
 
-// c [kRows, width] = factor [kRows] * c, if there is a factor, + a [kRows, depth] times b [depth / 2, width, 2], of
-// steps for each row of a and each column of b.
-template <int kRows>
-inline void product(const int16_t* a, const float* row_steps, const int16_t* b, const float* column_steps,
-                    int64_t depth, int64_t width, const float* factor, float* c) {
+// c [kRows, width] = factor [kRows] * c, if there is a factor, + a [kRows, depth] times b [depth / kPair, width, kPair],
+// of steps for each row of a and each column of b.
+template <int kRows, class N>
+inline void product(const N* a, const float* row_steps, const N* b, const float* column_steps, int64_t depth,
+                    int64_t width, const float* factor, float* c) {
+  constexpr int P = kPair<N>;
+  constexpr std::conditional_t<P == 1, float, int32_t> kNothing = 0;
   for (int64_t j = 0; j < width; j += 2 * kLanes) {
-    Ints total[kRows][2];
-    UNROLL for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = all(0);
-    for (int64_t d = 0; d < depth; d += 2) {
-      const Ints first = load_pairs(b + d * width + 2 * j), second = load_pairs(b + d * width + 2 * (j + kLanes));
+    decltype(all(kNothing)) total[kRows][2];
+    UNROLL for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = all(kNothing);
+    for (int64_t d = 0; d < depth; d += P) {
+      const auto first = load(b + d * width + P * j), second = load(b + d * width + P * (j + kLanes));
       UNROLL for (int r = 0; r < kRows; ++r) {
         total[r][0] = dot(total[r][0], first, a + r * depth + d);
         total[r][1] = dot(total[r][1], second, a + r * depth + d);
@@ -261,17 +291,19 @@ inline void product(const int16_t* a, const float* row_steps, const int16_t* b, 
 }
 
 // Rows first .. first + kQueries of a KV head's queries (row = query * group + head of the group), those there are.
-template <class T>
-inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t first, Blocks& blocks, int64_t first_block) {
+template <class T, class N>
+inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t first, Blocks<N>& blocks,
+                        int64_t first_block) {
   constexpr int kRows = kQueries;
+  constexpr float kOne = kPair<N> == 1 ? 1 : kWeight;
   const int64_t H = a.head_dim, width = blocks.width, group = a.group();
   const int64_t rows = std::min<int64_t>(kRows, a.queries * group - first);
   static thread_local std::vector<float> scratch;
-  static thread_local std::vector<int16_t> queries;
+  static thread_local std::vector<N> queries;
   scratch.resize(H + kRows * width);
   queries.resize(kRows * H + kLanes);
   float *rotated = scratch.data(), *sums = rotated + H, scores[kRows * kKeys];
-  int16_t weights[kRows * kKeys];
+  N weights[kRows * kKeys];
   Softmax<kRows> softmax;
   float query_steps[kRows], weight_steps[kRows], most[softmax.kWhole] = {};
   std::fill(sums, sums + kRows * width, 0);
@@ -281,22 +313,20 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
     const int64_t row = first + std::min<int64_t>(r, rows - 1), t = row / group;
     end[r] = a.start[b] + t + 1;
     rotate(a, b, t, k * group + row % group, 1 / std::sqrt(float(H)), rotated);
-    query_steps[r] = round_to_int16(rotated, H, finest, queries.data() + r * H);
+    query_steps[r] = narrow_row(rotated, H, finest, queries.data() + r * H);
   }
   for (int64_t s = 0; s < end[kRows - 1]; s += kKeys) {
-    const Block block = blocks[first_block + s / kKeys];
+    const Block<N> block = blocks[first_block + s / kKeys];
     product<kRows>(queries.data(), query_steps, block.keys, block.key_steps, H, kKeys, nullptr, scores);
     for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, end[r] - s);
     softmax.go_on(most);
     for (int r = 0; r < kRows; ++r) {
-      Ints total = all(0);
+      Floats total = all(0.0f);
       for (int j = r * kKeys; j < (r + 1) * kKeys; j += kLanes) {
-        const Ints weight = round(exp(load(scores + j) - all(most[r])) * all(float(kWeight)));
-        store_int16(weights + j, weight);
-        total = add(total, weight);
+        total = total + put(weights + j, exp(load(scores + j) - all(most[r])) * all(kOne));
       }
-      weight_steps[r] = softmax.share[r] / kWeight;
-      softmax.total[r] += sum(to_floats(total)) * weight_steps[r];
+      weight_steps[r] = softmax.share[r] / kOne;
+      softmax.total[r] += sum(total) * weight_steps[r];
     }
     product<kRows>(weights, weight_steps, block.values, block.value_steps, kKeys, width, softmax.factor, sums);
   }
@@ -319,8 +349,8 @@ inline void attention(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   }
   int64_t count = 0;  // of blocks in the longest sequence
   for (int64_t b = 0; b < B; ++b) count = std::max<int64_t>(count, (a.start[b] + a.queries + kKeys - 1) / kKeys);
-  static thread_local Blocks scratch;
-  Blocks& blocks = scratch;  // this thread's, in the others too
+  static thread_local Blocks<Number<T>> scratch;
+  Blocks<Number<T>>& blocks = scratch;  // this thread's, in the others too
   blocks.resize(B * K * count, a.head_dim);
   parallel_for(pool, B * K * count, 1, [&](int64_t i) {
     const int64_t b = i / (K * count), k = i / count % K, s = i % count * kKeys;

@@ -36,7 +36,7 @@ inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__
 inline void store_int16(int16_t* p, Ints x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
 }
-inline Ints load_pairs(const int16_t* p) { return (Ints)_mm512_loadu_si512(p); }
+inline Ints load(const int16_t* p) { return (Ints)_mm512_loadu_si512(p); }
 inline void store_pairs(int16_t* p, Ints first, Ints second) {
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)first, (__m512i)(second << 16)));
 }

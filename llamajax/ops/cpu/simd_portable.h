@@ -62,7 +62,7 @@ inline void store_int8(int8_t* p, Ints x) {
 inline void store_int16(int16_t* p, Ints x) {
   for (int i = 0; i < kLanes; ++i) p[i] = int16_t(x[i]);
 }
-inline Ints load_pairs(const int16_t* p) {
+inline Ints load(const int16_t* p) {
   Ints x;
   std::memcpy(&x, p, sizeof x);
   return x;
