@@ -1,5 +1,6 @@
 """Loads a model for a command, with a progress bar when it takes long."""
 
+import gc
 import os
 import sys
 import time
@@ -42,6 +43,8 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     jax.monitoring.register_event_listener(
         lambda event, **_: compiled.append(event) if event == "/jax/compilation_cache/cache_misses" else None
     )
+    # What was imported stays. While tables of tokens are built, the collector would go through it again and again.
+    gc.freeze()
     with _Bar() as bar:
         llm = llamajax.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
     if compiled:
