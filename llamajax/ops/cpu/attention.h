@@ -262,21 +262,21 @@ inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t
   }
 }
 
-// c [kRows, width] = factor [kRows] * c, if there is a factor, + a [kRows, depth] times b [depth / kPair, width, kPair],
-// of steps for each row of a and each column of b.
+// c [kRows, width] = factor [kRows] * c, if there is a factor, + a [kRows, length] times b [length / kPair, width, kPair],
+// of steps for each row of a and each column of b: the first `columns` of c, with the first `depth` of a.
 template <int kRows, class N>
-inline void product(const N* a, const float* row_steps, const N* b, const float* column_steps, int64_t depth,
-                    int64_t width, const float* factor, float* c) {
+inline void product(const N* a, const float* row_steps, int64_t length, const N* b, const float* column_steps,
+                    int64_t width, int64_t depth, int64_t columns, const float* factor, float* c) {
   constexpr int P = kPair<N>;
   constexpr std::conditional_t<P == 1, float, int32_t> kNothing = 0;
-  for (int64_t j = 0; j < width; j += 2 * kLanes) {
+  for (int64_t j = 0; j < columns; j += 2 * kLanes) {
     decltype(all(kNothing)) total[kRows][2];
     UNROLL for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = all(kNothing);
     for (int64_t d = 0; d < depth; d += P) {
       const auto first = load(b + d * width + P * j), second = load(b + d * width + P * (j + kLanes));
       UNROLL for (int r = 0; r < kRows; ++r) {
-        total[r][0] = dot(total[r][0], first, a + r * depth + d);
-        total[r][1] = dot(total[r][1], second, a + r * depth + d);
+        total[r][0] = dot(total[r][0], first, a + r * length + d);
+        total[r][1] = dot(total[r][1], second, a + r * length + d);
       }
     }
     UNROLL for (int i = 0; i < 2; ++i) {
@@ -317,18 +317,20 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
   }
   for (int64_t s = 0; s < end[kRows - 1]; s += kKeys) {
     const Block<N> block = blocks[first_block + s / kKeys];
-    product<kRows>(queries.data(), query_steps, block.keys, block.key_steps, H, kKeys, nullptr, scores);
+    const int64_t count = std::min<int64_t>(kKeys, end[kRows - 1] - s);  // that the last row sees
+    product<kRows>(queries.data(), query_steps, H, block.keys, block.key_steps, kKeys, H, count, nullptr, scores);
     for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, end[r] - s);
     softmax.go_on(most);
     for (int r = 0; r < kRows; ++r) {
       Floats total = all(0.0f);
-      for (int j = r * kKeys; j < (r + 1) * kKeys; j += kLanes) {
+      for (int64_t j = r * kKeys; j < r * kKeys + count; j += kLanes) {
         total = total + put(weights + j, exp(load(scores + j) - all(most[r])) * all(kOne));
       }
       weight_steps[r] = softmax.share[r] / kOne;
       softmax.total[r] += sum(total) * weight_steps[r];
     }
-    product<kRows>(weights, weight_steps, block.values, block.value_steps, kKeys, width, softmax.factor, sums);
+    product<kRows>(weights, weight_steps, kKeys, block.values, block.value_steps, width, count, width, softmax.factor,
+                   sums);
   }
   for (int r = 0; r < rows; ++r) {
     const int64_t t = (first + r) / group, g = (first + r) % group;
