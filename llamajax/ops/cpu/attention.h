@@ -111,12 +111,15 @@ struct Softmax {
   }
 };
 
-// The highest of kKeys scores, of which the first `count` count; the others become kLowest.
+// The highest of kKeys scores, of which the first `count` count; the others become kLowest. NaN if one is.
 inline float highest(float* scores, int64_t count) {
   std::fill(scores + std::clamp<int64_t>(count, 0, kKeys), scores + kKeys, kLowest);
-  Floats most = all(kLowest);
-  for (int j = 0; j < kKeys; j += kLanes) most = max(most, load(scores + j));
-  return maximum(most);
+  Floats most = all(kLowest), nothing = all(0.0f);
+  for (int j = 0; j < kKeys; j += kLanes) {
+    most = max(most, load(scores + j));
+    nothing = fma(load(scores + j), all(0.0f), nothing);
+  }
+  return maximum(most) + sum(nothing);
 }
 
 // One query of kRows heads of a KV head's group.
@@ -214,12 +217,13 @@ inline float narrow_row(const T* x, int64_t count, float most, N* y) {
   float step = 1;
   Floats inverse = all(1.0f);
   if constexpr (kPair<N> == 2) {
-    Floats largest = all(0.0f);
+    Floats largest = all(0.0f), nothing = all(0.0f);
     for (int64_t i = 0; i < count; i += kLanes) {
       const Floats part = load_first(x + i, count - i);
       largest = max(largest, max(part, -part));
+      nothing = fma(part, all(0.0f), nothing);  // or NaN, which rounding would lose
     }
-    step = maximum(largest) / most;
+    step = maximum(largest) / most + sum(nothing);
     inverse = all(step > 0 ? 1 / step : 0);
   }
   for (int64_t i = 0; i < count; i += kLanes) put(y + i, load_first(x + i, count - i) * inverse);
@@ -244,17 +248,18 @@ inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t
     for (int64_t h = 0; h < H; h += P) std::copy_n(&narrowed[h], P, block.keys + h * kKeys + P * j);
   }
   for (int64_t h = 0; h < width; h += kLanes) {
-    Floats part[kKeys], largest = all(0.0f);
+    Floats part[kKeys], largest = all(0.0f), nothing = all(0.0f);
     for (int j = 0; j < kKeys; ++j) {
       part[j] = h < H ? load_first(values[j] + h, H - h) : all(0.0f);
       largest = max(largest, max(part[j], -part[j]));
+      nothing = fma(part[j], all(0.0f), nothing);  // or NaN
     }
     if constexpr (P == 1) {
       store(block.value_steps + h, all(1.0f));
       for (int j = 0; j < kKeys; ++j) store(block.values + j * width + h, part[j]);
     } else {
       const Floats inverse = all(float(kFine)) / max(largest, all(1e-30f));
-      store(block.value_steps + h, largest * all(1.0f / kFine));
+      store(block.value_steps + h, fma(largest, all(1.0f / kFine), nothing));
       for (int j = 0; j < kKeys; j += 2) {
         store_pairs(block.values + j * width + 2 * h, round(part[j] * inverse), round(part[j + 1] * inverse));
       }

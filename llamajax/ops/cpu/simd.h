@@ -19,7 +19,7 @@ inline void store_first(T* p, Floats x, int64_t count) {
 
 // e^x to about 2e-7, relatively, for x from -87 to 88; of the nearer of these for others. 2^n * e^r with |r| <= log(2) / 2, e^r by its Taylor series to the sixth power.
 inline Floats exp(Floats x) {
-  x = min(max(x, all(-87.0f)), all(88.0f));
+  x = min(all(88.0f), max(all(-87.0f), x));  // in this order NaN stays
   const Floats n = whole(x * all(1.44269504f));
   const Floats r = fma(n, all(-1.42860677e-6f), fma(n, all(-0.693145752f), x));
   Floats y = all(1.0f / 720);

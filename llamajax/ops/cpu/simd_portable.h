@@ -11,8 +11,10 @@ inline Floats load(const float* p) {
   return x;
 }
 inline float widen(Half x) {
-  const float magnitude = (x.bits & 0x7c00) == 0 ? std::ldexp(float(x.bits & 0x3ff), -24)
-                                                 : std::ldexp(float((x.bits & 0x3ff) | 0x400), ((x.bits >> 10) & 31) - 25);
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 0x3ff;
+  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                          : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                          : std::ldexp(float(fraction | 0x400), exponent - 25);
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 // To the nearest, ties to even; what is too large to infinity.
