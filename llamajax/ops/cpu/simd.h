@@ -17,7 +17,8 @@ inline void store_first(T* p, Floats x, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// e^x to about 2e-7, relatively, for x from -87 to 88; of the nearer of these for others. 2^n * e^r with |r| <= log(2) / 2, e^r by its Taylor series to the sixth power.
+// e^x to about 2e-7, relatively, for x from -87 to 88; of the nearer of these for others. 2^n * e^r with
+// |r| <= log(2) / 2, e^r by its Taylor series to the sixth power.
 inline Floats exp(Floats x) {
   x = min(all(88.0f), max(all(-87.0f), x));  // in this order NaN stays
   const Floats n = whole(x * all(1.44269504f));
