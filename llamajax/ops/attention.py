@@ -25,8 +25,8 @@ def attention(
     """Token t stands at position start + t and attends to the cache's positions up to its own.
 
     qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. start + T must not pass S:
-    natively it is an error, and XLA would shift the write. Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds
-    queries and weights to its dtype; natively many queries are multiplied in numbers of 12 bits, one in f32.
+    natively it is an error, and XLA would shift the write. Sums and softmax are in f32. Of a cache of 16 bits, XLA
+    rounds queries and weights to its dtype; natively many queries are multiplied in numbers of 12 bits, one in f32.
 
     Returns the mixed values, and the caches with the T positions written.
     """
