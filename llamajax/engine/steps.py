@@ -109,10 +109,9 @@ def prefill(
     A chunk that is not a prompt's last one has no new tokens: it draws none.
     """
     model = Llama.with_weights(config, weights)
-    x, cache = _over_slots(model, token_ids, _enter(cache), start)
+    x, cache = _over_slots(model, token_ids, _enter(cache), start, length - 1)
     cache = _leave(cache)
-    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
-    logits = jax.vmap(model.logits)(last)[:, 0]
+    logits = jax.vmap(model.logits)(x)[:, 0]
     slots = Slots(
         token=jnp.zeros_like(start),
         position=start + length,
@@ -231,11 +230,15 @@ def _leave(cache: Cache) -> Cache:
 
 
 def _over_slots(
-    model: Llama, token_ids: Int32[Array, "B T"], cache: Cache, start: Int32[Array, "B"]
+    model: Llama,
+    token_ids: Int32[Array, "B T"],
+    cache: Cache,
+    start: Int32[Array, "B"],
+    only: Int32[Array, "B"] | None = None,
 ) -> tuple[Float32[Array, "B T D"], Cache]:
     if token_ids.shape[0] > 1:
-        return jax.vmap(model)(token_ids, cache, start)
-    x, cache = model(token_ids[0], cache, start[0])
+        return jax.vmap(model)(token_ids, cache, start, only)
+    x, cache = model(token_ids[0], cache, start[0], None if only is None else only[0])
     return x[None], cache
 
 

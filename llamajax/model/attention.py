@@ -1,5 +1,6 @@
 """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and a KV cache."""
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -24,6 +25,10 @@ class Attention(nnx.Module):
         rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
         cache: LayerCache,
         start: Int[Array, ""],
+        only: Int[Array, ""] | None = None,
     ) -> tuple[Float32[Array, "T D"], LayerCache]:
+        """All tokens are stored; what comes out is of the token `only` if there is one."""
         mixed, key, value = ops.attention(self.qkv_proj(x, norm), *rope, *cache, start)
+        if only is not None:
+            mixed, x = (jax.lax.dynamic_slice_in_dim(rows, only, 1) for rows in (mixed, x))
         return self.o_proj(mixed, residual=x), LayerCache(key, value)

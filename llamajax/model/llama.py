@@ -30,8 +30,9 @@ class DecoderLayer(nnx.Module):
         rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
         cache: LayerCache,
         start: Int[Array, ""],
+        only: Int[Array, ""] | None,
     ) -> tuple[Float32[Array, "T D"], LayerCache]:
-        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, start)
+        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, start, only)
         return self.mlp(x, self.post_attention_layernorm), cache
 
 
@@ -43,9 +44,10 @@ def _apply(
     rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
     cache: LayerCache,
     start: Int[Array, ""],
+    only: Int[Array, ""] | None,
 ) -> tuple[Float32[Array, "T D"], LayerCache]:
     # Layers differ in their weights only, so that one trace serves all: thirty take seconds at each start.
-    return nnx.merge(graphdef, state)(x, rope, cache, start)
+    return nnx.merge(graphdef, state)(x, rope, cache, start, only)
 
 
 class Llama(nnx.Module):
@@ -59,17 +61,20 @@ class Llama(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 
     def __call__(
-        self, token_ids: Int[Array, "T"], cache: Cache, start: Int[Array, ""]
+        self, token_ids: Int[Array, "T"], cache: Cache, start: Int[Array, ""], only: Int[Array, ""] | None = None
     ) -> tuple[Float32[Array, "T D"], Cache]:
         """Runs T tokens that stand at positions start .. start + T - 1, after what the cache holds.
 
-        Returns the final hidden states and the cache with the T positions written.
+        Returns the final hidden states, [1, D] of token start + `only` if it is given, and the cache with the T
+        positions written.
         """
         x = self.embed_tokens(token_ids)
         rope = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
         written = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, layer_cache = _apply(*nnx.split(layer), x, rope, layer_cache, start)
+            # Of other tokens, the last layer has only keys and values to compute.
+            only_here = only if layer is self.layers[-1] else None
+            x, layer_cache = _apply(*nnx.split(layer), x, rope, layer_cache, start, only_here)
             written.append(layer_cache)
         return self.norm(x), tuple(written)
 
