@@ -6,9 +6,12 @@ template <class T>
 inline void rotate(const Attention<T>& a, int64_t b, int64_t t, int64_t head, float factor, float* y) {
   const int64_t half = a.head_dim / 2, angles = (b * a.queries + t) * half;
   const float *x = a.head(b, t, head), *cos = a.cos + angles, *sin = a.sin + angles;
-  for (int64_t i = 0; i < half; ++i) {
-    y[i] = (x[i] * cos[i] - x[i + half] * sin[i]) * factor;
-    y[i + half] = (x[i + half] * cos[i] + x[i] * sin[i]) * factor;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t n = half - i;
+    const Floats first = load_first(x + i, n), second = load_first(x + half + i, n);
+    const Floats c = load_first(cos + i, n) * all(factor), s = load_first(sin + i, n) * all(factor);
+    store_first(y + i, first * c - second * s, n);
+    store_first(y + half + i, second * c + first * s, n);
   }
 }
 
@@ -301,6 +304,7 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
                         int64_t first_block) {
   constexpr int kRows = kQueries;
   constexpr float kOne = kPair<N> == 1 ? 1 : kWeight;
+  const float log_of_one = std::log(kOne);
   const int64_t H = a.head_dim, width = blocks.width, group = a.group();
   const int64_t rows = std::min<int64_t>(kRows, a.queries * group - first);
   static thread_local std::vector<float> scratch;
@@ -314,6 +318,9 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
   std::fill(sums, sums + kRows * width, 0);
   int64_t end[kRows];
   const float finest = std::min<float>(kFine, INT32_MAX / kFine / H);
+  const auto out = [&](int r) {
+    return a.out + ((b * a.queries + (first + r) / group) * a.heads + k * group + (first + r) % group) * H;
+  };
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + std::min<int64_t>(r, rows - 1), t = row / group;
     end[r] = a.start[b] + t + 1;
@@ -327,9 +334,10 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
     for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, end[r] - s);
     softmax.go_on(most);
     for (int r = 0; r < kRows; ++r) {
+      const Floats below = all(most[r] - log_of_one);
       Floats total = all(0.0f);
       for (int64_t j = r * kKeys; j < r * kKeys + count; j += kLanes) {
-        total = total + put(weights + j, exp(load(scores + j) - all(most[r])) * all(kOne));
+        total = total + put(weights + j, exp(load(scores + j) - below));
       }
       weight_steps[r] = softmax.share[r] / kOne;
       softmax.total[r] += sum(total) * weight_steps[r];
@@ -338,9 +346,8 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
                    sums);
   }
   for (int r = 0; r < rows; ++r) {
-    const int64_t t = (first + r) / group, g = (first + r) % group;
-    float* out = a.out + ((b * a.queries + t) * a.heads + k * group + g) * H;
-    for (int64_t h = 0; h < H; ++h) out[h] = sums[r * width + h] / softmax.total[r];
+    const Floats inverse = all(1 / softmax.total[r]);
+    for (int64_t h = 0; h < H; h += kLanes) store_first(out(r) + h, load(sums + r * width + h) * inverse, H - h);
   }
 }
 

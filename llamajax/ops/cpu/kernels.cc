@@ -120,7 +120,8 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
                   ffi::Buffer<ffi::F32> norm, ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> y,
                   int64_t bits, int64_t block, bool offsets, int64_t zero, float eps, bool gated) {
   const auto xs = x.dimensions(), ws = weights.dimensions(), ys = y->dimensions();
-  const bool known = (bits == 4 || bits == 8) && (block == 32 || (block == 16 && !(bits == 8 && offsets)));
+  const bool known = (bits == 4 || bits == 8) && (block == 32 || (block == 16 && !(bits == 8 && offsets))) &&
+                     !(offsets && zero != 0);
   if (!known || xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || xs[0] != ys[0] || ws[1] * block != xs[1] ||
       ws[2] != kGroup * (2 + 2 * offsets + block * bits / 8) ||
       (gated ? ys[1] % kGroup != 0 || ws[0] * kGroup != 2 * ys[1] : ws[0] != (ys[1] + kGroup - 1) / kGroup) ||

@@ -8,7 +8,7 @@
 // x as the products take it.
 struct BlockOfX {
   float scale, sum;  // sum: of the block's numbers
-  int32_t initial;   // -zero * the sum of the block's quants
+  int32_t initial;   // -zero * the sum of the block's quants; formats with offsets have no zero
 };
 struct RoundedX {
   std::vector<int8_t> quants;    // [rows, K]
@@ -38,7 +38,9 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
   for (int64_t b = 0; b < num_blocks; ++b) {
     Ints products[kRows][kGroups];
     UNROLL for (int r = 0; r < kRows; ++r) {
-      UNROLL for (int g = 0; g < kGroups; ++g) products[r][g] = all(blocks[r * num_blocks + b].initial);
+      UNROLL for (int g = 0; g < kGroups; ++g) {
+        products[r][g] = all(F::kOffsets ? 0 : blocks[r * num_blocks + b].initial);
+      }
     }
     const auto multiply = [&](const Bytes (&weights)[kGroups], int step) {
       UNROLL for (int r = 0; r < kRows; ++r) {
@@ -121,7 +123,7 @@ inline void round_row(const Product& p, int64_t row, int64_t at, RoundedX& round
       store_int8(quants + b * F::kBlock + i * kLanes, rounded);
       total = add(total, rounded);
     }
-    const int32_t quant_sum = int32_t(sum(to_floats(total)));
+    const int32_t quant_sum = sum(total);
     blocks[b] = {amount / 127, amount / 127 * quant_sum, int32_t(-p.zero) * quant_sum};
   }
 }

@@ -51,6 +51,7 @@ inline Ints add(Ints a, Ints b) { return a + b; }
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline int32_t sum(Ints x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float maximum(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline Floats whole(Floats x) {
