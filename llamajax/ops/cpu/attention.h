@@ -94,24 +94,30 @@ inline void mix(const float* weights, const float* factor, const T* values, int6
 template <int kRows>
 struct Softmax {
   static constexpr int kWhole = (kRows + kLanes - 1) / kLanes * kLanes;
-  float highest[kWhole], total[kWhole];
-  float factor[kWhole];  // of what was summed before the last block
-  float share[kWhole];   // of the last block's weights that are relative to its highest score
+  float highest[kWhole];
+  float factor[kWhole];          // of what was summed before the last block
+  float share[kWhole];           // of the last block's weights that are relative to its highest score
+  float total[kRows * kLanes];   // of each row's weights, in each lane
 
   Softmax() {
     std::fill_n(highest, kWhole, kLowest);
-    std::fill_n(total, kWhole, 0);
+    std::fill_n(total, kRows * kLanes, 0);
   }
   // Goes on to a block with these highest scores.
   void go_on(const float* scores) {
     for (int r = 0; r < kWhole; r += kLanes) {
       const Floats before = load(highest + r), block = load(scores + r), now = max(before, block);
       store(highest + r, now);
-      store(factor + r, exp(before - now));
-      store(share + r, exp(block - now));
-      store(total + r, load(total + r) * load(factor + r));
+      store(factor + r, exp2(before - now));
+      store(share + r, exp2(block - now));
     }
   }
+  // Adds `step` times what the lanes have summed of a row's block.
+  void add(int r, Floats weights, float step) {
+    float* sums = total + r * kLanes;
+    store(sums, fma(weights, all(step), load(sums) * all(factor[r])));
+  }
+  float sum_of(int r) const { return sum(load(total + r * kLanes)); }
 };
 
 // The highest of kKeys scores, of which the first `count` count; the others become kLowest. NaN if one is.
@@ -122,7 +128,7 @@ inline float highest(float* scores, int64_t count) {
     most = max(most, load(scores + j));
     nothing = fma(load(scores + j), all(0.0f), nothing);
   }
-  return maximum(most) + sum(nothing);
+  return has_nan(nothing) ? NAN : maximum(most);
 }
 
 // One query of kRows heads of a KV head's group.
@@ -135,7 +141,7 @@ inline void attend_one(const Attention<T>& a, int64_t b, int64_t k, int64_t firs
   Softmax<kRows> softmax;
   float most[softmax.kWhole] = {};
   std::fill(sums, sums + kRows * H, 0);
-  for (int r = 0; r < kRows; ++r) rotate(a, b, 0, k * a.group() + first + r, 1 / std::sqrt(float(H)), queries + r * H);
+  for (int r = 0; r < kRows; ++r) rotate(a, b, 0, k * a.group() + first + r, kLog2e / std::sqrt(float(H)), queries + r * H);
   for (int64_t s = 0; s < end; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, end - s);
     score_stored<kRows>(queries, H, a.row(a.keys, b, k, s), a.row(a.values, b, k, s), count, scores);
@@ -144,17 +150,20 @@ inline void attend_one(const Attention<T>& a, int64_t b, int64_t k, int64_t firs
     for (int r = 0; r < kRows; ++r) {
       Floats total = all(0.0f);
       for (float* at = scores + r * kKeys; at < scores + (r + 1) * kKeys; at += kLanes) {
-        const Floats weight = exp(load(at) - all(softmax.highest[r]));
+        const Floats weight = exp2(load(at) - all(softmax.highest[r]));
         store(at, weight);
         total = total + weight;
       }
-      softmax.total[r] += sum(total);
+      softmax.add(r, total, 1);
     }
     mix<kRows, 4>(scores, softmax.factor, a.row(a.values, b, k, s), count, H, sums);
   }
   for (int r = 0; r < kRows; ++r) {
     float* out = a.out + (b * a.heads + k * a.group() + first + r) * H;
-    for (int64_t h = 0; h < H; ++h) out[h] = sums[r * H + h] / softmax.total[r];
+    const Floats inverse = all(1 / softmax.sum_of(r));
+    for (int64_t h = 0; h < H; h += kLanes) {
+      store_first(out + h, load_first(sums + r * H + h, H - h) * inverse, H - h);
+    }
   }
 }
 
@@ -226,7 +235,7 @@ inline float narrow_row(const T* x, int64_t count, float most, N* y) {
       largest = max(largest, max(part, -part));
       nothing = fma(part, all(0.0f), nothing);  // or NaN, which rounding would lose
     }
-    step = maximum(largest) / most + sum(nothing);
+    step = has_nan(nothing) ? NAN : maximum(largest) / most;
     inverse = all(step > 0 ? 1 / step : 0);
   }
   for (int64_t i = 0; i < count; i += kLanes) put(y + i, load_first(x + i, count - i) * inverse);
@@ -304,7 +313,7 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
                         int64_t first_block) {
   constexpr int kRows = kQueries;
   constexpr float kOne = kPair<N> == 1 ? 1 : kWeight;
-  const float log_of_one = std::log(kOne);
+  const float log_of_one = std::log2(kOne);
   const int64_t H = a.head_dim, width = blocks.width, group = a.group();
   const int64_t rows = std::min<int64_t>(kRows, a.queries * group - first);
   static thread_local std::vector<float> scratch;
@@ -324,7 +333,7 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + std::min<int64_t>(r, rows - 1), t = row / group;
     end[r] = a.start[b] + t + 1;
-    rotate(a, b, t, k * group + row % group, 1 / std::sqrt(float(H)), rotated);
+    rotate(a, b, t, k * group + row % group, kLog2e / std::sqrt(float(H)), rotated);
     query_steps[r] = narrow_row(rotated, H, finest, queries.data() + r * H);
   }
   for (int64_t s = 0; s < end[kRows - 1]; s += kKeys) {
@@ -337,16 +346,16 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
       const Floats below = all(most[r] - log_of_one);
       Floats total = all(0.0f);
       for (int64_t j = r * kKeys; j < r * kKeys + count; j += kLanes) {
-        total = total + put(weights + j, exp(load(scores + j) - below));
+        total = total + put(weights + j, exp2(load(scores + j) - below));
       }
       weight_steps[r] = softmax.share[r] / kOne;
-      softmax.total[r] += sum(total) * weight_steps[r];
+      softmax.add(r, total, weight_steps[r]);
     }
     product<kRows>(weights, weight_steps, kKeys, block.values, block.value_steps, width, count, width, softmax.factor,
                    sums);
   }
   for (int r = 0; r < rows; ++r) {
-    const Floats inverse = all(1 / softmax.total[r]);
+    const Floats inverse = all(1 / softmax.sum_of(r));
     for (int64_t h = 0; h < H; h += kLanes) store_first(out(r) + h, load(sums + r * width + h) * inverse, H - h);
   }
 }

@@ -135,7 +135,7 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
     float* y = p.y + (row + r) * width + n;
     for (int64_t i = 0; i < count; i += kLanes) {
       Floats value = load(products + r * kGroup + i);
-      if (p.gated) value = value / (all(1.0f) + exp(-value)) * load(up + r * kGroup + i);
+      if (p.gated) value = value / (all(1.0f) + exp2(value * all(-kLog2e))) * load(up + r * kGroup + i);
       if (p.residual) value = value + load_first(p.residual + (row + r) * width + n + i, count - i);
       store_first(y + i, value, count - i);
     }

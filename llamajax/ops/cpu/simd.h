@@ -17,12 +17,12 @@ inline void store_first(T* p, Floats x, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// e^x to about 2e-7, relatively, for x from -87 to 88; of the nearer of these for others. 2^n * e^r with
-// |r| <= log(2) / 2, e^r by its Taylor series to the sixth power.
-inline Floats exp(Floats x) {
-  x = min(all(88.0f), max(all(-87.0f), x));  // in this order NaN stays
-  const Floats n = whole(x * all(1.44269504f));
-  const Floats r = fma(n, all(-1.42860677e-6f), fma(n, all(-0.693145752f), x));
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x to about 2e-7, relatively; 0 and infinity beyond what f32 holds. 2^n * e^r with |r| <= log(2) / 2, e^r by its
+// Taylor series to the sixth power.
+inline Floats exp2(Floats x) {
+  const Floats n = whole(x), r = (x - n) * all(0.693147181f);
   Floats y = all(1.0f / 720);
   for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) y = fma(y, r, all(c));
   return times_power_of_two(y, n);

@@ -35,6 +35,7 @@ inline float sum(Floats x) {
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
+inline bool has_nan(Floats x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
 inline int32_t sum(Ints x) {
   __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
@@ -59,7 +60,8 @@ inline Ints load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<
 inline void store_pairs(int16_t* p, Ints first, Ints second) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa));
 }
-inline Floats times_power_of_two(Floats x, Floats n) {
+inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
+  n = min(max(n, all(-127.0f)), all(128.0f));
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }

@@ -29,6 +29,7 @@ inline Ints add(Ints a, Ints b) { return a + b; }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline bool has_nan(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 inline float maximum(Floats x) { return _mm512_reduce_max_ps(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps((__m512i)x); }

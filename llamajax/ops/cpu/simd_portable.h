@@ -51,6 +51,7 @@ inline Ints add(Ints a, Ints b) { return a + b; }
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline bool has_nan(Floats x) { return std::isnan(sum(x)); }
 inline int32_t sum(Ints x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float maximum(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
@@ -76,7 +77,8 @@ inline void store_pairs(int16_t* p, Ints first, Ints second) {
     p[2 * i + 1] = int16_t(second[i]);
   }
 }
-inline Floats times_power_of_two(Floats x, Floats n) {
+inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
+  n = min(max(n, all(-127.0f)), all(128.0f));
   Ints bits = (round(n) + 127) << 23;
   return x * (Floats)bits;
 }
