@@ -11,6 +11,13 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+// Clang knows dot products only if it compiles everything for them, as it does for Apple's processors.
+#elif defined(__aarch64__) && (!defined(__clang__) || defined(__ARM_FEATURE_DOTPROD))
+#define HAS_NEON
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 #include "threads.h"
@@ -69,25 +76,54 @@ struct Attention {
 
 }  // namespace
 
+// Each instruction set's functions are in a namespace of their own.
 #if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#endif
 namespace avx512 {
 #include "simd_avx512.h"
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
 }  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
 namespace avx2 {
 #include "simd_avx2.h"
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
 }  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
+#elif defined(HAS_NEON)
+#if !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+namespace neon {
+#include "simd_neon.h"
+#include "simd.h"
+#include "matmul.h"
+#include "attention.h"
+}  // namespace neon
+#if !defined(__clang__)
+#pragma GCC pop_options
+#endif
 #endif
 namespace portable {
 #include "simd_portable.h"
@@ -98,21 +134,37 @@ namespace portable {
 
 namespace {
 
+#if defined(__x86_64__)
 enum class Isa { portable, avx2, avx512 };
 constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 
 Isa best() {
-#if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // All processors with AVX2 have f16c.
+  const bool two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (two && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::avx512;
   }
-  if (two) return Isa::avx2;
-#endif
-  return Isa::portable;
+  return two ? Isa::avx2 : Isa::portable;
 }
+#elif defined(HAS_NEON)
+enum class Isa { portable, neon };
+constexpr const char* kNames[] = {"portable", "neon"};
+
+Isa best() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? Isa::neon : Isa::portable;
+#else
+  return Isa::neon;  // as all of Apple's
+#endif
+}
+#else
+enum class Isa { portable };
+constexpr const char* kNames[] = {"portable"};
+
+Isa best() { return Isa::portable; }
+#endif
 
 std::atomic<Isa> isa{best()};
 
@@ -136,6 +188,8 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
 #if defined(__x86_64__)
     case Isa::avx512: avx512::linear(pool, product); break;
     case Isa::avx2: avx2::linear(pool, product); break;
+#elif defined(HAS_NEON)
+    case Isa::neon: neon::linear(pool, product); break;
 #endif
     default: portable::linear(pool, product);
   }
@@ -148,6 +202,8 @@ void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
 #if defined(__x86_64__)
     case Isa::avx512: return avx512::attention(pool, a);
     case Isa::avx2: return avx2::attention(pool, a);
+#elif defined(HAS_NEON)
+    case Isa::neon: return neon::attention(pool, a);
 #endif
     default: return portable::attention(pool, a);
   }
