@@ -6,19 +6,23 @@ the processor has no better. Knows the operations' arguments, not when to take t
 """
 
 import ctypes
+import math
 import os
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from llamajax.errors import RequestError
-from llamajax.ops.packed import PackedWeight
+from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
 
+# Formats whose blocks in a file have the scale, the offset and the quants as packed ones do, but for the side by side.
+MOVED_FORMATS = {"q4_0", "q4_1", "q8_0"}
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 _LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
@@ -58,6 +62,12 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in ("llamajax_linear", "llamajax_attention"):
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        library.llamajax_pack.argtypes = [
+            ctypes.c_void_p,
+            *[ctypes.c_int64] * 4,
+            ctypes.c_uint8,
+            ctypes.c_void_p,
+        ]
     except Exception as e:  # built for another machine or another jax
         return f"the native kernels cannot be loaded: {' '.join(str(e).split())}; install llamajax again"
     library.llamajax_limit(wanted.encode())
@@ -69,6 +79,26 @@ def _library() -> ctypes.CDLL | str:
 def _instruction_set(library: ctypes.CDLL) -> str:
     library.llamajax_instruction_set.restype = ctypes.c_char_p
     return library.llamajax_instruction_set().decode()
+
+
+def pack(stored: Sequence[UInt8[np.ndarray, "n bytes"]], order: Int[np.ndarray, "N"], name: str) -> PackedWeight:
+    """What `packed.pack` makes of rows of a file's blocks: of those stored, one array below the other, in this order.
+
+    For MOVED_FORMATS only: it moves bytes. XLA's programs take longer to be read from their cache than that.
+    """
+    format = PACKED_FORMATS[name]
+    head, quants = 2 + 2 * format.has_offsets, format.block * format.bits // 8
+    num_blocks = stored[0].shape[1] // (head + quants)
+    shape = (-(-len(order) // GROUP), num_blocks, GROUP * (head + quants))
+    # JAX takes arrays as they are if they begin at a multiple of 64, and copies others.
+    memory = np.empty(math.prod(shape) + 64, np.uint8)
+    data = memory[-memory.ctypes.data % 64 :][: math.prod(shape)].reshape(shape)
+    rows = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in stored])[order]
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    signed = format.zero == 128
+    library.llamajax_pack(rows.ctypes.data, len(rows), num_blocks, head, quants, 128 * signed, data.ctypes.data)
+    return PackedWeight(jax.device_put(data), len(order), name)
 
 
 def linear(

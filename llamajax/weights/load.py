@@ -5,6 +5,7 @@ Decides how a weight is kept in memory. Knows nothing of files' formats beyond `
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight, native, quantize_int8
-from llamajax.ops.packed import pack
+from llamajax.ops.packed import PackedWeight, pack
 from llamajax.ops.quantize import QUANTIZABLE, quantize
 from llamajax.ops.quants import FORMATS, dequantize, split
 from llamajax.types import DType
@@ -24,6 +25,7 @@ from llamajax.weights.tensor import StoredTensor
 
 # Named in one message at most; a wrong file would name hundreds.
 _NAMED = 8
+_Rows = TypeVar("_Rows", jax.Array, np.ndarray)
 
 
 def load_weights(
@@ -56,7 +58,9 @@ def load_weights(
     for path, parts in plan.items():
         parameter = state[tuple(int(key) if key.isdigit() else key for key in path.split("."))]
         with jax.default_device(device):
-            weight = _convert(path, parts, tensors, dtype, device.platform)
+            weight: Weight | None = _moved(parts, tensors, dtype, device.platform)
+            if weight is None:
+                weight = _convert(path, parts, tensors, dtype, device.platform)
         parameter.set_value(jax.block_until_ready(jax.device_put(weight, device)))
         for source in parts:
             done += tensors[source.name].data.nbytes
@@ -115,6 +119,23 @@ def _check(plan: Mapping[str, list[Source]], tensors: Mapping[str, StoredTensor]
 def _listed(names: list[str]) -> str:
     more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def _moved(
+    parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType, platform: str
+) -> PackedWeight | None:
+    """What `_convert` makes of a matrix that is kept as it is stored, where its blocks need only be moved."""
+    stored = [tensors[part.name] for part in parts]
+    name = stored[0].format
+    same = {tensor.format for tensor in stored} == {name} and name in native.MOVED_FORMATS
+    if not same or dtype != "auto" or not keeps_blocks(platform):
+        return None
+    order, begin = [], 0
+    for part, tensor in zip(parts, stored, strict=True):
+        rows = begin + np.arange(len(tensor.data))[:, None]
+        order.append(_half_split(rows, part.interleaved_heads)[:, 0])
+        begin += len(rows)
+    return native.pack([tensor.data for tensor in stored], np.concatenate(order), name)
 
 
 def _convert(
@@ -186,6 +207,6 @@ def _dense(
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
 
 
-def _half_split(rows: jax.Array, num_heads: int) -> jax.Array:
+def _half_split(rows: _Rows, num_heads: int) -> _Rows:
     """Rows of interleaved heads in half-split order; others as they are."""
     return rows.reshape(num_heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape) if num_heads else rows

@@ -291,3 +291,24 @@ extern "C" void llamajax_limit(const char* most) {
     if (std::strcmp(most, kNames[i]) == 0) isa = Isa(i);
   }
 }
+
+// What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, then quants, of which each byte is
+// changed by `flip`. Rows of zeros fill the last group.
+extern "C" void llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head,
+                              int64_t quants, uint8_t flip, uint8_t* packed) {
+  const std::vector<uint8_t> zeros(num_blocks * (head + quants));
+  for (int64_t first = 0; first < num_rows; first += kGroup) {
+    for (int64_t b = 0; b < num_blocks; ++b, packed += kGroup * (head + quants)) {
+      for (int64_t r = 0; r < kGroup; ++r) {
+        const uint8_t* block = (first + r < num_rows ? rows[first + r] : zeros.data()) + b * (head + quants);
+        for (int64_t i = 0; i < head; i += 2) std::memcpy(packed + kGroup * i + 2 * r, block + i, 2);
+        for (int64_t i = 0; i < quants; i += 4) {
+          uint32_t four;
+          std::memcpy(&four, block + head + i, 4);
+          four ^= flip * 0x01010101u;
+          std::memcpy(packed + kGroup * (head + i) + 4 * r, &four, 4);
+        }
+      }
+    }
+  }
+}

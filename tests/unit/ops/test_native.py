@@ -78,6 +78,17 @@ def test_packed_weights_are_the_files(format: str) -> None:
     np.testing.assert_allclose(found, weight, rtol=1e-6, atol=ROUNDED * np.abs(weight).max() * (format in K_FORMATS))
 
 
+@pytest.mark.parametrize("format", native.MOVED_FORMATS)
+@given(st.permutations(range(35)), st.integers(1, 3))
+def test_moved_rows_are_packed_ones(format: str, order: list[int], num_blocks: int) -> None:
+    rows = random_blocks(format, 35, num_blocks)
+    found = native.pack([rows[:20], rows[20:]], np.array(order[:33]), format)
+    expected = _packed(rows[order[:33]], format)
+    assert found.shape == expected.shape == (33, 32 * num_blocks)
+    np.testing.assert_array_equal(found.data[:2], expected.data[:2])
+    np.testing.assert_array_equal(unpack_rows(found, jnp.arange(32, 33)), unpack_rows(expected, jnp.arange(32, 33)))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())
