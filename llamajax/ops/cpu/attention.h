@@ -95,9 +95,9 @@ template <int kRows>
 struct Softmax {
   static constexpr int kWhole = (kRows + kLanes - 1) / kLanes * kLanes;
   float highest[kWhole];
-  float factor[kWhole];          // of what was summed before the last block
-  float share[kWhole];           // of the last block's weights that are relative to its highest score
-  float total[kRows * kLanes];   // of each row's weights, in each lane
+  float factor[kWhole];         // of what was summed before the last block
+  float share[kWhole];          // of the last block's weights that are relative to its highest score
+  float total[kRows * kLanes];  // of each row's weights, in each lane
 
   Softmax() {
     std::fill_n(highest, kWhole, kLowest);
@@ -141,7 +141,8 @@ inline void attend_one(const Attention<T>& a, int64_t b, int64_t k, int64_t firs
   Softmax<kRows> softmax;
   float most[softmax.kWhole] = {};
   std::fill(sums, sums + kRows * H, 0);
-  for (int r = 0; r < kRows; ++r) rotate(a, b, 0, k * a.group() + first + r, kLog2e / std::sqrt(float(H)), queries + r * H);
+  const float scale = kLog2e / std::sqrt(float(H));  // scores are of powers of two
+  for (int r = 0; r < kRows; ++r) rotate(a, b, 0, k * a.group() + first + r, scale, queries + r * H);
   for (int64_t s = 0; s < end; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, end - s);
     score_stored<kRows>(queries, H, a.row(a.keys, b, k, s), a.row(a.values, b, k, s), count, scores);
@@ -327,9 +328,6 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
   std::fill(sums, sums + kRows * width, 0);
   int64_t end[kRows];
   const float finest = std::min<float>(kFine, INT32_MAX / kFine / H);
-  const auto out = [&](int r) {
-    return a.out + ((b * a.queries + (first + r) / group) * a.heads + k * group + (first + r) % group) * H;
-  };
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + std::min<int64_t>(r, rows - 1), t = row / group;
     end[r] = a.start[b] + t + 1;
@@ -355,8 +353,10 @@ inline void attend_many(const Attention<T>& a, int64_t b, int64_t k, int64_t fir
                    sums);
   }
   for (int r = 0; r < rows; ++r) {
+    const int64_t t = (first + r) / group, g = (first + r) % group;
+    float* out = a.out + ((b * a.queries + t) * a.heads + k * group + g) * H;
     const Floats inverse = all(1 / softmax.sum_of(r));
-    for (int64_t h = 0; h < H; h += kLanes) store_first(out(r) + h, load(sums + r * width + h) * inverse, H - h);
+    for (int64_t h = 0; h < H; h += kLanes) store_first(out + h, load(sums + r * width + h) * inverse, H - h);
   }
 }
 
