@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 from llamajax.errors import RequestError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
 
-# Formats whose blocks in a file have the scale, the offset and the quants as packed ones do, but for the side by side.
-MOVED_FORMATS = {"q4_0", "q4_1", "q8_0"}
+# Formats whose blocks hold in a file what they hold when packed: only the order differs.
+MOVED_FORMATS = ("q4_0", "q4_1", "q8_0")
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 _LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
