@@ -154,3 +154,16 @@ def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
         jax.block_until_ready(ops.linear(jnp.zeros((1, 64)), wrong))
     assert PACKED_FORMATS.keys() == FORMATS.keys()
+
+
+@pytest.mark.parametrize("wanted", ["", "portable"])
+def test_portable_code_serves_only_those_who_ask(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    monkeypatch.setenv("LLAMAJAX_CPU", wanted)
+    monkeypatch.setattr(native, "_instruction_set", lambda library: "portable")
+    try:
+        library = native._library.__wrapped__()
+    finally:
+        native.limit(native.INSTRUCTION_SETS[0])
+    assert isinstance(library, str) == (wanted == "")
+    if isinstance(library, str):
+        assert library == "this processor has neither AVX2 nor NEON with dot products"
