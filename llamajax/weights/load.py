@@ -128,7 +128,7 @@ def _moved(
     stored = [tensors[part.name] for part in parts]
     name = stored[0].format
     same = {tensor.format for tensor in stored} == {name} and name in native.MOVED_FORMATS
-    if not same or dtype != "auto" or not keeps_blocks(platform):
+    if not same or len(parts[0].shape) != 2 or dtype != "auto" or not keeps_blocks(platform):
         return None
     order, begin = [], 0
     for part, tensor in zip(parts, stored, strict=True):

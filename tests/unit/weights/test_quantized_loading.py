@@ -2,13 +2,20 @@
 
 from pathlib import Path
 
+import gguf
+import jax
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import llamajax
 from llamajax.bench.run import kept_dtype
 from llamajax.errors import CheckpointError
+from llamajax.model.llama import Llama
 from llamajax.ops import native
+from llamajax.weights.checkpoint import open_checkpoint
+from llamajax.weights.load import load_weights
+from llamajax.weights.tensor import StoredTensor
 
 
 def log_probabilities(llm: llamajax.LLM) -> np.ndarray:
@@ -31,3 +38,15 @@ def test_q8_0_is_near_and_q4_0_is_not_so_near(smollm2_gguf: Path) -> None:
 def test_rows_that_are_no_whole_blocks_are_refused(smollm2_gguf: Path) -> None:
     with pytest.raises(CheckpointError, match="rows of 576 numbers, q4_k is for multiples of 256: choose q8_0 or q4_0"):
         llamajax.load(smollm2_gguf, dtype="q4_k")
+
+
+def test_a_norm_in_blocks_becomes_f32(smollm2_gguf: Path) -> None:
+    checkpoint = open_checkpoint(smollm2_gguf)
+    norm = checkpoint.tensors["output_norm.weight"]
+    blocks = gguf.quantize(norm.data[None], GGMLQuantizationType.Q8_0)[0]
+    tensors = {**checkpoint.tensors, norm.name: StoredTensor(norm.name, norm.shape, "q8_0", blocks)}
+    model = Llama(checkpoint.config)
+    load_weights(model, tensors, jax.devices()[0])
+    found = np.asarray(model.norm.weight.get_value())
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, gguf.dequantize(blocks, GGMLQuantizationType.Q8_0))
