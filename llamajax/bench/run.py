@@ -17,7 +17,6 @@ from llamajax.bench.metrics import Percentiles, Result, Run, Served, Spread, War
 from llamajax.bench.workload import Workload, synthetic
 from llamajax.errors import CapacityError
 from llamajax.llm import LLM
-from llamajax.model.llama import Llama
 from llamajax.ops import PackedWeight
 from llamajax.types import Completion
 
@@ -77,7 +76,7 @@ def memory_bandwidth(device: jax.Device) -> float:
 def kept_dtype(llm: LLM) -> str:
     """What the weight matrices are kept in, joined by "+", that of the most bytes first."""
     sizes: Counter[str] = Counter()
-    for weight in jax.tree.leaves(llm._runner.weights, is_leaf=lambda x: isinstance(x, PackedWeight)):
+    for weight in jax.tree.leaves(llm._runner.model.llama().weights(), is_leaf=lambda x: isinstance(x, PackedWeight)):
         if isinstance(weight, PackedWeight):
             sizes[weight.name] += weight.data.nbytes
         elif weight.ndim > 1:
@@ -200,9 +199,9 @@ def _compilations() -> Iterator[list[float]]:
 def _step_bytes(llm: LLM, positions: int) -> tuple[int, int]:
     """Of the weights that a decode step reads, and of a sequence's keys and values for so many positions."""
     runner = llm._runner
-    weights = sum(x.nbytes for x in jax.tree.leaves(runner.weights))
+    weights = sum(x.nbytes for x in runner.model.arrays)
     if not llm.config.tie_word_embeddings:  # one row of the table is read
-        table = Llama.with_weights(llm.config, runner.weights).embed_tokens.weight.get_value()
+        table = runner.model.llama().embed_tokens.weight.get_value()
         weights -= sum(x.nbytes for x in jax.tree.leaves(table))
     return weights, positions * llm.config.kv_bytes_per_token(jnp.dtype(runner.cache_dtype).itemsize)
 

@@ -109,16 +109,15 @@ class Batch:
         """Draws up to `num_steps` tokens for each row that has any left. Returns at once: the device works on."""
         assert self._rows is not None
         drawn, cache, slots = steps.decode(
-            self._runner.weights,
+            self._runner.model,
             self._rows.cache,
             self._rows.slots,
             np.int32(num_steps),
             self._rows.requests,
-            config=self._runner.config,
             with_logprobs=with_logprobs,
         )
         self._rows = Rows(cache, slots, self._rows.requests)
-        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        self._runner.copy_ahead(drawn)
         return drawn
 
     def stop(self, row: int) -> None:
@@ -205,18 +204,17 @@ class Batch:
         with_logprobs: bool,
     ) -> Drawn:
         drawn, cache, slots = steps.prefill(
-            self._runner.weights,
+            self._runner.model,
             prompts.rows.cache,
             token_ids,
             start,
             length,
             limits,
             prompts.rows.requests,
-            config=self._runner.config,
             with_logprobs=with_logprobs,
         )
         prompts.rows = Rows(cache, slots, prompts.rows.requests)
-        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        self._runner.copy_ahead(drawn)
         return drawn
 
     def _resize(self, keep: Sequence[int], length: int) -> None:
@@ -225,4 +223,4 @@ class Batch:
 
 
 def _length(rows: Rows) -> int:
-    return rows.cache[0].key.shape[2]
+    return rows.cache[0].key.shape[-2]

@@ -13,10 +13,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float32
 
 from llamajax.engine import steps
-from llamajax.engine.steps import MAX_STOP_IDS, Drawn, Requests, Rows, Slots
+from llamajax.engine.steps import MAX_STOP_IDS, Drawn, FlatModel, Requests, Rows, Slots
 from llamajax.errors import CapacityError, CheckpointError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
+from llamajax.ops import layers_share_arrays
 from llamajax.sampling import Sampling
 from llamajax.types import Request, Token, TokenLogprobs, is_integer
 
@@ -66,7 +67,7 @@ class Runner:
         self.device = device
         self.cached_ids: list[int] = []
         self.current: Request | None = None
-        self.weights = jax.device_put(model.weights(), device)
+        self.model = FlatModel.of(model, device)
         self.cache_dtype = cache_dtype
         self._cache: Cache = ()
         self._slots: Slots
@@ -77,7 +78,7 @@ class Runner:
     @property
     def cache_len(self) -> int:
         """Positions that the cache has room for at present."""
-        return self._cache[0].key.shape[2] if self._cache else 0
+        return self._cache[0].key.shape[-2] if self._cache else 0
 
     def check(self, request: Request) -> None:
         """Raises CapacityError if the prompt leaves no room for an answer, RequestError for what is invalid."""
@@ -127,16 +128,20 @@ class Runner:
         self._drawn_len += num_steps
         self.reserve(self._drawn_len)
         drawn, self._cache, self._slots = steps.decode(
-            self.weights,
+            self.model,
             self._cache,
             self._slots,
             np.int32(num_steps),
             self._requests,
-            config=self.config,
             with_logprobs=self._num_logprobs is not None,
         )
-        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        self.copy_ahead(drawn)
         return drawn
+
+    def copy_ahead(self, drawn: Drawn) -> None:
+        """Lets tokens come to the host when they are drawn, not when they are read."""
+        if self.device.platform != "cpu":  # there they are on the host, and to ask takes 0.1 ms
+            jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
 
     def read(self, drawn: Drawn) -> list[Token]:
         """Waits for drawn tokens and brings them to the host.
@@ -179,7 +184,13 @@ class Runner:
     def empty_rows(self, num_rows: int, length: int) -> Rows:
         """Idle rows on the device."""
         with jax.default_device(self.device):
-            rows = steps.empty_rows(num_rows=num_rows, length=length, config=self.config, cache_dtype=self.cache_dtype)
+            rows = steps.empty_rows(
+                num_rows=num_rows,
+                length=length,
+                config=self.config,
+                cache_dtype=self.cache_dtype,
+                shared=layers_share_arrays(self.device, self.config.head_dim),
+            )
         # Bound to the device as what the steps return is: else each step would be compiled for both.
         return jax.device_put(rows, self.device)
 
@@ -201,7 +212,7 @@ class Runner:
         length = power_of_two(len(token_ids), CHUNKS[0])
         padded = np.zeros(length, np.int32)
         padded[: len(token_ids)] = token_ids
-        scores = steps.logits(self.weights, padded, config=self.config, cache_dtype=self.cache_dtype)
+        scores = steps.logits(self.model, padded, cache_dtype=self.cache_dtype)
         return np.asarray(scores)[: len(token_ids)]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
@@ -216,14 +227,13 @@ class Runner:
         chunk = np.zeros((1, chunk_len), np.int32)
         chunk[0, : end - start] = ids[start:end]
         drawn, self._cache, self._slots = steps.prefill(
-            self.weights,
+            self.model,
             self._cache,
             chunk,
             np.array([start], np.int32),
             np.array([end - start], np.int32),
             np.array([max_new_tokens], np.int32),
             self._requests,
-            config=self.config,
             with_logprobs=self._num_logprobs is not None,
         )
         return drawn

@@ -1,11 +1,11 @@
 """The jitted steps: prefill and decode, of B slots at once. The only `jax.jit` of generation.
 
-A model enters as its configuration (static) and a list of weights: flattening a Flax module at each call takes
-milliseconds. The KV cache and the slots are donated, so that they are written in place.
+A model enters as a flat list of arrays: flattening a Flax module at each call takes milliseconds. The KV cache and the
+slots are donated, so that they are written in place.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache as once
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from llamajax.config import LlamaConfig
 from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
-from llamajax.ops import Weight
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs
 from llamajax.types import SamplingParams
 
@@ -54,6 +53,35 @@ def _jit(**settings: Any) -> Callable[[Callable], Callable]:
     return decorate
 
 
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """All of a model but its arrays. Compared by identity: comparing the formats of 120 weights takes 0.1 ms a call."""
+
+    config: LlamaConfig
+    weights: jax.tree_util.PyTreeDef
+
+
+_structure = once(Structure)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlatModel:
+    """A model as the steps take it."""
+
+    arrays: list[Array]
+    structure: Structure = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, model: Llama, device: jax.Device) -> "FlatModel":
+        """With the model's weights on the device."""
+        arrays, structure = jax.tree.flatten(jax.device_put(model.weights(), device))
+        return cls(arrays, _structure(model.config, structure))
+
+    def llama(self) -> Llama:
+        return Llama.with_weights(self.structure.config, self.structure.weights.unflatten(self.arrays))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Requests:
@@ -85,14 +113,14 @@ class Drawn(NamedTuple):
 class Rows(NamedTuple):
     """All that B sequences are, on the device."""
 
-    cache: Cache  # each with B before K
+    cache: Cache  # each with B in front
     slots: Slots
     requests: Requests
 
 
-@_jit(static_argnames=("config", "with_logprobs"), donate_argnames=("cache",))
+@_jit(static_argnames="with_logprobs", donate_argnames=("cache",))
 def prefill(
-    weights: list[Weight],
+    flat: FlatModel,
     cache: Cache,
     token_ids: Int32[Array, "B T"],
     start: Int32[Array, "B"],
@@ -100,7 +128,6 @@ def prefill(
     max_new_tokens: Int32[Array, "B"],
     requests: Requests,
     *,
-    config: LlamaConfig,
     with_logprobs: bool,
 ) -> tuple[Drawn, Cache, Slots]:
     """Reads `length` tokens of each row, which stand at `start`, and draws the token after them.
@@ -108,9 +135,9 @@ def prefill(
     Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
     A chunk that is not a prompt's last one has no new tokens: it draws none.
     """
-    model = Llama.with_weights(config, weights)
+    model = flat.llama()
     x, cache = _over_slots(model, token_ids, _enter(cache), start, length - 1)
-    cache = _leave(cache)
+    cache = _leave(cache, len(token_ids))
     logits = jax.vmap(model.logits)(x)[:, 0]
     slots = Slots(
         token=jnp.zeros_like(start),
@@ -122,22 +149,21 @@ def prefill(
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
-@_jit(static_argnames=("config", "with_logprobs"), donate_argnames=("cache", "slots"))
+@_jit(static_argnames="with_logprobs", donate_argnames=("cache", "slots"))
 def decode(
-    weights: list[Weight],
+    flat: FlatModel,
     cache: Cache,
     slots: Slots,
     steps: Int32[Array, ""],
     requests: Requests,
     *,
-    config: LlamaConfig,
     with_logprobs: bool,
 ) -> tuple[Drawn, Cache, Slots]:
     """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
 
     The loop ends early when no slot has: a stop token takes what its slot had left.
     """
-    model = Llama.with_weights(config, weights)
+    model = flat.llama()
 
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
@@ -156,16 +182,14 @@ def decode(
     )
     block = jax.tree.map(lambda x: jnp.full((x.shape[0], BLOCK_LEN, *x.shape[1:]), -1, x.dtype), drawn[0])
     _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, _enter(cache), slots))
-    return block, _leave(cache), slots
+    return block, _leave(cache, len(slots.token)), slots
 
 
-@_jit(static_argnames=("config", "cache_dtype"))
-def logits(
-    weights: list[Weight], token_ids: Int32[Array, "T"], *, config: LlamaConfig, cache_dtype: DTypeLike
-) -> Float32[Array, "T V"]:
+@_jit(static_argnames="cache_dtype")
+def logits(flat: FlatModel, token_ids: Int32[Array, "T"], *, cache_dtype: DTypeLike) -> Float32[Array, "T V"]:
     """Scores of the next token after each of T tokens; nothing is drawn."""
-    model = Llama.with_weights(config, weights)
-    cache = empty_cache(config, token_ids.shape[0], cache_dtype)
+    model = flat.llama()
+    cache = empty_cache(model.config, token_ids.shape[0], cache_dtype)
     x, _ = model(token_ids, cache, jnp.int32(0))
     return model.logits(x)
 
@@ -173,15 +197,16 @@ def logits(
 @partial(jax.jit, static_argnames=("length",))
 def grow(cache: Cache, *, length: int) -> Cache:
     """The same cache with room for `length` positions."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+    return jax.tree.map(lambda x: _of_length(x, length), cache)
 
 
-@partial(jax.jit, static_argnames=("num_rows", "length", "config", "cache_dtype"))
-def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: DTypeLike) -> Rows:
-    """Idle rows with caches of `length` positions."""
+@partial(jax.jit, static_argnames=("num_rows", "length", "config", "cache_dtype", "shared"))
+def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: DTypeLike, shared: bool) -> Rows:
+    """Idle rows with caches of `length` positions, whose layers may share their arrays."""
     B, V = num_rows, config.vocab_size
     zeros = partial(jnp.zeros, (B,), jnp.int32)
-    cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), empty_cache(config, length, cache_dtype))
+    one = empty_cache(config, length, cache_dtype, shared=shared)
+    cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), one)
     slots = Slots(zeros(), zeros(), zeros(), jnp.zeros((B, V), jnp.int32))
     stop_ids, mask = jnp.full((B, MAX_STOP_IDS), -1, jnp.int32), jnp.zeros((B, V), bool)
     return Rows(cache, slots, Requests(Sampling.of([SamplingParams(temperature=0)] * B), stop_ids, mask))
@@ -203,12 +228,17 @@ def insert(rows: Rows, new: Rows, sources: Int32[Array, "P"], places: Int32[Arra
 @partial(jax.jit, static_argnames=("length",))
 def resize(rows: Rows, keep: Int32[Array, "B"], *, length: int) -> Rows:
     """The rows `keep`, or an idle one for -1, with caches of `length` positions, longer or shorter."""
-    cache = jax.tree.map(lambda x: x[keep, :, :length], rows.cache)
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+    cache = jax.tree.map(lambda x: _of_length(x[keep, ..., :length, :], length), rows.cache)
     slots, requests = jax.tree.map(lambda x: x[keep], (rows.slots, rows.requests))
     left = jnp.where(keep < 0, 0, slots.left)
     # An idle row stands where any cache has room.
     return Rows(cache, replace(slots, left=left, position=jnp.where(left > 0, slots.position, 0)), requests)
+
+
+def _of_length(cache: Float[Array, "... S H"], length: int) -> Float[Array, "... length H"]:
+    room = [(0, 0)] * cache.ndim
+    room[-2] = (0, length - cache.shape[-2])
+    return jnp.pad(cache, room)
 
 
 @partial(jax.jit, donate_argnames=("left",))
@@ -225,8 +255,8 @@ def _enter(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: x.reshape(x.shape[1:]) if x.shape[0] == 1 else x, cache)
 
 
-def _leave(cache: Cache) -> Cache:
-    return jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache)
+def _leave(cache: Cache, num_rows: int) -> Cache:
+    return jax.tree.map(lambda x: x[None] if num_rows == 1 else x, cache)
 
 
 def _over_slots(

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float32, Int
 
 from llamajax import ops
 from llamajax.config import LlamaConfig
-from llamajax.model.cache import LayerCache
+from llamajax.model.cache import KeysValues
 from llamajax.model.layers import Linear, RMSNorm
 
 
@@ -23,12 +23,13 @@ class Attention(nnx.Module):
         x: Float32[Array, "T D"],
         norm: RMSNorm,
         rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
-        cache: LayerCache,
+        cache: KeysValues,
+        layer: Int[Array, ""] | None,
         start: Int[Array, ""],
         only: Int[Array, ""] | None = None,
-    ) -> tuple[Float32[Array, "T D"], LayerCache]:
+    ) -> tuple[Float32[Array, "T D"], KeysValues]:
         """All tokens are stored; what comes out is of the token `only` if there is one."""
-        mixed, key, value = ops.attention(self.qkv_proj(x, norm), *rope, *cache, start)
+        mixed, key, value = ops.attention(self.qkv_proj(x, norm), *rope, *cache, start, layer)
         if only is not None:
             mixed, x = (jax.lax.dynamic_slice_in_dim(rows, only, 1) for rows in (mixed, x))
-        return self.o_proj(mixed, residual=x), LayerCache(key, value)
+        return self.o_proj(mixed, residual=x), KeysValues(key, value)

@@ -9,18 +9,22 @@ from jaxtyping import Array, Float
 from llamajax.config import LlamaConfig
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer. [K, S, H]: a layout with S first is transposed at each step on a GPU."""
+class KeysValues(NamedTuple):
+    """Of one layer, or of all L. [K, S, H]: a layout with S first is transposed at each step on a GPU."""
 
-    key: Float[Array, "K S H"]
-    value: Float[Array, "K S H"]
-
-
-# One pair of arrays a layer: a cache stacked over layers is copied whole at each step.
-Cache = tuple[LayerCache, ...]
+    key: Float[Array, "*L K S H"]
+    value: Float[Array, "*L K S H"]
 
 
-def empty_cache(config: LlamaConfig, length: int, dtype: DTypeLike) -> Cache:
-    """A cache of `length` positions. Zeros, since masked positions are multiplied, and 0 * NaN is NaN."""
-    shape = (config.num_key_value_heads, length, config.head_dim)
-    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
+# One item for each layer, or one for all: `ops.layers_share_arrays` tells what is faster.
+Cache = tuple[KeysValues, ...]
+
+
+def empty_cache(config: LlamaConfig, length: int, dtype: DTypeLike, *, shared: bool = False) -> Cache:
+    """A cache of `length` positions, whose layers may share their arrays.
+
+    Zeros, since masked positions are multiplied, and 0 * NaN is NaN.
+    """
+    L, shape = config.num_hidden_layers, (config.num_key_value_heads, length, config.head_dim)
+    shapes = [(L, *shape)] if shared else [shape] * L
+    return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)

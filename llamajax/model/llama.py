@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32, Int
 
 from llamajax.config import LlamaConfig
 from llamajax.model.attention import Attention
-from llamajax.model.cache import Cache, LayerCache
+from llamajax.model.cache import Cache, KeysValues
 from llamajax.model.layers import MLP, Embedding, Linear, RMSNorm
 from llamajax.model.rope import rope_tables
 from llamajax.ops import Weight
@@ -28,11 +28,12 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float32[Array, "T D"],
         rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
-        cache: LayerCache,
+        cache: KeysValues,
+        layer: Int[Array, ""] | None,
         start: Int[Array, ""],
         only: Int[Array, ""] | None,
-    ) -> tuple[Float32[Array, "T D"], LayerCache]:
-        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, start, only)
+    ) -> tuple[Float32[Array, "T D"], KeysValues]:
+        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, layer, start, only)
         return self.mlp(x, self.post_attention_layernorm), cache
 
 
@@ -42,12 +43,13 @@ def _apply(
     state: nnx.State,
     x: Float32[Array, "T D"],
     rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
-    cache: LayerCache,
+    cache: KeysValues,
+    layer: Int[Array, ""] | None,
     start: Int[Array, ""],
     only: Int[Array, ""] | None,
-) -> tuple[Float32[Array, "T D"], LayerCache]:
+) -> tuple[Float32[Array, "T D"], KeysValues]:
     # Layers differ in their weights only, so that one trace serves all: thirty take seconds at each start.
-    return nnx.merge(graphdef, state)(x, rope, cache, start, only)
+    return nnx.merge(graphdef, state)(x, rope, cache, layer, start, only)
 
 
 class Llama(nnx.Module):
@@ -70,12 +72,12 @@ class Llama(nnx.Module):
         """
         x = self.embed_tokens(token_ids)
         rope = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
-        written = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
+        written, shared = list(cache), cache[0].key.ndim == 4
+        for i, layer in enumerate(self.layers):
+            item, place = (0, jnp.int32(i)) if shared else (i, None)
             # Of other tokens, the last layer has only keys and values to compute.
             only_here = only if layer is self.layers[-1] else None
-            x, layer_cache = _apply(*nnx.split(layer), x, rope, layer_cache, start, only_here)
-            written.append(layer_cache)
+            x, written[item] = _apply(*nnx.split(layer), x, rope, written[item], place, start, only_here)
         return self.norm(x), tuple(written)
 
     def logits(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:

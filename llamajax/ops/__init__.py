@@ -1,6 +1,6 @@
 """Arithmetic that has more than one implementation. The choice between them is made here and nowhere else."""
 
-from llamajax.ops.attention import attention
+from llamajax.ops.attention import attention, layers_share_arrays
 from llamajax.ops.linear import Int8Weight, Norm, Weight, embed, gated_linear, linear, quantize_int8
 from llamajax.ops.packed import PackedWeight
 
@@ -12,6 +12,7 @@ __all__ = [
     "attention",
     "embed",
     "gated_linear",
+    "layers_share_arrays",
     "linear",
     "quantize_int8",
 ]

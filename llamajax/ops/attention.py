@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from llamajax.ops import native
 
-Mixed = tuple[Float32[Array, "T N*H"], Float[Array, "K S H"], Float[Array, "K S H"]]
+Mixed = tuple[Float32[Array, "T N*H"], Float[Array, "*L K S H"], Float[Array, "*L K S H"]]
 
 
 @custom_vmap
@@ -18,38 +20,63 @@ def attention(
     qkv: Float32[Array, "T (N+2K)*H"],
     cos: Float32[Array, "T H/2"],
     sin: Float32[Array, "T H/2"],
-    key: Float[Array, "K S H"],
-    value: Float[Array, "K S H"],
+    key: Float[Array, "*L K S H"],
+    value: Float[Array, "*L K S H"],
     start: Int[Array, ""],
+    layer: Int[Array, ""] | None = None,
 ) -> Mixed:
     """Token t stands at position start + t and attends to the cache's positions up to its own.
 
-    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. start + T must not pass S:
-    natively it is an error, and XLA would shift the write. Sums and softmax are in f32. Of a cache of 16 bits, XLA
-    rounds queries and weights to its dtype; natively many queries are multiplied in numbers of 12 bits, one in f32.
+    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. Caches of L layers are read
+    and written at `layer`. start + T must not pass S, nor `layer` L - 1: natively it is an error, and XLA would shift
+    the write. Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds queries and weights to its dtype; natively
+    many queries are multiplied in numbers of 12 bits, one in f32.
 
     Returns the mixed values, and the caches with the T positions written.
     """
-    return _either(_attention, qkv, cos, sin, key, value, start)
+    return _either(_attention, qkv, cos, sin, key, value, start, layer)
+
+
+def layers_share_arrays(device: jax.Device, head_dim: int) -> bool:
+    """Whether the caches of all layers had better be one array, L of them, rather than one each.
+
+    Each array costs a call about 5 us on a CPU, and 30 layers have 60. XLA would copy an array of all at each step.
+    """
+    return device.platform == "cpu" and _is_native(head_dim)
 
 
 @attention.def_vmap
 def _(axis_size: int, in_batched: list[bool], *arguments: Array) -> tuple[Mixed, tuple[bool, bool, bool]]:
-    arguments = tuple(
+    *rows, layer = arguments  # which is the same for all rows
+    rows = [
         x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        for x, batched in zip(arguments, in_batched, strict=True)
-    )
-    return _either(jax.vmap(_attention), *arguments), (True, True, True)
+        for x, batched in zip(rows, in_batched[:-1], strict=True)
+    ]
+    return _either(jax.vmap(_attention, in_axes=(*[0] * len(rows), None)), *rows, layer), (True, True, True)
 
 
-def _either(xla_attention: Callable[..., Mixed], *arguments: Array) -> Mixed:
-    head_dim = arguments[3].shape[-1]
-    if head_dim % 8 or not native.available():
+def _either(xla_attention: Callable[..., Mixed], *arguments: Any) -> Mixed:
+    if not _is_native(head_dim=arguments[3].shape[-1]):
         return xla_attention(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=native.attention, default=xla_attention)
 
 
-def _attention(qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array) -> Mixed:
+def _is_native(head_dim: int) -> bool:
+    return head_dim % 8 == 0 and native.available()
+
+
+def _attention(
+    qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array, layer: Array | None
+) -> Mixed:
+    if layer is None:
+        return _of_one_layer(qkv, cos, sin, key, value, start)
+    take = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    mixed, new_key, new_value = _of_one_layer(qkv, cos, sin, take(key), take(value), start)
+    return mixed, put(key, new_key), put(value, new_value)
+
+
+def _of_one_layer(qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array) -> Mixed:
     T, (K, S, H) = qkv.shape[0], key.shape
     heads = qkv.reshape(T, -1, H)
     query, new_key, new_value = jnp.split(heads, [heads.shape[1] - 2 * K, heads.shape[1] - K], axis=1)

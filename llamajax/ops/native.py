@@ -131,19 +131,21 @@ def attention(
     qkv: Float32[Array, "*B T (N+2K)*H"],
     cos: Float32[Array, "*B T H/2"],
     sin: Float32[Array, "*B T H/2"],
-    key: Float[Array, "*B K S H"],
-    value: Float[Array, "*B K S H"],
+    key: Float[Array, "*BL K S H"],
+    value: Float[Array, "*BL K S H"],
     start: Int32[Array, "*B"],
-) -> tuple[Float32[Array, "*B T N*H"], Float[Array, "*B K S H"], Float[Array, "*B K S H"]]:
+    layer: Int32[Array, ""] | None,
+) -> tuple[Float32[Array, "*B T N*H"], Float[Array, "*BL K S H"], Float[Array, "*BL K S H"]]:
     """As `ops.attention`, of one sequence or a batch. The caches are written in place where they may be.
 
-    Fails, at run time, for start < 0 or start + T > S, and for an H that is no multiple of 8.
+    Fails, at run time, for start < 0 or start + T > S, for a layer that is not from 0 to L - 1, and for an H that is no
+    multiple of 8.
     """
     width = qkv.shape[-1] - 2 * key.shape[-3] * key.shape[-1]
     shapes = [((*qkv.shape[:-1], width), jnp.float32), (key.shape, key.dtype), (value.shape, value.dtype)]
     mixed, key, value = jax.ffi.ffi_call(
         "llamajax_attention",
         tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
-        input_output_aliases={4: 1, 5: 2},
-    )(qkv, cos, sin, start, key, value)
+        input_output_aliases={5: 1, 6: 2},
+    )(qkv, cos, sin, start, jnp.int32(0) if layer is None else layer, key, value)
     return mixed, key, value

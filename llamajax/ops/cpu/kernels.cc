@@ -60,18 +60,20 @@ struct Product {
 // A call's arrays. Query t of a sequence stands at position start + t.
 template <class T>
 struct Attention {
-  int64_t batch, queries, heads, kv_heads, head_dim, cache_len;
+  int64_t batch, queries, heads, kv_heads, head_dim, cache_len, layers, layer;
   const float* qkv;           // [B, queries, heads + 2 * kv_heads, head_dim]
   const float *cos, *sin;     // [B, queries, head_dim / 2]
   const int32_t* start;       // [B]
-  T *keys, *values;           // [B, kv_heads, cache_len, head_dim]
+  T *keys, *values;           // [B, layers, kv_heads, cache_len, head_dim]
   float* out;                 // [B, queries, heads, head_dim]
 
   int64_t group() const { return heads / kv_heads; }
   const float* head(int64_t b, int64_t t, int64_t head) const {
     return qkv + ((b * queries + t) * (heads + 2 * kv_heads) + head) * head_dim;
   }
-  T* row(T* cache, int64_t b, int64_t k, int64_t s) const { return cache + ((b * kv_heads + k) * cache_len + s) * head_dim; }
+  T* row(T* cache, int64_t b, int64_t k, int64_t s) const {
+    return cache + (((b * layers + layer) * kv_heads + k) * cache_len + s) * head_dim;
+  }
 };
 
 }  // namespace
@@ -209,24 +211,29 @@ void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
   }
 }
 
-// The caches come in and go out as the same memory. One sequence may come without the batch's dimension.
+// The caches come in and go out as the same memory. One sequence may come without the batch's dimension, and one
+// layer without the layers'.
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffer<ffi::F32> cos,
-                     ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::S32> start, ffi::AnyBuffer old_keys,
-                     ffi::AnyBuffer old_values, ffi::ResultBuffer<ffi::F32> y, ffi::Result<ffi::AnyBuffer> keys,
-                     ffi::Result<ffi::AnyBuffer> values) {
+                     ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::S32> start, ffi::BufferR0<ffi::S32> layer,
+                     ffi::AnyBuffer old_keys, ffi::AnyBuffer old_values, ffi::ResultBuffer<ffi::F32> y,
+                     ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values) {
   const auto in = qkv.dimensions(), cache = keys->dimensions();
   const auto type = keys->element_type();
   const ffi::Error wrong = ffi::Error::InvalidArgument("llamajax_attention: the shapes do not fit each other");
-  if (in.size() < 2 || cache.size() != in.size() + 1) return wrong;
-  const int64_t T = in[in.size() - 2], width = in.back(), K = cache[in.size() - 2], S = cache[in.size() - 1],
-                H = cache.back(), B = start.element_count(), N = width / std::max<int64_t>(H, 1) - 2 * K;
+  if (in.size() < 2 || (cache.size() != in.size() + 1 && cache.size() != in.size() + 2)) return wrong;
+  const int64_t T = in[in.size() - 2], width = in.back(), L = cache.size() > in.size() + 1 ? cache[in.size() - 2] : 1,
+                K = cache[cache.size() - 3], S = cache[cache.size() - 2], H = cache.back(), l = layer.typed_data()[0], B = start.element_count(), N = width / std::max<int64_t>(H, 1) - 2 * K;
   if (K < 1 || H < 8 || H % 8 || N < K || N % K || width != (N + 2 * K) * H ||
-      int64_t(qkv.element_count()) != B * T * width || int64_t(keys->element_count()) != B * K * S * H ||
+      int64_t(qkv.element_count()) != B * T * width || int64_t(keys->element_count()) != B * L * K * S * H ||
       int64_t(y->element_count()) != B * T * N * H || int64_t(cos.element_count()) != B * T * H / 2 ||
       sin.element_count() != cos.element_count() || values->element_count() != keys->element_count() ||
       values->element_type() != type || old_keys.untyped_data() != keys->untyped_data() ||
       old_values.untyped_data() != values->untyped_data() || (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16)) {
     return wrong;
+  }
+  if (l < 0 || l >= L) {
+    return ffi::Error(ffi::ErrorCode::kOutOfRange,
+                      "llamajax_attention: layer " + std::to_string(l) + " of " + std::to_string(L));
   }
   for (int64_t b = 0; b < B; ++b) {
     const int64_t begin = start.typed_data()[b];
@@ -238,8 +245,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   }
   const auto call = [&](auto* key, auto* value) {
     attend(pool, Attention<std::remove_pointer_t<decltype(key)>>{
-                     B, T, N, K, H, S, qkv.typed_data(), cos.typed_data(), sin.typed_data(), start.typed_data(), key,
-                     value, y->typed_data()});
+                     B, T, N, K, H, S, L, l, qkv.typed_data(), cos.typed_data(), sin.typed_data(), start.typed_data(),
+                     key, value, y->typed_data()});
   };
   if (type == ffi::F32) {
     call(static_cast<float*>(keys->untyped_data()), static_cast<float*>(values->untyped_data()));
@@ -275,6 +282,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_attention, attention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

@@ -36,11 +36,14 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     jax.clear_caches()
 
 
+LAYERS = 3
+
+
 def reference(
-    qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray, key: np.ndarray, value: np.ndarray, start: int
+    qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int, layer: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One query of one head at a time, over the positions up to its own."""
-    (T, width), (K, _, H) = qkv.shape, key.shape
+    (T, width), (_, K, _, H) = qkv.shape, keys.shape
     N = width // H - 2 * K
     query, new_key, new_value = np.split(qkv.astype(float).reshape(T, -1, H), [N, N + K], axis=1)
 
@@ -48,7 +51,8 @@ def reference(
         pairs = (x[: H // 2] + 1j * x[H // 2 :]) * (cos[t] + 1j * sin[t])
         return np.concatenate([pairs.real, pairs.imag])
 
-    key, value, mixed = key.copy(), value.copy(), np.zeros((T, N, H))
+    keys, values, mixed = keys.copy(), values.copy(), np.zeros((T, N, H))
+    key, value = keys[layer], values[layer]
     for t in range(T):
         for k in range(K):
             key[k, start + t] = rotated(new_key[t, k], t).astype(key.dtype)
@@ -58,15 +62,15 @@ def reference(
         scores = key[k, :visible].astype(float) @ rotated(query[t, n], t) / H**0.5
         weights = np.exp(scores - scores.max())
         mixed[t, n] = weights / weights.sum() @ value[k, :visible].astype(float)
-    return mixed.reshape(T, -1), key, value
+    return mixed.reshape(T, -1), keys, values
 
 
 def arguments(rng: np.random.Generator, *shape: int, dtype: type = np.float32) -> list[np.ndarray]:
-    """Of T tokens, K heads of G queries, heads of H, a cache of S: all but the start."""
+    """Of T tokens, K heads of G queries, heads of H, LAYERS caches of S: all but the start and the layer."""
     T, K, G, H, S = shape
     angles = rng.uniform(0, 7, (T, H // 2))
     numbers = [rng.normal(size=(T, K * (G + 2) * H)), np.cos(angles), np.sin(angles)]
-    caches = rng.normal(size=(2, K, S, H)).astype(np.float32)
+    caches = rng.normal(size=(2, LAYERS, K, S, H)).astype(np.float32)
     return [x.astype(np.float32) for x in numbers] + [x.astype(dtype) for x in caches]
 
 
@@ -82,20 +86,23 @@ SHAPES = [
     (13, 3, 1, 64, 130),
     (1, 1, 8, 128, 70),
 ]
+layers = st.integers(0, LAYERS - 1)
 _attention = jax.jit(ops.attention)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(SHAPES), st.integers(0, 200), st.sampled_from([0.1, 1, 30]), st.integers(0, 2**32))
-def test_attention(implementation: str, shape: tuple[int, ...], start: int, scale: float, seed: int) -> None:
+@given(st.sampled_from(SHAPES), st.integers(0, 200), st.sampled_from([0.1, 1, 30]), layers, st.integers(0, 2**32))
+def test_attention(
+    implementation: str, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
+) -> None:
     T, S = shape[0], shape[-1]
     start = min(start, S - T)
     qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape)
-    qkv[:, : -2 * key.shape[0] * key.shape[2]] *= np.float32(scale)
+    qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
     # What stands after the last query's position is not read.
-    key[:, start + T :], value[:, start + T :] = 1e4, 1e6
-    expected = reference(qkv, cos, sin, key, value, start)
-    found = _attention(qkv, cos, sin, key, value, jnp.int32(start))
+    key[..., start + T :, :], value[..., start + T :, :] = 1e4, 1e6
+    expected = reference(qkv, cos, sin, key, value, start, layer)
+    found = _attention(qkv, cos, sin, key, value, jnp.int32(start), jnp.int32(layer))
     for actual, wanted in zip(found, expected, strict=True):
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-4)
@@ -108,28 +115,27 @@ def test_attention_by_hand(implementation: str) -> None:
     qkv[0, :, 0] = [1, 0, 4]
     qkv[1, :, 0] = [np.sqrt(H), np.log(3), 0]
     one, zero = np.ones((2, H // 2), np.float32), np.zeros((2, H // 2), np.float32)
-    cache = np.full((1, 3, H), 100, np.float32)
-    mixed, key, value = _attention(qkv.reshape(2, -1), one, zero, cache, cache, jnp.int32(0))
+    cache = np.full((1, 1, 3, H), 100, np.float32)
+    mixed, key, value = _attention(qkv.reshape(2, -1), one, zero, cache, cache, jnp.int32(0), jnp.int32(0))
     np.testing.assert_allclose(np.asarray(mixed)[:, :2], [[4, 0], [1, 0]], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(key)[0, :, 0], [0, np.log(3), 100], rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(value)[0, :, 0], [4, 0, 100])
+    np.testing.assert_allclose(np.asarray(key)[0, 0, :, 0], [0, np.log(3), 100], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(value)[0, 0, :, 0], [4, 0, 100])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from(SHAPES), st.integers(0, 200), st.sampled_from([0.1, 1, 5]), st.integers(0, 2**32))
+@given(st.sampled_from(SHAPES), st.integers(0, 200), st.sampled_from([0.1, 1, 5]), layers, st.integers(0, 2**32))
 def test_attention_of_a_cache_of_16_bits(
-    implementation: str, dtype: type, shape: tuple[int, ...], start: int, scale: float, seed: int
+    implementation: str, dtype: type, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
 ) -> None:
     T, S = shape[0], shape[-1]
     start = min(start, S - T)
     qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape, dtype=dtype)
-    width = qkv.shape[1] - 2 * shape[1] * shape[3]
-    qkv[:, :width] *= np.float32(scale)
-    key[:, start + T :], value[:, start + T :] = 1e4, 6e4
-    mixed, new_key, new_value = _attention(qkv, cos, sin, key, value, jnp.int32(start))
+    qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
+    key[..., start + T :, :], value[..., start + T :, :] = 1e4, 6e4
+    mixed, new_key, new_value = _attention(qkv, cos, sin, key, value, jnp.int32(start), jnp.int32(layer))
     assert mixed.dtype == jnp.float32 and new_key.dtype == new_value.dtype == dtype
-    expected = reference(qkv, cos, sin, key, value, start)
+    expected = reference(qkv, cos, sin, key, value, start, layer)
     # A number nearly half way between two may go to either.
     ulp = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.asarray(new_key, float), expected[1].astype(float), rtol=ulp, atol=1e-7)
@@ -147,7 +153,7 @@ def test_what_is_not_a_number_stays_so(implementation: str, T: int, where: str) 
     for dtype in (np.float32, np.float16):
         given = arguments(np.random.default_rng(0), T, 1, 1, 64, 80, dtype=dtype)
         given[0][0, {"query": 5, "key": 69, "value": 133}[where]] = np.nan
-        mixed = np.asarray(_attention(*given, jnp.int32(70))[0])
+        mixed = np.asarray(_attention(*given, jnp.int32(70), jnp.int32(1))[0])
         seen = mixed[:1] if where == "query" else mixed
         assert np.isnan(seen[:, 5]).all()
 
@@ -158,10 +164,20 @@ def test_what_a_cache_of_16_bits_holds(implementation: str) -> None:
     qkv = np.array([[0] * 16 + numbers], np.float32)
     one, zero = np.ones((1, 4), np.float32), np.zeros((1, 4), np.float32)
     for dtype in (jnp.float16, jnp.bfloat16):
-        cache = np.zeros((1, 2, 8), dtype)
-        _, _, value = _attention(qkv, one, zero, cache, cache, jnp.int32(1))
+        cache = np.zeros((1, 1, 2, 8), dtype)
+        _, _, value = _attention(qkv, one, zero, cache, cache, jnp.int32(1), jnp.int32(0))
         with np.errstate(over="ignore"):
-            np.testing.assert_array_equal(np.asarray(value)[0, 1], np.array(numbers, np.float32).astype(dtype))
+            np.testing.assert_array_equal(np.asarray(value)[0, 0, 1], np.array(numbers, np.float32).astype(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cache_of_one_layer(implementation: str, shape: tuple[int, ...]) -> None:
+    *given, keys, values = arguments(np.random.default_rng(0), *shape)
+    start = jnp.int32(shape[-1] - shape[0])
+    found = _attention(*given, keys[1], values[1], start)
+    mixed, keys, values = _attention(*given, keys, values, start, jnp.int32(1))
+    for actual, wanted in zip(found, (mixed, keys[1], values[1]), strict=True):
+        np.testing.assert_array_equal(actual, wanted)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 8, 90), (5, 1, 2, 16, 12), (3, 2, 2, 6, 9)])
@@ -170,12 +186,13 @@ def test_vmap_is_a_batch(implementation: str, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     start = np.array([0, S - T, 3, 1], np.int32)
     rows = [arguments(rng, *shape) for _ in range(4)]
-    found = jax.jit(jax.vmap(ops.attention))(*(np.stack(x) for x in zip(*rows, strict=True)), start)
+    batch = jax.jit(jax.vmap(ops.attention, in_axes=(*[0] * 6, None)))
+    found = batch(*(np.stack(x) for x in zip(*rows, strict=True)), start, jnp.int32(1))
     for b, row in enumerate(rows):
-        for actual, wanted in zip(found, reference(*row, start[b]), strict=True):
+        for actual, wanted in zip(found, reference(*row, start[b], 1), strict=True):
             np.testing.assert_allclose(actual[b], wanted, rtol=1e-4, atol=1e-4)
         if implementation != "xla" and shape[3] % 8 == 0:
-            for actual, alone in zip(found, _attention(*row, start[b]), strict=True):
+            for actual, alone in zip(found, _attention(*row, start[b], jnp.int32(1)), strict=True):
                 np.testing.assert_array_equal(actual[b], alone)
 
 
@@ -183,7 +200,7 @@ def test_caches_are_written_in_place_where_they_are_donated(implementation: str)
     qkv, cos, sin, key, value = (jnp.asarray(x) for x in arguments(np.random.default_rng(0), 1, 2, 3, 8, 64))
     step = jax.jit(ops.attention, donate_argnums=(3, 4))
     before = key.unsafe_buffer_pointer(), value.unsafe_buffer_pointer()
-    _, key, value = step(qkv, cos, sin, key, value, jnp.int32(5))
+    _, key, value = step(qkv, cos, sin, key, value, jnp.int32(5), jnp.int32(2))
     assert (key.unsafe_buffer_pointer(), value.unsafe_buffer_pointer()) == before
 
 
@@ -193,4 +210,13 @@ def test_positions_outside_the_cache_are_refused(implementation: str, start: int
         pytest.skip("XLA shifts the write")
     given = arguments(np.random.default_rng(0), 3, 2, 3, 8, 30)
     with pytest.raises(jax.errors.JaxRuntimeError, match="of a cache of 30"):
-        jax.block_until_ready(_attention(*given, jnp.int32(start)))
+        jax.block_until_ready(_attention(*given, jnp.int32(start), jnp.int32(0)))
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS])
+def test_layers_outside_the_cache_are_refused(implementation: str, layer: int) -> None:
+    if implementation == "xla":
+        pytest.skip("XLA shifts the write")
+    given = arguments(np.random.default_rng(0), 3, 2, 3, 8, 30)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"layer {layer} of {LAYERS}"):
+        jax.block_until_ready(_attention(*given, jnp.int32(0), jnp.int32(layer)))
