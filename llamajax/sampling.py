@@ -4,7 +4,7 @@ The order is vLLM's: penalties, temperature, min-p, top-k, top-p. The vocabulary
 top-p keep the tokens above a threshold, which is found by bisection on the logits' bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
+from llamajax.ops import threshold
 from llamajax.types import MAX_TOP_LOGPROBS, SamplingParams
 
 # Below this a temperature is 0: dividing by it would overflow.
@@ -127,6 +128,7 @@ def _filtered_probs(logits: Float32[Array, "B V"], sampling: Sampling) -> Float3
 
     def top_p(probs: Array) -> Array:
         mass = probs.sum(axis=-1) * sampling.top_p * (1 - _MASS_ROUNDING)
+        mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # the smallest top_p rounds to 0
         keep = _heaviest(logits, probs, mass) | (sampling.top_p >= 1)[:, None]
         return jnp.where(keep, probs, 0)
 
@@ -139,42 +141,16 @@ def _heaviest(
     logits: Float32[Array, "B V"], weights: Float32[Array, "B V"], need: Float32[Array, "B"]
 ) -> Bool[Array, "B V"]:
     """The smallest set of largest logits whose weights sum to `need`; of equal logits the first ones."""
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    # Flipping the magnitude of negative numbers makes the order of the bits that of the numbers.
-    keys = jnp.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    lowest = _bisect(
-        lambda t: jnp.where(keys >= t[:, None], weights, 0).sum(axis=-1) >= need, -(2**31), 2**31 - 1, need
-    )
-    above, tied = keys > lowest[:, None], keys == lowest[:, None]
-    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+    lowest = threshold(logits, weights, need)[:, None]
+    above, tied = logits > lowest, logits == lowest
+    ids = jnp.arange(logits.shape[1], dtype=jnp.float32)[None]
 
     def first_tied() -> Bool[Array, "B V"]:
         rest = need - jnp.where(above, weights, 0).sum(axis=-1)
         # Counting ids downwards turns "the first ids" into a threshold, too.
-        last = -_bisect(
-            lambda t: jnp.where(tied & (-ids >= t[:, None]), weights, 0).sum(axis=-1) >= rest,
-            -logits.shape[1],
-            0,
-            need,
-        )
-        return tied & (ids <= last[:, None])
+        return tied & (-ids >= threshold(-jnp.where(tied, ids, jnp.inf), weights, rest)[:, None])
 
     return above | jax.lax.cond((tied.sum(axis=-1) > 1).any(), first_tied, lambda: tied)
-
-
-def _bisect(
-    reached: Callable[[Int32[Array, "B"]], Bool[Array, "B"]], low: int, high: int, rows: Array
-) -> Int32[Array, "B"]:
-    """Each row's largest threshold in [low, high] that is reached; being reached is monotone."""
-
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without overflow
-        hit = reached(middle)
-        return jnp.where(hit, middle, low), jnp.where(hit, high, middle - 1)
-
-    bounds = jnp.full(rows.shape, low, jnp.int32), jnp.full(rows.shape, high, jnp.int32)
-    return jax.lax.fori_loop(0, (high - low).bit_length(), halve, bounds)[0]
 
 
 def _uniform(seed: UInt32[Array, ""], position: Int[Array, ""]) -> Float32[Array, ""]:

@@ -60,7 +60,7 @@ def _library() -> ctypes.CDLL | str:
         return "the native kernels are not built: install a C++ compiler, then llamajax again"
     try:
         library = ctypes.CDLL(str(_LIBRARY))
-        for name in ("llamajax_linear", "llamajax_attention"):
+        for name in ("llamajax_linear", "llamajax_attention", "llamajax_threshold"):
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
         library.llamajax_pack.argtypes = [
             ctypes.c_void_p,
@@ -149,3 +149,10 @@ def attention(
         input_output_aliases={5: 1, 6: 2},
     )(qkv, cos, sin, start, jnp.int32(0) if layer is None else layer, key, value)
     return mixed, key, value
+
+
+def threshold(
+    x: Float32[Array, "B V"], weights: Float32[Array, "B V"], need: Float32[Array, "B"]
+) -> Float32[Array, "B"]:
+    """As `ops.threshold`."""
+    return jax.ffi.ffi_call("llamajax_threshold", jax.ShapeDtypeStruct(need.shape, jnp.float32))(x, weights, need)

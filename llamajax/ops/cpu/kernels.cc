@@ -76,6 +76,15 @@ struct Attention {
   }
 };
 
+// Rows of numbers, and for each the sum of weights that is to be reached.
+struct Ranking {
+  int64_t rows, count;
+  const float* numbers;  // [rows, count]
+  const float* weights;  // [rows, count]
+  const float* need;     // [rows]
+  float* found;          // [rows]
+};
+
 }  // namespace
 
 // Each instruction set's functions are in a namespace of their own.
@@ -92,6 +101,7 @@ namespace avx512 {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
+#include "threshold.h"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -106,6 +116,7 @@ namespace avx2 {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
+#include "threshold.h"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -122,6 +133,7 @@ namespace neon {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
+#include "threshold.h"
 }  // namespace neon
 #if !defined(__clang__)
 #pragma GCC pop_options
@@ -132,6 +144,7 @@ namespace portable {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
+#include "threshold.h"
 }  // namespace portable
 
 namespace {
@@ -258,6 +271,27 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   return ffi::Error::Success();
 }
 
+ffi::Error threshold(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> numbers, ffi::BufferR2<ffi::F32> weights,
+                     ffi::BufferR1<ffi::F32> need, ffi::ResultBufferR1<ffi::F32> found) {
+  const auto shape = numbers.dimensions(), other = weights.dimensions();
+  if (other[0] != shape[0] || other[1] != shape[1] || need.dimensions()[0] != shape[0] ||
+      found->dimensions()[0] != shape[0]) {
+    return ffi::Error::InvalidArgument("llamajax_threshold: the shapes do not fit each other");
+  }
+  const Ranking ranking{shape[0], shape[1], numbers.typed_data(), weights.typed_data(), need.typed_data(),
+                        found->typed_data()};
+  switch (isa.load()) {
+#if defined(__x86_64__)
+    case Isa::avx512: avx512::thresholds(pool, ranking); break;
+    case Isa::avx2: avx2::thresholds(pool, ranking); break;
+#elif defined(HAS_NEON)
+    case Isa::neon: neon::thresholds(pool, ranking); break;
+#endif
+    default: portable::thresholds(pool, ranking);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_linear, linear,
@@ -288,6 +322,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_attention, attention,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_threshold, threshold,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR1<ffi::F32>>()
+                                  .Ret<ffi::BufferR1<ffi::F32>>());
 
 // The name of the instruction set that is used.
 extern "C" const char* llamajax_instruction_set() { return kNames[int(isa.load())]; }

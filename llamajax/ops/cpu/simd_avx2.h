@@ -30,6 +30,10 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+// sum + the numbers where x >= y.
+inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) {
+  return _mm256_add_ps(sum, _mm256_and_ps(_mm256_cmp_ps(x, y, _CMP_GE_OQ), numbers));
+}
 inline float sum(Floats x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));

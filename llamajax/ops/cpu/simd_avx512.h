@@ -28,6 +28,10 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c
 inline Ints add(Ints a, Ints b) { return a + b; }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+// sum + the numbers where x >= y.
+inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) {
+  return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(x, y, _CMP_GE_OQ), sum, numbers);
+}
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline bool has_nan(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32((__m512i)x); }

@@ -21,6 +21,10 @@ inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 inline Ints add(Ints a, Ints b) { return vaddq_s32(a, b); }
 inline Floats min(Floats a, Floats b) { return vminq_f32(a, b); }
 inline Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
+// sum + the numbers where x >= y.
+inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) {
+  return vaddq_f32(sum, vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x, y), vreinterpretq_u32_f32(numbers))));
+}
 inline float sum(Floats x) { return vaddvq_f32(x); }
 inline bool has_nan(Floats x) { return vminvq_u32(vceqq_f32(x, x)) == 0; }
 inline int32_t sum(Ints x) { return vaddvq_s32(x); }

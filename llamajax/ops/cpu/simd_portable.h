@@ -50,6 +50,8 @@ inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Ints add(Ints a, Ints b) { return a + b; }
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+// sum + the numbers where x >= y.
+inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) { return sum + (x >= y ? numbers : Floats{}); }
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline bool has_nan(Floats x) { return std::isnan(sum(x)); }
 inline int32_t sum(Ints x) { return (x[0] + x[2]) + (x[1] + x[3]); }

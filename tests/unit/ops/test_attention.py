@@ -1,7 +1,5 @@
 """Attention over a cache, of each implementation, against sums written out in float64."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,31 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamajax import ops
-from llamajax.ops import native
 
 from ... import tiny_model
 
 strict_promotion = tiny_model.strict_promotion
-
-# Where there are no native kernels, "native" is XLA as well.
-IMPLEMENTATIONS = ["xla", *(native.INSTRUCTION_SETS if native.available() else [])]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS, scope="module")
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "xla":
-            patch.setattr(native, "available", lambda: False)
-        else:
-            native.limit(request.param)
-            if request.param not in native.implementation():
-                pytest.skip(f"this processor has no {request.param}")
-        jax.clear_caches()
-        yield request.param
-    if native.available():
-        native.limit(native.INSTRUCTION_SETS[0])
-    jax.clear_caches()
-
 
 LAYERS = 3
 

@@ -1,0 +1,76 @@
+"""Thresholds, of each implementation, against sums in float64 of sorted numbers."""
+
+import jax
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamajax import ops
+
+from ... import tiny_model
+
+strict_promotion = tiny_model.strict_promotion
+
+_threshold = jax.jit(ops.threshold)
+COUNTS = [1, 3, 16, 37, 1000]
+SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, 3e38, -3e38, 1e-30, -1e-30], np.float32)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    count=st.sampled_from(COUNTS),
+    scale=st.sampled_from([1e-3, 1, 30]),
+    special=st.floats(0, 1),
+    share=st.floats(0.001, 1.2),
+    ones=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_threshold(
+    implementation: str, count: int, scale: float, special: float, share: float, ones: bool, seed: int
+) -> None:
+    """The cut lies between two numbers whose sums in float64, the larger with and without it, enclose the need."""
+    rng = np.random.default_rng(seed)
+    x = np.where(rng.random((3, count)) < special, rng.choice(SPECIAL, (3, count)), rng.normal(size=(3, count)) * scale)
+    x = x.astype(np.float32)
+    weights = np.ones_like(x) if ones else rng.random((3, count), np.float32) ** 9
+    need = np.maximum(share * weights.sum(axis=1, dtype=float), 1e-30).astype(np.float32)
+    found = np.asarray(_threshold(x, weights, need))
+    for row, w, n, t in zip(x, weights.astype(float), need.astype(float), found, strict=True):
+        rounding = 1e-5 * w.sum()
+        assert w[row > t].sum() < n + rounding
+        if t > -np.inf:
+            assert t in row  # the largest threshold is one of the numbers
+            assert w[row >= t].sum() >= n - rounding
+        else:
+            assert w[row > -np.inf].sum() < n + rounding
+
+
+def test_threshold_by_hand(implementation: str) -> None:
+    x = np.array([[1, 3, 2, 3, -np.inf, 0, -0.0, -2]], np.float32)
+    weights = np.array([[4, 1, 2, 1, 8, 16, 32, 64]], np.float32)
+    for need, expected in [
+        (0.5, 3),
+        (2, 3),
+        (2.1, 2),
+        (8, 1),
+        (8.1, 0),
+        (56, 0),
+        (57, -2),
+        (121, -np.inf),
+        (1e9, -np.inf),
+    ]:
+        assert _threshold(x, weights, np.array([need], np.float32)).tolist() == [expected]
+
+
+def test_what_is_not_a_number_is_never_at_least_another(implementation: str) -> None:
+    x = np.array([[1, np.nan, 2, -np.nan]], np.float32)
+    assert _threshold(x, np.ones_like(x), np.array([2], np.float32)).tolist() == [1]
+
+
+def test_rows_are_the_same_alone(implementation: str) -> None:
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 5, 999)).astype(np.float32)
+    need = np.abs(weights).sum(axis=1) * np.linspace(0.1, 0.9, 5, dtype=np.float32)
+    together = np.asarray(_threshold(x, np.abs(weights), need))
+    alone = [_threshold(x[b : b + 1], np.abs(weights[b : b + 1]), need[b : b + 1])[0] for b in range(5)]
+    np.testing.assert_array_equal(together, alone)
