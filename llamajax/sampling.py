@@ -89,7 +89,8 @@ def sample(
     def draw() -> Int32[Array, "B"]:
         scaled = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
         uniform = jax.vmap(_uniform)(sampling.seed, position)
-        return jnp.where(greedy, _argmax(logits), _inverse_cdf(_filtered_probs(scaled, sampling), uniform))
+        drawn = _inverse_cdf(_filtered_probs(scaled, sampling), uniform)
+        return jax.lax.cond(greedy.any(), lambda: jnp.where(greedy, _argmax(logits), drawn), lambda: drawn)
 
     token = jax.lax.cond(greedy.all(), lambda: _argmax(logits), draw)
     return jnp.where(jnp.isnan(logits).any(axis=-1), logits.shape[1], token)
