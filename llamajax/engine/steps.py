@@ -137,7 +137,7 @@ def prefill(
     """
     model = flat.llama()
     x, cache = _over_slots(model, token_ids, _enter(cache), start, length - 1)
-    cache = _leave(cache, len(token_ids))
+    cache = _leave(cache)
     logits = jax.vmap(model.logits)(x)[:, 0]
     slots = Slots(
         token=jnp.zeros_like(start),
@@ -182,7 +182,7 @@ def decode(
     )
     block = jax.tree.map(lambda x: jnp.full((x.shape[0], BLOCK_LEN, *x.shape[1:]), -1, x.dtype), drawn[0])
     _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, _enter(cache), slots))
-    return block, _leave(cache, len(slots.token)), slots
+    return block, _leave(cache), slots
 
 
 @_jit(static_argnames="cache_dtype")
@@ -248,15 +248,16 @@ def stop(left: Int32[Array, "B"], row: Int32[Array, ""]) -> Int32[Array, "B"]:
 
 
 # One slot is no batch: with a batch axis of one, XLA's CPU compiler makes two of each cache, one to attend to and
-# one to keep, and copies both at each step. So inside a step the cache of one slot goes without that axis.
+# one to keep, and copies both at each step. So inside a step the cache of one slot goes without that axis. The native
+# kernels, whose layers share arrays, write in place, and only if the axis stays.
 
 
 def _enter(cache: Cache) -> Cache:
-    return jax.tree.map(lambda x: x.reshape(x.shape[1:]) if x.shape[0] == 1 else x, cache)
+    return jax.tree.map(lambda x: x.reshape(x.shape[1:]) if x.shape[0] == 1 and x.ndim == 4 else x, cache)
 
 
-def _leave(cache: Cache, num_rows: int) -> Cache:
-    return jax.tree.map(lambda x: x[None] if num_rows == 1 else x, cache)
+def _leave(cache: Cache) -> Cache:
+    return jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache)
 
 
 def _over_slots(
@@ -266,7 +267,7 @@ def _over_slots(
     start: Int32[Array, "B"],
     only: Int32[Array, "B"] | None = None,
 ) -> tuple[Float32[Array, "B T D"], Cache]:
-    if token_ids.shape[0] > 1:
+    if cache[0].key.ndim > 3:
         return jax.vmap(model)(token_ids, cache, start, only)
     x, cache = model(token_ids[0], cache, start[0], None if only is None else only[0])
     return x[None], cache

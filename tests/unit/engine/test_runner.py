@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from llamajax.engine import steps
 from llamajax.engine.runner import CHUNKS, Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.ops import native
 from llamajax.types import Request, SamplingParams
 
 from ... import tiny_model
@@ -47,6 +49,24 @@ def _run_requests(runner: Runner, room: int) -> None:
             for reuse_cache in (False, True):
                 list(Sequential(runner, replace(request, reuse_cache=reuse_cache)))
             next(iter(Sequential(runner, request)), None)
+
+
+@pytest.mark.skipif(not native.available(), reason="XLA's attention takes memory for each position")
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_no_step_copies_the_cache(step: str, num_rows: int) -> None:
+    runner = tiny_runner()
+    rows = runner.empty_rows(num_rows, 1 << 16)
+    zeros = np.zeros(num_rows, np.int32)
+    given = {
+        "prefill": (np.zeros((num_rows, 16), np.int32), zeros, zeros, zeros),
+        "decode": (rows.slots, np.int32(1)),
+    }
+    jitted = jax.jit(getattr(steps, step).__wrapped__, static_argnames="with_logprobs", donate_argnames="cache")
+    lowered = jitted.lower(runner.model, rows.cache, *given[step], rows.requests, with_logprobs=False)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < sum(x.nbytes for x in jax.tree.leaves(rows.cache)) / 10
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 300, 512])
