@@ -129,7 +129,6 @@ def _filtered_probs(logits: Float32[Array, "B V"], sampling: Sampling) -> Float3
 
     def top_p(probs: Array) -> Array:
         mass = probs.sum(axis=-1) * sampling.top_p * (1 - _MASS_ROUNDING)
-        mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # the smallest top_p rounds to 0
         keep = _heaviest(logits, probs, mass) | (sampling.top_p >= 1)[:, None]
         return jnp.where(keep, probs, 0)
 

@@ -79,6 +79,7 @@ class FlatModel:
         return cls(arrays, _structure(model.config, structure))
 
     def llama(self) -> Llama:
+        """The model again, of these arrays."""
         return Llama.with_weights(self.structure.config, self.structure.weights.unflatten(self.arrays))
 
 

@@ -12,15 +12,17 @@ def threshold(
 ) -> Float32[Array, "B"]:
     """Each row's largest t for which the weights of the numbers x >= t sum to `need`; -inf if there is none.
 
-    Weights must not be negative, and `need` must be above 0. Found by bisection: each bit of t takes a sum over the
-    row, or two bits where the kernels serve.
+    Weights must not be negative; a need that is not above 0 is met by the first that has any. Found by bisection: each
+    bit of t takes a sum over the row, or two bits where the kernels serve.
     """
+    tiny = jnp.finfo(jnp.float32).tiny
+    need = jnp.maximum(need, tiny)
     if native.available():
         t = jax.lax.platform_dependent(x, weights, need, cpu=native.threshold, default=_threshold)
     else:
         t = _threshold(x, weights, need)
     # Some processors take subnormal numbers for zeros.
-    return jnp.where(jnp.abs(t) < jnp.finfo(jnp.float32).tiny, 0, t)
+    return jnp.where(jnp.abs(t) < tiny, 0, t)
 
 
 def _threshold(x: Array, weights: Array, need: Array) -> Array:

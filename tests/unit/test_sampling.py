@@ -56,6 +56,7 @@ def penalized(logits: Sequence[float], params: SamplingParams, prompt: Sequence[
 # The hand-computed distributions hold for the reference, too: it judges the library elsewhere.
 FIVE = (0.1, 0.4, 0.05, 0.3, 0.15)
 BY_HAND: list[tuple[tuple, dict, tuple]] = [
+    ((0.5, 0.3, 0.2), {"top_p": 1e-45}, (1, 0, 0)),
     ((0.5, 0.3, 0.2), {}, (0.5, 0.3, 0.2)),
     ((0.5, 0.3, 0.2), {"top_p": 0.79}, (0.625, 0.375, 0)),
     ((0.5, 0.3, 0.2), {"top_p": 0.8}, (0.625, 0.375, 0)),

@@ -235,7 +235,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   const ffi::Error wrong = ffi::Error::InvalidArgument("llamajax_attention: the shapes do not fit each other");
   if (in.size() < 2 || (cache.size() != in.size() + 1 && cache.size() != in.size() + 2)) return wrong;
   const int64_t T = in[in.size() - 2], width = in.back(), L = cache.size() > in.size() + 1 ? cache[in.size() - 2] : 1,
-                K = cache[cache.size() - 3], S = cache[cache.size() - 2], H = cache.back(), l = layer.typed_data()[0], B = start.element_count(), N = width / std::max<int64_t>(H, 1) - 2 * K;
+                K = cache[cache.size() - 3], S = cache[cache.size() - 2], H = cache.back(), B = start.element_count(),
+                N = width / std::max<int64_t>(H, 1) - 2 * K, l = layer.typed_data()[0];
   if (K < 1 || H < 8 || H % 8 || N < K || N % K || width != (N + 2 * K) * H ||
       int64_t(qkv.element_count()) != B * T * width || int64_t(keys->element_count()) != B * L * K * S * H ||
       int64_t(y->element_count()) != B * T * N * H || int64_t(cos.element_count()) != B * T * H / 2 ||

@@ -58,6 +58,8 @@ def test_threshold_by_hand(implementation: str) -> None:
         (57, -2),
         (121, -np.inf),
         (1e9, -np.inf),
+        (0, 3),
+        (-1, 3),
     ]:
         assert _threshold(x, weights, np.array([need], np.float32)).tolist() == [expected]
 
