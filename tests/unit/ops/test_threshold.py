@@ -1,4 +1,4 @@
-"""Thresholds, of each implementation, against sums in float64 of sorted numbers."""
+"""Thresholds, of each implementation, against sums in float64 and by hand."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, 3e38, -3e38, 1e-30, -1e-30]
 def test_threshold(
     implementation: str, count: int, scale: float, special: float, share: float, ones: bool, seed: int
 ) -> None:
-    """The cut lies between two numbers whose sums in float64, the larger with and without it, enclose the need."""
+    """A number of the row: the weights above it do not reach the need, and with its own they do."""
     rng = np.random.default_rng(seed)
     x = np.where(rng.random((3, count)) < special, rng.choice(SPECIAL, (3, count)), rng.normal(size=(3, count)) * scale)
     x = x.astype(np.float32)
