@@ -1,5 +1,6 @@
 """Serves a workload in each of the strategies, and measures what it took."""
 
+import math
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from llamajax.bench.metrics import Percentiles, Result, Run, Served, Spread, War
 from llamajax.bench.workload import Workload, synthetic
 from llamajax.errors import CapacityError
 from llamajax.llm import LLM
-from llamajax.ops import PackedWeight
+from llamajax.ops import PackedWeight, Stacked
 from llamajax.types import Completion
 
 Strategy = Literal["sequential", "concurrent", "batched"]
@@ -76,10 +77,11 @@ def memory_bandwidth(device: jax.Device) -> float:
 def kept_dtype(llm: LLM) -> str:
     """What the weight matrices are kept in, joined by "+", that of the most bytes first."""
     sizes: Counter[str] = Counter()
-    for weight in jax.tree.leaves(llm._runner.model.llama().weights(), is_leaf=lambda x: isinstance(x, PackedWeight)):
+    weights = llm._runner.model.llama().weights()
+    for weight in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, PackedWeight | Stacked)):
         if isinstance(weight, PackedWeight):
-            sizes[weight.name] += weight.data.nbytes
-        elif weight.ndim > 1:
+            sizes[weight.name] += math.prod(weight.data.shape)
+        elif len(weight.shape) > 1:
             sizes[weight.dtype.name] += weight.nbytes
     return "+".join(name for name, _ in sizes.most_common())
 

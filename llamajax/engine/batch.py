@@ -112,7 +112,7 @@ class Batch:
             self._runner.model,
             self._rows.cache,
             self._rows.slots,
-            np.int32(num_steps),
+            self._runner.step_counts[num_steps],
             self._rows.requests,
             with_logprobs=with_logprobs,
         )

@@ -1,5 +1,6 @@
 """The Llama: embedding, decoder layers, final norm, logits. One sequence; no batch, no sampling, no files."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -85,7 +86,7 @@ class Llama(nnx.Module):
         return self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
 
     @classmethod
-    def with_weights(cls, config: LlamaConfig, weights: list[Weight]) -> "Llama":
+    def with_weights(cls, config: LlamaConfig, weights: Sequence[Weight]) -> "Llama":
         """A model of weights as `weights()` lists them."""
         model = cls(config)
         for parameter, weight in zip(jax.tree.leaves(nnx.state(model), is_leaf=_is_param), weights, strict=True):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int, Int8
 
 from llamajax.ops import native
 from llamajax.ops.packed import GROUP, PackedWeight, unpack_rows
+from llamajax.ops.stacked import Stacked, alone
 
 
 @jax.tree_util.register_dataclass
@@ -54,12 +55,12 @@ def quantize_int8(weight: Float[Array, "N K"]) -> Int8Weight:
 class Norm(NamedTuple):
     """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
 
-    weight: Float32[Array, "K"]
+    weight: Float32[Array, "K"] | Stacked
     eps: float
 
     def __call__(self, x: Float32[Array, "T K"]) -> Float32[Array, "T K"]:
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * self.weight[None]
+        return x * jax.lax.rsqrt(mean_square + self.eps) * alone(self.weight)[None]
 
 
 def linear(

@@ -9,21 +9,25 @@ import ctypes
 import math
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from llamajax.errors import RequestError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
+from llamajax.ops.stacked import Stacked
 
 # Formats whose blocks hold in a file what they hold when packed: only the order differs.
 MOVED_FORMATS = ("q4_0", "q4_1", "q8_0")
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+_Weight = TypeVar("_Weight")
 _LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
@@ -81,42 +85,77 @@ def _instruction_set(library: ctypes.CDLL) -> str:
     return library.llamajax_instruction_set().decode()
 
 
-def pack(stored: Sequence[UInt8[np.ndarray, "n bytes"]], order: Int[np.ndarray, "N"], name: str) -> PackedWeight:
-    """What `packed.pack` makes of rows of a file's blocks: of those stored, one array below the other, in this order.
+def pack(
+    layers: Iterable[Sequence[UInt8[np.ndarray, "n bytes"]]], num_layers: int, order: Int[np.ndarray, "N"], name: str
+) -> list[PackedWeight]:
+    """What `packed.pack` makes of rows of a file's blocks, of as many layers, in one array.
 
-    For MOVED_FORMATS only: it moves bytes. XLA's programs take longer to be read from their cache than that.
+    A layer's rows are those stored, one array below the other, in this order. For MOVED_FORMATS only: it moves bytes.
+    XLA's programs take longer to be read from their cache than that.
     """
     format = PACKED_FORMATS[name]
     head, quants = 2 + 2 * format.has_offsets, format.block * format.bits // 8
-    num_blocks = stored[0].shape[1] // (head + quants)
-    shape = (-(-len(order) // GROUP), num_blocks, GROUP * (head + quants))
-    # JAX takes arrays as they are if they begin at a multiple of 64, and copies others.
-    memory = np.empty(math.prod(shape) + 64, np.uint8)
-    data = memory[-memory.ctypes.data % 64 :][: math.prod(shape)].reshape(shape)
-    rows = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in stored])[order]
     library = _library()
     assert isinstance(library, ctypes.CDLL)
     signed = format.zero == 128
-    library.llamajax_pack(rows.ctypes.data, len(rows), num_blocks, head, quants, 128 * signed, data.ctypes.data)
-    return PackedWeight(jax.device_put(data), len(order), name)
+    for layer, stored in enumerate(layers):
+        num_blocks = stored[0].shape[1] // (head + quants)
+        if layer == 0:
+            data = _aligned((num_layers, -(-len(order) // GROUP), num_blocks, GROUP * (head + quants)), np.uint8)
+        rows = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in stored])[order]
+        library.llamajax_pack(
+            rows.ctypes.data, len(rows), num_blocks, head, quants, 128 * signed, data[layer].ctypes.data
+        )
+    return [PackedWeight(array, len(order), name) for array in _layers_of(data)]
+
+
+def stack(weights: Iterable[_Weight], num_layers: int) -> list[_Weight]:
+    """As many layers' weights of the same formats and shapes, with their arrays stacked."""
+    for layer, weight in enumerate(weights):
+        arrays, structure = jax.tree.flatten(weight)
+        if layer == 0:
+            stacks = [_aligned((num_layers, *array.shape), array.dtype) for array in arrays]
+        for layers, array in zip(stacks, arrays, strict=True):
+            layers[layer] = array
+    return [jax.tree.unflatten(structure, arrays) for arrays in zip(*map(_layers_of, stacks), strict=True)]
+
+
+def _layers_of(layers: np.ndarray) -> list[Stacked]:
+    shared = jax.device_put(layers)
+    return [Stacked(shared, np.int32(layer)) for layer in range(len(layers))]
+
+
+def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Memory at a multiple of 64: JAX takes such arrays as they are, and copies others."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
+
+
+def _in_place(array: Array | Stacked) -> tuple[Array, Int32[Array, ""] | np.int32]:
+    """A stack, and which of its arrays is meant."""
+    return (array.layers, array.layer) if isinstance(array, Stacked) else (array[None], jnp.int32(0))
 
 
 def linear(
     x: Float32[Array, "M K"],
     weight: PackedWeight,
-    norm: Float32[Array, "K"] | None,
+    norm: Float32[Array, "K"] | Stacked | None,
     residual: Float32[Array, "M N"] | None,
     *,
     eps: float,
     gated: bool,
 ) -> Float32[Array, "M N"]:
-    """x W^T + residual, or silu(gate) * up of W's halves; of rms_norm(x) if there is a norm."""
+    """x W^T + residual, or silu(gate) * up of W's halves; of rms_norm(x) if there is a norm.
+
+    Fails, at run time, for a layer that is not among those stacked.
+    """
     format, none = weight.format, jnp.zeros(0, jnp.float32)
     N = weight.num_rows // (2 if gated else 1)
     return jax.ffi.ffi_call("llamajax_linear", jax.ShapeDtypeStruct((x.shape[0], N), jnp.float32))(
         x,
-        weight.data,
-        none if norm is None else norm,
+        *_in_place(weight.data),
+        *_in_place(none if norm is None else norm),
         none if residual is None else residual,
         bits=np.int64(format.bits),
         block=np.int64(format.block),

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int, UInt8
 
 from llamajax.ops.quants import Parts
+from llamajax.ops.stacked import Stacked, alone
 
 GROUP = 16
 
@@ -52,7 +53,7 @@ PACKED_FORMATS = {
 class PackedWeight:
     """A weight [num_rows, K]; rows of zeros fill its last group. `name` is a key of PACKED_FORMATS."""
 
-    data: UInt8[Array, "N/16 K/block bytes"]
+    data: UInt8[Array, "N/16 K/block bytes"] | Stacked
     num_rows: int = field(metadata={"static": True})
     name: str = field(metadata={"static": True})
 
@@ -92,7 +93,7 @@ def unpack_rows(weight: PackedWeight, rows: Int[Array, "T"]) -> Float32[Array, "
     """Some rows, as float32."""
     format = weight.format
     columns = jnp.asarray(_columns(format))[rows % GROUP]
-    block = jnp.take_along_axis(weight.data[rows // GROUP], columns[:, None], axis=-1)
+    block = jnp.take_along_axis(alone(weight.data)[rows // GROUP], columns[:, None], axis=-1)
     scale, offset, quants = jnp.split(block, [2, 2 + 2 * format.has_offsets], axis=-1)
     if format.bits == 4:
         quants = jnp.concatenate([quants & 15, quants >> 4], axis=-1)

@@ -3,14 +3,18 @@
 Decides how a weight is kept in memory. Knows nothing of files' formats beyond `StoredTensor`.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
@@ -54,18 +58,54 @@ def load_weights(
     _check(plan, tensors)
     total = sum(tensors[source.name].data.nbytes for parts in plan.values() for source in parts)
     done = 0
-    state = dict(nnx.to_flat_state(nnx.state(model)))
-    for path, parts in plan.items():
-        parameter = state[tuple(int(key) if key.isdigit() else key for key in path.split("."))]
+
+    def stored(paths: Iterable[str]) -> Iterator[list[StoredTensor]]:
+        """What each is made of; given back when the next is asked for."""
+        nonlocal done
+        for path in paths:
+            layer = [tensors[part.name] for part in plan[path]]
+            yield layer
+            for tensor in layer:
+                done += tensor.data.nbytes
+                tensor.release()
+            progress(done, total)
+
+    def converted(paths: Iterable[str]) -> Iterator[Weight]:
+        for path, layer in zip(paths, stored(paths), strict=True):
+            weight = _convert(path, plan[path], layer, dtype, device.platform)
+            yield jax.block_until_ready(jax.device_put(weight, device))
+
+    def formats(path: str) -> tuple[str, ...]:
+        return tuple(tensors[part.name].format for part in plan[path])
+
+    for group in alike(model, formats):
+        first = next(iter(group))
         with jax.default_device(device):
-            weight: Weight | None = _moved(parts, tensors, dtype, device.platform)
-            if weight is None:
-                weight = _convert(path, parts, tensors, dtype, device.platform)
-        parameter.set_value(jax.block_until_ready(jax.device_put(weight, device)))
-        for source in parts:
-            done += tensors[source.name].data.nbytes
-            tensors[source.name].release()
-        progress(done, total)
+            weights: Iterable[Weight]
+            if _is_moved(plan[first], formats(first), dtype, device.platform):
+                layers = ([tensor.data for tensor in layer] for layer in stored(group))
+                weights = native.pack(layers, len(group), _rows_in_order(plan[first]), formats(first)[0])
+            else:
+                weights = shared(converted(group), len(group), device.platform)
+            for parameter, weight in zip(group.values(), weights, strict=True):
+                parameter.set_value(weight)
+
+
+def alike(model: Llama, kind: Callable[[str], Hashable] = lambda path: None) -> Collection[dict[str, nnx.Param]]:
+    """A model's parameters by their paths: together those of one kind that differ in their layer only."""
+    groups: dict[Hashable, dict[str, nnx.Param]] = defaultdict(dict)
+    for keys, parameter in nnx.to_flat_state(nnx.state(model)):
+        path = ".".join(map(str, keys))
+        groups[re.sub(r"\d+", "", path), kind(path)][path] = parameter
+    return groups.values()
+
+
+def shared(weights: Iterator[Weight], num_layers: int, platform: str) -> Iterable[Weight]:
+    """Layers' weights of one kind, in one array where the native kernels can read them there."""
+    first = next(weights)
+    weights = chain([first], weights)
+    read_in_place = isinstance(first, PackedWeight | tuple) or len(first.shape) == 1
+    return native.stack(weights, num_layers) if num_layers > 1 and read_in_place and keeps_blocks(platform) else weights
 
 
 def bytes_in_memory(
@@ -75,7 +115,8 @@ def bytes_in_memory(
     plan = sources(config, tensors)
     _check(plan, tensors)
     converted = [
-        jax.eval_shape(partial(_convert, path, parts, tensors, dtype, platform)) for path, parts in plan.items()
+        jax.eval_shape(partial(_convert, path, parts, [tensors[part.name] for part in parts], dtype, platform))
+        for path, parts in plan.items()
     ]
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(converted))
 
@@ -121,27 +162,23 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _moved(
-    parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType, platform: str
-) -> PackedWeight | None:
-    """What `_convert` makes of a matrix that is kept as it is stored, where its blocks need only be moved."""
-    stored = [tensors[part.name] for part in parts]
-    name = stored[0].format
-    same = {tensor.format for tensor in stored} == {name} and name in native.MOVED_FORMATS
-    if not same or len(parts[0].shape) != 2 or dtype != "auto" or not keeps_blocks(platform):
-        return None
+def _is_moved(sources: list[Source], formats: tuple[str, ...], dtype: DType, platform: str) -> bool:
+    """Whether a matrix is kept as it is stored, and its blocks need only be moved."""
+    moved = len(set(formats)) == 1 and formats[0] in native.MOVED_FORMATS
+    return moved and len(sources[0].shape) == 2 and dtype == "auto" and keeps_blocks(platform)
+
+
+def _rows_in_order(sources: list[Source]) -> Int[np.ndarray, "N"]:
+    """Which of the stored rows, one part's below the other's, become a parameter's."""
     order, begin = [], 0
-    for part, tensor in zip(parts, stored, strict=True):
-        rows = begin + np.arange(len(tensor.data))[:, None]
-        order.append(_half_split(rows, part.interleaved_heads)[:, 0])
+    for source in sources:
+        rows = begin + np.arange(source.shape[0])[:, None]
+        order.append(_half_split(rows, source.interleaved_heads)[:, 0])
         begin += len(rows)
-    return native.pack([tensor.data for tensor in stored], np.concatenate(order), name)
+    return np.concatenate(order)
 
 
-def _convert(
-    path: str, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType, platform: str
-) -> Weight:
-    stored = [tensors[part.name] for part in parts]
+def _convert(path: str, parts: list[Source], stored: list[StoredTensor], dtype: DType, platform: str) -> Weight:
     formats = tuple(tensor.format for tensor in stored)
     heads = tuple(part.interleaved_heads for part in parts)
     data = tuple(tensor.data for tensor in stored)

@@ -1,16 +1,16 @@
 """Weights drawn at random, on the device: the speed of a model that was never downloaded."""
 
 from functools import partial
+from itertools import count
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight, quantize_int8
 from llamajax.ops.quantize import QUANTIZABLE
 from llamajax.types import DType
-from llamajax.weights.load import block_format, in_blocks, keeps_blocks
+from llamajax.weights.load import alike, block_format, in_blocks, keeps_blocks, shared
 
 
 def random_weights(model: Llama, device: jax.Device, dtype: DType = "auto", seed: int = 0) -> None:
@@ -22,14 +22,19 @@ def random_weights(model: Llama, device: jax.Device, dtype: DType = "auto", seed
       model: a structure; it is changed.
       dtype: as `load_weights` keeps dense weights; "auto" is bf16.
     """
-    for i, (keys, parameter) in enumerate(nnx.to_flat_state(nnx.state(model))):
-        path = ".".join(map(str, keys))
+    numbers = count()
+
+    def drawn(path: str, shape: tuple[int, ...]) -> Weight:
         name = block_format(path, dtype) if dtype in QUANTIZABLE else {"auto": "bfloat16"}.get(dtype, dtype)
+        # Not threefry, jax's default: on a CPU it takes ten times as long.
+        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), next(numbers))
+        return jax.block_until_ready(_random(key, shape, name, keeps_blocks(device.platform)))
+
+    for group in alike(model):
         with jax.default_device(device):
-            # Not threefry, jax's default: on a CPU it takes ten times as long.
-            key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), i)
-            weight = _random(key, parameter.get_value().shape, name, keeps_blocks(device.platform))
-            parameter.set_value(jax.block_until_ready(weight))
+            weights = (drawn(path, parameter.get_value().shape) for path, parameter in group.items())
+            for parameter, weight in zip(group.values(), shared(weights, len(group), device.platform), strict=True):
+                parameter.set_value(weight)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

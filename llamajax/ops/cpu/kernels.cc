@@ -183,21 +183,36 @@ Isa best() { return Isa::portable; }
 
 std::atomic<Isa> isa{best()};
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> weights,
-                  ffi::Buffer<ffi::F32> norm, ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> y,
-                  int64_t bits, int64_t block, bool offsets, int64_t zero, float eps, bool gated) {
-  const auto xs = x.dimensions(), ws = weights.dimensions(), ys = y->dimensions();
+ffi::Error wrong(const std::string& operation) {
+  return ffi::Error::InvalidArgument("llamajax_" + operation + ": the shapes do not fit each other");
+}
+
+ffi::Error no_layer(const std::string& operation, int64_t layer, int64_t layers) {
+  return ffi::Error(ffi::ErrorCode::kOutOfRange, "llamajax_" + operation + ": layer " + std::to_string(layer) +
+                                                     " of " + std::to_string(layers));
+}
+
+// Weights and norms are stacks of layers'.
+ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR4<ffi::U8> weights,
+                  ffi::BufferR0<ffi::S32> layer, ffi::BufferR2<ffi::F32> norms, ffi::BufferR0<ffi::S32> norm_layer,
+                  ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t block,
+                  bool offsets, int64_t zero, float eps, bool gated) {
+  const auto xs = x.dimensions(), ws = weights.dimensions(), ns = norms.dimensions(), ys = y->dimensions();
   const bool known = (bits == 4 || bits == 8) && (block == 32 || (block == 16 && !(bits == 8 && offsets))) &&
                      !(offsets && zero != 0);
-  if (!known || xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || xs[0] != ys[0] || ws[1] * block != xs[1] ||
-      ws[2] != kGroup * (2 + 2 * offsets + block * bits / 8) ||
-      (gated ? ys[1] % kGroup != 0 || ws[0] * kGroup != 2 * ys[1] : ws[0] != (ys[1] + kGroup - 1) / kGroup) ||
-      (norm.element_count() != 0 && int64_t(norm.element_count()) != xs[1]) ||
+  if (!known || xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0] || ws[2] * block != xs[1] ||
+      ws[3] != kGroup * (2 + 2 * offsets + block * bits / 8) ||
+      (gated ? ys[1] % kGroup != 0 || ws[1] * kGroup != 2 * ys[1] : ws[1] != (ys[1] + kGroup - 1) / kGroup) ||
+      (ns[1] != 0 && ns[1] != xs[1]) ||
       (residual.element_count() != 0 && residual.element_count() != y->element_count())) {
-    return ffi::Error::InvalidArgument("llamajax_linear: the shapes do not fit each other");
+    return wrong("linear");
   }
-  const Product product{xs[0], xs[1], ys[1] * (1 + gated), x.typed_data(), weights.typed_data(), bits, block, zero,
-                        offsets, norm.element_count() ? norm.typed_data() : nullptr, eps,
+  const int64_t l = layer.typed_data()[0], n = norm_layer.typed_data()[0];
+  if (l < 0 || l >= ws[0]) return no_layer("linear", l, ws[0]);
+  if (n < 0 || n >= ns[0]) return no_layer("linear", n, ns[0]);
+  const Product product{xs[0], xs[1], ys[1] * (1 + gated), x.typed_data(),
+                        weights.typed_data() + l * ws[1] * ws[2] * ws[3], bits, block, zero, offsets,
+                        ns[1] ? norms.typed_data() + n * ns[1] : nullptr, eps,
                         residual.element_count() ? residual.typed_data() : nullptr, gated, y->typed_data()};
   switch (isa.load()) {
 #if defined(__x86_64__)
@@ -232,8 +247,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
                      ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values) {
   const auto in = qkv.dimensions(), cache = keys->dimensions();
   const auto type = keys->element_type();
-  const ffi::Error wrong = ffi::Error::InvalidArgument("llamajax_attention: the shapes do not fit each other");
-  if (in.size() < 2 || (cache.size() != in.size() + 1 && cache.size() != in.size() + 2)) return wrong;
+  if (in.size() < 2 || (cache.size() != in.size() + 1 && cache.size() != in.size() + 2)) return wrong("attention");
   const int64_t T = in[in.size() - 2], width = in.back(), L = cache.size() > in.size() + 1 ? cache[in.size() - 2] : 1,
                 K = cache[cache.size() - 3], S = cache[cache.size() - 2], H = cache.back(), B = start.element_count(),
                 N = width / std::max<int64_t>(H, 1) - 2 * K, l = layer.typed_data()[0];
@@ -243,12 +257,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
       sin.element_count() != cos.element_count() || values->element_count() != keys->element_count() ||
       values->element_type() != type || old_keys.untyped_data() != keys->untyped_data() ||
       old_values.untyped_data() != values->untyped_data() || (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16)) {
-    return wrong;
+    return wrong("attention");
   }
-  if (l < 0 || l >= L) {
-    return ffi::Error(ffi::ErrorCode::kOutOfRange,
-                      "llamajax_attention: layer " + std::to_string(l) + " of " + std::to_string(L));
-  }
+  if (l < 0 || l >= L) return no_layer("attention", l, L);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t begin = start.typed_data()[b];
     if (begin < 0 || begin + T > S) {
@@ -277,7 +288,7 @@ ffi::Error threshold(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> numbers, ffi:
   const auto shape = numbers.dimensions(), other = weights.dimensions();
   if (other[0] != shape[0] || other[1] != shape[1] || need.dimensions()[0] != shape[0] ||
       found->dimensions()[0] != shape[0]) {
-    return ffi::Error::InvalidArgument("llamajax_threshold: the shapes do not fit each other");
+    return wrong("threshold");
   }
   const Ranking ranking{shape[0], shape[1], numbers.typed_data(), weights.typed_data(), need.typed_data(),
                         found->typed_data()};
@@ -299,8 +310,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_linear, linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR4<ffi::U8>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits")

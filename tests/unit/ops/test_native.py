@@ -1,6 +1,7 @@
 """The native products, for each format and instruction set, against numpy in float64."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import gguf
@@ -16,6 +17,7 @@ from llamajax import ops
 from llamajax.ops import native
 from llamajax.ops.packed import PACKED_FORMATS, PackedWeight, pack, unpack_rows
 from llamajax.ops.quants import FORMATS, split
+from llamajax.ops.stacked import alone
 
 from ... import tiny_model
 from .test_quants import random_blocks
@@ -81,12 +83,13 @@ def test_packed_weights_are_the_files(format: str) -> None:
 @pytest.mark.parametrize("format", native.MOVED_FORMATS)
 @given(st.permutations(range(35)), st.integers(1, 3))
 def test_moved_rows_are_packed_ones(format: str, order: list[int], num_blocks: int) -> None:
-    rows = random_blocks(format, 35, num_blocks)
-    found = native.pack([rows[:20], rows[20:]], np.array(order[:33]), format)
-    expected = _packed(rows[order[:33]], format)
-    assert found.shape == expected.shape == (33, 32 * num_blocks)
-    np.testing.assert_array_equal(found.data[:2], expected.data[:2])
-    np.testing.assert_array_equal(unpack_rows(found, jnp.arange(32, 33)), unpack_rows(expected, jnp.arange(32, 33)))
+    layers = [random_blocks(format, 35, num_blocks, seed=seed) for seed in range(3)]
+    parts = ([rows[:20], rows[20:]] for rows in layers)
+    for found, rows in zip(native.pack(parts, 3, np.array(order[:33]), format), layers, strict=True):
+        expected = _packed(rows[order[:33]], format)
+        assert found.shape == expected.shape == (33, 32 * num_blocks)
+        np.testing.assert_array_equal(alone(found.data)[:2], expected.data[:2])
+        np.testing.assert_array_equal(unpack_rows(found, jnp.array([32])), unpack_rows(expected, jnp.array([32])))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -143,6 +146,42 @@ def test_rows_do_not_depend_on_their_neighbours(instruction_set: str, format: st
     batched = jax.jit(jax.vmap(product))(x.reshape(30, 5, -1))
     for found, expected in zip(batched, together, strict=True):
         np.testing.assert_array_equal(np.asarray(found).reshape(150, -1), expected)
+
+
+@pytest.mark.parametrize("format", ["q4_1", "q6_k"])
+def test_stacked_layers_are_read_in_place(instruction_set: str, format: str) -> None:
+    weights = [random_weight(format, 32, 2 * UNIT[format], seed)[0] for seed in range(3)]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, weights[0].shape[1])).astype(np.float32)
+    norms = rng.uniform(0.5, 2, (3, x.shape[1])).astype(np.float32)
+    product = jax.jit(
+        lambda weight, norm: (
+            ops.linear(x, weight, ops.Norm(norm, 1e-5)),
+            ops.gated_linear(x, weight, ops.Norm(norm, 1e-5)),
+            ops.linear(x, weight),
+            unpack_rows(weight, jnp.array([0, 31])),
+        )
+    )
+    expected = [product(weight, norm) for weight, norm in zip(weights, norms, strict=True)]
+    stacked, norms = native.stack(iter(weights), 3), native.stack(iter(norms), 3)
+    assert stacked[0].data.layers is stacked[2].data.layers
+    for weight, norm, ys in zip(stacked, norms, expected, strict=True):
+        assert weight.shape == weights[0].shape
+        for found, y in zip(product(weight, norm), ys, strict=True):
+            np.testing.assert_array_equal(found, y)
+    assert product._cache_size() == 2  # one alone, one for all layers
+
+
+def test_a_layer_that_is_not_there_is_an_error() -> None:
+    weight, norm = (random_weight("q4_0", 32, 64)[0], np.ones(64, np.float32))
+    (weight, _), (norm, _) = native.stack(iter([weight] * 2), 2), native.stack(iter([norm] * 2), 2)
+    product = jax.jit(lambda weight, norm: ops.linear(jnp.ones((1, 64)), weight, ops.Norm(norm, 1e-5)))
+    for layer in (-1, 2, -(2**31), 2**31 - 1):
+        elsewhere = replace(norm, layer=np.int32(layer))
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"llamajax_linear: layer {layer} of 2"):
+            product(weight, elsewhere).block_until_ready()
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"llamajax_linear: layer {layer} of 2"):
+            product(replace(weight, data=replace(weight.data, layer=np.int32(layer))), norm).block_until_ready()
 
 
 def test_what_does_not_fit_is_an_error() -> None:

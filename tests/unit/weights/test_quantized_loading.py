@@ -9,7 +9,9 @@ import pytest
 from gguf import GGMLQuantizationType
 
 import llamajax
+from llamajax import ops
 from llamajax.bench.run import kept_dtype
+from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
 from llamajax.model.llama import Llama
 from llamajax.ops import native
@@ -38,6 +40,29 @@ def test_q8_0_is_near_and_q4_0_is_not_so_near(smollm2_gguf: Path) -> None:
 def test_rows_that_are_no_whole_blocks_are_refused(smollm2_gguf: Path) -> None:
     with pytest.raises(CheckpointError, match="rows of 576 numbers, q4_k is for multiples of 256: choose q8_0 or q4_0"):
         llamajax.load(smollm2_gguf, dtype="q4_k")
+
+
+def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
+    """As in files of mixed formats: more bits in some layers, and for some of a fused weight's parts."""
+    checkpoint = open_checkpoint(smollm2_gguf)
+    tensors = dict(checkpoint.tensors)
+    for layer in (0, 3, 29):
+        for name in (f"blk.{layer}.ffn_down.weight", f"blk.{layer}.attn_v.weight"):
+            blocks = gguf.quantize(dequantized(tensors[name]), GGMLQuantizationType.Q8_0)
+            tensors[name] = StoredTensor(name, tensors[name].shape, "q8_0", blocks)
+    model = Llama(checkpoint.config)
+    load_weights(model, tensors, jax.devices()[0])
+    for layer in range(30):
+        found = ops.embed(np.arange(576), model.layers[layer].mlp.down_proj.weight.get_value())
+        np.testing.assert_allclose(found, dequantized(tensors[f"blk.{layer}.ffn_down.weight"]), rtol=1e-2, atol=1e-6)
+    plain = llamajax.load(smollm2_gguf)
+    ids = plain.tokenizer.encode("The first of May is a holiday in many countries of the world.")
+    scores = Runner(model, device=jax.devices()[0], cache_dtype=np.float32).logits(ids)
+    assert np.abs(scores - plain.logits(ids)).mean() < 0.5
+
+
+def dequantized(stored: StoredTensor) -> np.ndarray:
+    return gguf.dequantize(stored.data, GGMLQuantizationType[stored.format.upper()])
 
 
 def test_a_norm_in_blocks_becomes_f32(smollm2_gguf: Path) -> None:
