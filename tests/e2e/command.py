@@ -16,7 +16,8 @@ STATS = re.compile(
     r"\[(?P<prompt>\d+) prompt( \((?P<cached>\d+) cached\))? \+ (?P<generated>\d+) generated tokens, "
     r"first token \d+\.\d\d s, \d+\.\d tokens/s, (?P<reason>stop|length|cancelled)\]"
 )
-_FIRST_RUN = "(first run of this model here"
+# Lines that the cache of earlier runs decides, or whether there is a compiler.
+_OF_THE_MACHINE = ("(first run of this model here", "(slower than it could be: computed by XLA")
 
 _COLOURS = {"NO_COLOR", "FORCE_COLOR"}
 
@@ -30,8 +31,8 @@ class Finished(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """Lines of stderr but the one that tells of compiling, which the cache of earlier runs decides."""
-        return [line for line in self.stderr.splitlines() if not line.startswith(_FIRST_RUN)]
+        """Lines of stderr but those of the machine."""
+        return [line for line in self.stderr.splitlines() if not line.startswith(_OF_THE_MACHINE)]
 
     @property
     def error(self) -> str:
