@@ -93,7 +93,7 @@ def test_info_of_the_default_model(default_model: None, smollm2_gguf: Path) -> N
     assert told["RoPE"] == "theta 100000"
     assert told["embeddings"] == "tied"
     assert told["tensors"] == "210 q4_1, 61 f32, 1 q8_0"
-    dtype, size = ("float16", 2) if "native" in told["computed by"] else ("float32", 4)
+    dtype, size = ("float16", 2) if told["computed by"].startswith("native") else ("float32", 4)
     kv_bytes = 2 * 30 * 3 * 64 * size  # keys and values
     whole = f"{kv_bytes * 8192 / 1e6:.3g} MB for the whole context"
     assert told["KV cache"] == f"{kv_bytes / 1e3:.3g} kB a token ({dtype}), {whole}"
