@@ -22,6 +22,12 @@ _OF_THE_MACHINE = ("(first run of this model here", "(slower than it could be: c
 _COLOURS = {"NO_COLOR", "FORCE_COLOR"}
 
 
+def notes(stderr: str | bytes) -> list[str]:
+    """Lines of stderr but those of the machine."""
+    text = stderr if isinstance(stderr, str) else stderr.decode()
+    return [line for line in text.splitlines() if not line.startswith(_OF_THE_MACHINE)]
+
+
 class Finished(NamedTuple):
     """How a command ended, and what it wrote."""
 
@@ -31,8 +37,7 @@ class Finished(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """Lines of stderr but those of the machine."""
-        return [line for line in self.stderr.splitlines() if not line.startswith(_OF_THE_MACHINE)]
+        return notes(self.stderr)
 
     @property
     def error(self) -> str:
