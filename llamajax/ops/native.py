@@ -24,7 +24,7 @@ from llamajax.errors import RequestError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
 from llamajax.ops.stacked import Stacked
 
-# Formats whose blocks hold in a file what they hold when packed: only the order differs.
+# Formats whose blocks hold in a file what they hold when packed: all but the order, or the scales' kind, is the same.
 MOVED_FORMATS = ("q4_0", "q4_1", "q8_0")
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 _Weight = TypeVar("_Weight")
@@ -70,6 +70,7 @@ def _library() -> ctypes.CDLL | str:
             ctypes.c_void_p,
             *[ctypes.c_int64] * 4,
             ctypes.c_uint8,
+            ctypes.c_int64,
             ctypes.c_void_p,
         ]
     except Exception as e:  # built for another machine or another jax
@@ -90,8 +91,8 @@ def pack(
 ) -> list[PackedWeight]:
     """What `packed.pack` makes of rows of a file's blocks, of as many layers, in one array.
 
-    A layer's rows are those stored, one array below the other, in this order. For MOVED_FORMATS only: it moves bytes.
-    XLA's programs take longer to be read from their cache than that.
+    A layer's rows are those stored, one array below the other, in this order. For MOVED_FORMATS only. XLA's programs
+    take longer to be read from their cache than this does.
     """
     format = PACKED_FORMATS[name]
     head, quants = 2 + 2 * format.has_offsets, format.block * format.bits // 8
@@ -101,10 +102,11 @@ def pack(
     for layer, stored in enumerate(layers):
         num_blocks = stored[0].shape[1] // (head + quants)
         if layer == 0:
-            data = _aligned((num_layers, -(-len(order) // GROUP), num_blocks, GROUP * (head + quants)), np.uint8)
+            group_bytes = format.first_block + num_blocks * format.block_bytes
+            data = _aligned((num_layers, -(-len(order) // GROUP), group_bytes), np.uint8)
         rows = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in stored])[order]
         library.llamajax_pack(
-            rows.ctypes.data, len(rows), num_blocks, head, quants, 128 * signed, data[layer].ctypes.data
+            rows.ctypes.data, len(rows), num_blocks, head, quants, 128 * signed, format.zero, data[layer].ctypes.data
         )
     return [PackedWeight(array, len(order), name) for array in _layers_of(data)]
 

@@ -4,8 +4,11 @@ A weight is scale * (quant - zero) + offset. Of each group of 16 rows stands one
 weights a row: the rows' scales in f16, their offsets in f16 if the format has any, and the quants, four of a row beside
 four of the next. Quants of 4 bits share a byte: its low half is of the block's first half.
 
-Quants of 5 and 6 bits take 8 here, and those of 2 and 3 take 4. A K format's scale is a product of two numbers; it is
-rounded to f16, to one part in 2048.
+Scale and offset of 4 bits' quants are one beside the other instead, as int16, in units of a step (f32) that each row
+has before its first block: cpu/matmul.h tells why.
+
+Quants of 5 and 6 bits take 8 here, and those of 2 and 3 take 4. A K format's scale is a product of two numbers; where
+it is kept in f16, it is rounded to one part in 2048.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, Int, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Int, Int16, Shaped, UInt8
 
 from llamajax.ops.quants import Parts
 from llamajax.ops.stacked import Stacked, alone
 
 GROUP = 16
+_LARGEST = np.float32(2**15 - 1)
 
 
 class PackedFormat(NamedTuple):
@@ -32,17 +37,32 @@ class PackedFormat(NamedTuple):
     has_offsets: bool
     zero: int
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether scales and offsets are integers, in units of a row's step."""
+        return self.bits == 4 and self.has_offsets
+
+    @property
+    def first_block(self) -> int:
+        """Bytes of a group before its first block."""
+        return 4 * GROUP * self.has_steps
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a group's block."""
+        return GROUP * (2 + 2 * self.has_offsets + self.block * self.bits // 8)
+
 
 # By the format of a file, of `quants.FORMATS`.
 PACKED_FORMATS = {
     "q4_0": PackedFormat(4, 32, False, 8),
-    "q4_1": PackedFormat(4, 32, True, 0),
+    "q4_1": PackedFormat(4, 32, True, 8),
     "q5_0": PackedFormat(8, 32, False, 16),
     "q5_1": PackedFormat(8, 32, True, 0),
     "q8_0": PackedFormat(8, 32, False, 128),
-    "q2_k": PackedFormat(4, 16, True, 0),
+    "q2_k": PackedFormat(4, 16, True, 2),
     "q3_k": PackedFormat(4, 16, False, 4),
-    "q4_k": PackedFormat(4, 32, True, 0),
+    "q4_k": PackedFormat(4, 32, True, 8),
     "q5_k": PackedFormat(8, 32, True, 0),
     "q6_k": PackedFormat(8, 16, False, 32),
 }
@@ -53,7 +73,7 @@ PACKED_FORMATS = {
 class PackedWeight:
     """A weight [num_rows, K]; rows of zeros fill its last group. `name` is a key of PACKED_FORMATS."""
 
-    data: UInt8[Array, "N/16 K/block bytes"] | Stacked
+    data: UInt8[Array, "N/16 bytes"] | Stacked
     num_rows: int = field(metadata={"static": True})
     name: str = field(metadata={"static": True})
 
@@ -63,7 +83,8 @@ class PackedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.num_rows, self.data.shape[1] * self.format.block
+        format = self.format
+        return self.num_rows, (self.data.shape[1] - format.first_block) // format.block_bytes * format.block
 
 
 def pack(parts: Parts, name: str) -> PackedWeight:
@@ -81,38 +102,62 @@ def pack(parts: Parts, name: str) -> PackedWeight:
         quants = first | second << 4
     # Moved as whole words: XLA takes twice as long for bytes.
     fours = lax.bitcast_convert_type(quants.reshape(groups, GROUP, blocks, -1, 4), jnp.uint32)
-    fields = [fours.transpose(0, 2, 3, 1)]
-    for number in (offset, scale):
-        if number is not None:
-            fields.insert(0, number.astype(jnp.float16).reshape(groups, GROUP, blocks).swapaxes(1, 2))
-    fields = [lax.bitcast_convert_type(x, jnp.uint8).reshape(groups, blocks, -1) for x in fields]
-    return PackedWeight(jnp.concatenate(fields, axis=-1), num_rows, name)
+    steps = jnp.zeros((groups, 0))
+    if offset is not None and format.has_steps:
+        steps, pairs = _in_steps(scale, offset + format.zero * scale)
+        heads = [pairs]
+    else:
+        heads = [x.astype(jnp.float16) for x in (scale, offset) if x is not None]
+    fields = [x.reshape(groups, GROUP, blocks, -1).swapaxes(1, 2) for x in heads] + [fours.transpose(0, 2, 3, 1)]
+    of_blocks = jnp.concatenate([_bytes(x, (groups, blocks)) for x in fields], axis=-1).reshape(groups, -1)
+    return PackedWeight(jnp.concatenate([_bytes(steps, (groups,)), of_blocks], axis=-1), num_rows, name)
+
+
+def _in_steps(
+    scale: Float32[Array, "N R"], offset: Float32[Array, "N R"]
+) -> tuple[Float32[Array, "N"], Int16[Array, "N R 2"]]:
+    """Both as multiples of their row's largest magnitude / (2^15 - 1), and these steps."""
+    numbers = jnp.stack([scale, offset], axis=-1)
+    most = jnp.abs(numbers).max(axis=(1, 2))
+    inverse = jnp.where(most > 0, _LARGEST / jnp.where(most > 0, most, 1), 0)
+    return most * (1 / _LARGEST), jnp.round(numbers * inverse[:, None, None]).astype(jnp.int16)
 
 
 def unpack_rows(weight: PackedWeight, rows: Int[Array, "T"]) -> Float32[Array, "T K"]:
     """Some rows, as float32."""
-    format = weight.format
+    format, T = weight.format, len(rows)
+    steps, blocks = jnp.split(alone(weight.data)[rows // GROUP], [format.first_block], axis=-1)
     columns = jnp.asarray(_columns(format))[rows % GROUP]
-    block = jnp.take_along_axis(alone(weight.data)[rows // GROUP], columns[:, None], axis=-1)
+    block = jnp.take_along_axis(blocks.reshape(T, -1, format.block_bytes), columns[:, None], axis=-1)
     scale, offset, quants = jnp.split(block, [2, 2 + 2 * format.has_offsets], axis=-1)
     if format.bits == 4:
         quants = jnp.concatenate([quants & 15, quants >> 4], axis=-1)
-    weights = _f16(scale) * (quants.astype(jnp.float32) - format.zero)
+    kept = jnp.int16 if format.has_steps else jnp.float16
+    weights = _numbers(scale, kept) * (quants.astype(jnp.float32) - format.zero)
     if format.has_offsets:
-        weights = weights + _f16(offset)
-    return weights.reshape(len(rows), -1)
+        weights = weights + _numbers(offset, kept)
+    weights = weights.reshape(T, -1)
+    if format.has_steps:
+        steps = lax.bitcast_convert_type(steps.reshape(T, GROUP, 4), jnp.float32)
+        weights = weights * jnp.take_along_axis(steps, rows[:, None] % GROUP, axis=1)
+    return weights
 
 
-def _f16(halves: UInt8[Array, "... 2"]) -> Float32[Array, "... 1"]:
-    return lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)[..., None]
+def _bytes(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> UInt8[Array, "*shape bytes"]:
+    return lax.bitcast_convert_type(x, jnp.uint8).reshape(*shape, -1)
+
+
+def _numbers(pairs: UInt8[Array, "... 2"], dtype: DTypeLike) -> Float32[Array, "... 1"]:
+    return lax.bitcast_convert_type(pairs, dtype).astype(jnp.float32)[..., None]
 
 
 @cache
 def _columns(format: PackedFormat) -> Int[np.ndarray, "16 bytes"]:
     """Where in a group's block each row's bytes are: scale, offset, quants."""
     row = np.arange(GROUP)[:, None]
-    halves = 1 + format.has_offsets
-    head = [2 * (GROUP * i + row) + [0, 1] for i in range(halves)]
+    fields = 1 + format.has_offsets
+    from_row, from_field = (2 * fields, 2) if format.has_steps else (2, 2 * GROUP)
+    head = [from_row * row + from_field * i + np.arange(2) for i in range(fields)]
     steps = np.arange(format.block * format.bits // 32)
-    quants = 2 * GROUP * halves + 4 * (GROUP * steps + row)[..., None] + np.arange(4)
+    quants = 2 * GROUP * fields + 4 * (GROUP * steps + row)[..., None] + np.arange(4)
     return np.concatenate([*head, quants.reshape(GROUP, -1)], axis=1)

@@ -274,7 +274,7 @@ inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t
       const Floats inverse = all(float(kFine)) / max(largest, all(1e-30f));
       store(block.value_steps + h, fma(largest, all(1.0f / kFine), nothing));
       for (int j = 0; j < kKeys; j += 2) {
-        store_pairs(block.values + j * width + 2 * h, round(part[j] * inverse), round(part[j + 1] * inverse));
+        store(block.values + j * width + 2 * h, pairs(round(part[j] * inverse), round(part[j + 1] * inverse)));
       }
     }
   }

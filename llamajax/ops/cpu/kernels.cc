@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -47,8 +48,8 @@ struct BFloat16 {
 struct Product {
   int64_t M, K, N;         // if gated, N is 2 * the width of y
   const float* x;          // [M, K]
-  const uint8_t* weights;  // [ceil(N / kGroup), K / block, bytes of a block]
-  int64_t bits, block, zero;
+  const uint8_t* weights;  // [ceil(N / kGroup), bytes of a group]
+  int64_t bits, block, zero;  // of matmul.h's formats
   bool offsets;
   const float* norm;  // [K], or null
   float eps;
@@ -193,15 +194,16 @@ ffi::Error no_layer(const std::string& operation, int64_t layer, int64_t layers)
 }
 
 // Weights and norms are stacks of layers'.
-ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR4<ffi::U8> weights,
+ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR3<ffi::U8> weights,
                   ffi::BufferR0<ffi::S32> layer, ffi::BufferR2<ffi::F32> norms, ffi::BufferR0<ffi::S32> norm_layer,
                   ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t block,
                   bool offsets, int64_t zero, float eps, bool gated) {
   const auto xs = x.dimensions(), ws = weights.dimensions(), ns = norms.dimensions(), ys = y->dimensions();
-  const bool known = (bits == 4 || bits == 8) && (block == 32 || (block == 16 && !(bits == 8 && offsets))) &&
-                     !(offsets && zero != 0);
-  if (!known || xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0] || ws[2] * block != xs[1] ||
-      ws[3] != kGroup * (2 + 2 * offsets + block * bits / 8) ||
+  const bool known = (bits == 4 || bits == 8) && (block == 32 || (block == 16 && !(bits == 8 && offsets)));
+  const bool steps = bits == 4 && offsets;  // a block's product must fit 16 bits then
+  if (!known || (steps && block * 127 * std::max(zero, 15 - zero) > INT16_MAX) || xs.size() != 2 || ys.size() != 2 ||
+      xs[0] != ys[0] || xs[1] % block != 0 ||
+      ws[2] != kGroup * (4 * steps + xs[1] / block * (2 + 2 * offsets + block * bits / 8)) ||
       (gated ? ys[1] % kGroup != 0 || ws[1] * kGroup != 2 * ys[1] : ws[1] != (ys[1] + kGroup - 1) / kGroup) ||
       (ns[1] != 0 && ns[1] != xs[1]) ||
       (residual.element_count() != 0 && residual.element_count() != y->element_count())) {
@@ -211,7 +213,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR4<f
   if (l < 0 || l >= ws[0]) return no_layer("linear", l, ws[0]);
   if (n < 0 || n >= ns[0]) return no_layer("linear", n, ns[0]);
   const Product product{xs[0], xs[1], ys[1] * (1 + gated), x.typed_data(),
-                        weights.typed_data() + l * ws[1] * ws[2] * ws[3], bits, block, zero, offsets,
+                        weights.typed_data() + l * ws[1] * ws[2], bits, block, zero, offsets,
                         ns[1] ? norms.typed_data() + n * ns[1] : nullptr, eps,
                         residual.element_count() ? residual.typed_data() : nullptr, gated, y->typed_data()};
   switch (isa.load()) {
@@ -310,7 +312,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_linear, linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::BufferR4<ffi::U8>>()
+                                  .Arg<ffi::BufferR3<ffi::U8>>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
@@ -356,16 +358,46 @@ extern "C" void llamajax_limit(const char* most) {
   }
 }
 
-// What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, then quants, of which each byte is
-// changed by `flip`. Rows of zeros fill the last group.
+// What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, which are a scale, or a scale and an
+// offset that become multiples of a step; then quants, of which each byte is changed by `flip`. Rows of zeros fill the
+// last group.
 extern "C" void llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head,
-                              int64_t quants, uint8_t flip, uint8_t* packed) {
-  const std::vector<uint8_t> zeros(num_blocks * (head + quants));
+                              int64_t quants, uint8_t flip, int64_t zero, uint8_t* packed) {
+  const int64_t size = head + quants;
+  const std::vector<uint8_t> zeros(num_blocks * size);
+  const auto numbers = [&](const uint8_t* block) {
+    Half read[2];
+    std::memcpy(read, block, sizeof read);
+    const float scale = portable::widen(read[0]);
+    return std::pair{scale, portable::widen(read[1]) + zero * scale};
+  };
   for (int64_t first = 0; first < num_rows; first += kGroup) {
-    for (int64_t b = 0; b < num_blocks; ++b, packed += kGroup * (head + quants)) {
+    const uint8_t* group[kGroup];
+    float inverse[kGroup];
+    for (int64_t r = 0; r < kGroup; ++r) group[r] = first + r < num_rows ? rows[first + r] : zeros.data();
+    if (head == 4) {
+      for (int64_t r = 0; r < kGroup; ++r, packed += 4) {
+        float most = 0, nothing = 0;
+        for (int64_t b = 0; b < num_blocks; ++b) {
+          const auto [scale, offset] = numbers(group[r] + b * size);
+          most = std::max({most, std::fabs(scale), std::fabs(offset)});
+          nothing += 0 * (scale + offset);  // or NaN
+        }
+        inverse[r] = most > 0 ? INT16_MAX / most : 0;
+        const float step = most * (1.0f / INT16_MAX) + nothing;
+        std::memcpy(packed, &step, 4);
+      }
+    }
+    for (int64_t b = 0; b < num_blocks; ++b, packed += kGroup * size) {
       for (int64_t r = 0; r < kGroup; ++r) {
-        const uint8_t* block = (first + r < num_rows ? rows[first + r] : zeros.data()) + b * (head + quants);
-        for (int64_t i = 0; i < head; i += 2) std::memcpy(packed + kGroup * i + 2 * r, block + i, 2);
+        const uint8_t* block = group[r] + b * size;
+        if (head == 4) {
+          const auto [scale, offset] = numbers(block);
+          const int16_t pair[] = {int16_t(std::lrint(scale * inverse[r])), int16_t(std::lrint(offset * inverse[r]))};
+          std::memcpy(packed + 4 * r, pair, 4);
+        } else {
+          std::memcpy(packed + 2 * r, block, 2);
+        }
         for (int64_t i = 0; i < quants; i += 4) {
           uint32_t four;
           std::memcpy(&four, block + head + i, 4);

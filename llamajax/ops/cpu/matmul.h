@@ -4,11 +4,15 @@
 // stored for groups of kGroup rows; of each group, block after block: the scales of its rows (f16), their offsets
 // (f16) if there are any, and the quants, 4 of a row beside 4 of the next. Of 4-bit quants, the bytes' low halves are
 // the first half of the block. A row of y is computed in the same order whatever rows stand beside it.
+//
+// Of 4-bit quants with offsets, scale and offset stand side by side as int16, in units of a step (f32) that each row
+// has before its first block. A block's dot product fits 16 bits, as the sum of its x does: one product of pairs takes
+// scale and offset, where f32 takes three (17 % of all that multiplies, which is what many rows wait for).
 
 // x as the products take it.
 struct BlockOfX {
-  float scale, sum;  // sum: of the block's numbers
-  int32_t initial;   // -zero * the sum of the block's quants; formats with offsets have no zero
+  float scale;
+  int32_t sum, initial;  // of the block's quants; -zero * that
 };
 struct RoundedX {
   std::vector<int8_t> quants;    // [rows, K]
@@ -23,9 +27,25 @@ struct RoundedX {
 template <int kBits_, int kBlock_, bool kOffsets_>
 struct Format {
   static constexpr int kBits = kBits_, kBlock = kBlock_;
-  static constexpr bool kOffsets = kOffsets_;
+  static constexpr bool kOffsets = kOffsets_, kSteps = kBits == 4 && kOffsets;
+  static constexpr int64_t kFirst = kSteps ? kGroup * 4 : 0;  // where the first block is
   static constexpr int64_t kHead = kGroup * (2 + 2 * kOffsets), kBytes = kHead + kGroup * kBlock * kBits / 8;
+
+  static int64_t group_bytes(int64_t num_blocks) { return kFirst + num_blocks * kBytes; }
 };
+
+// A block's part of y, in units of x's scale and of the steps of its rows of weights, if they have any. `head`: of
+// kLanes of them.
+template <class F>
+inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
+  if constexpr (F::kSteps) {
+    return to_floats(dot(pairs(product, all(x.sum)), load(reinterpret_cast<const int16_t*>(head))));
+  } else {
+    const Half* numbers = reinterpret_cast<const Half*>(head);
+    const Floats y = to_floats(product) * load(numbers);
+    return F::kOffsets ? fma(load(numbers + kGroup), all(float(x.sum)), y) : y;
+  }
+}
 
 // kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, kTileRows, kGroup].
 template <class F, int kRows, int kGroups>
@@ -39,7 +59,7 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
     Ints products[kRows][kGroups];
     UNROLL for (int r = 0; r < kRows; ++r) {
       UNROLL for (int g = 0; g < kGroups; ++g) {
-        products[r][g] = all(F::kOffsets ? 0 : blocks[r * num_blocks + b].initial);
+        products[r][g] = all(blocks[r * num_blocks + b].initial);
       }
     }
     const auto multiply = [&](const Bytes (&weights)[kGroups], int step) {
@@ -52,7 +72,7 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
     UNROLL for (int i = 0; i < kLoads; ++i) {
       Bytes weights[kGroups], high[kGroups];
       UNROLL for (int g = 0; g < kGroups; ++g) {
-        weights[g] = load_bytes(groups[g] + b * F::kBytes + F::kHead + 4 * lane + 4 * kGroup * i);
+        weights[g] = load_bytes(groups[g] + F::kFirst + b * F::kBytes + F::kHead + 4 * (lane + kGroup * i));
         if constexpr (F::kBits == 4) {
           high[g] = high_nibbles(weights[g]);
           weights[g] = low_nibbles(weights[g]);
@@ -62,17 +82,18 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
       if constexpr (F::kBits == 4) multiply(high, i + kLoads);
     }
     UNROLL for (int g = 0; g < kGroups; ++g) {
-      const Half* head = reinterpret_cast<const Half*>(groups[g] + b * F::kBytes) + lane;
-      const Floats scale = load(head);
+      const uint8_t* head = groups[g] + F::kFirst + b * F::kBytes + lane * (F::kSteps ? 4 : 2);
       UNROLL for (int r = 0; r < kRows; ++r) {
         const BlockOfX& x = blocks[r * num_blocks + b];
-        total[r][g] = fma(to_floats(products[r][g]), scale * all(x.scale), total[r][g]);
-        if constexpr (F::kOffsets) total[r][g] = fma(load(head + kGroup), all(x.sum), total[r][g]);
+        total[r][g] = fma(scaled<F>(products[r][g], head, x), all(x.scale), total[r][g]);
       }
     }
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int g = 0; g < kGroups; ++g) store(y + (g * kTileRows + r) * kGroup + lane, total[r][g]);
+    UNROLL for (int g = 0; g < kGroups; ++g) {
+      if constexpr (F::kSteps) total[r][g] = total[r][g] * load(reinterpret_cast<const float*>(groups[g]) + lane);
+      store(y + (g * kTileRows + r) * kGroup + lane, total[r][g]);
+    }
   }
 }
 
@@ -124,7 +145,7 @@ inline void round_row(const Product& p, int64_t row, int64_t at, RoundedX& round
       total = add(total, rounded);
     }
     const int32_t quant_sum = sum(total);
-    blocks[b] = {amount / 127, amount / 127 * quant_sum, int32_t(-p.zero) * quant_sum};
+    blocks[b] = {amount / 127, quant_sum, int32_t(-p.zero) * quant_sum};
   }
 }
 
@@ -150,8 +171,8 @@ inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int6
   const int64_t first = p.gated ? pair : 2 * pair;
   const int64_t second = p.gated ? groups / 2 + pair : std::min(first + 1, groups - 1);
   const int64_t results = std::min<int64_t>(p.gated ? 1 : 2, groups - first), width = p.gated ? p.N / 2 : p.N;
-  const uint8_t* const weights[2] = {p.weights + first * num_blocks * F::kBytes,
-                                     p.weights + second * num_blocks * F::kBytes};
+  const uint8_t* const weights[2] = {p.weights + first * F::group_bytes(num_blocks),
+                                     p.weights + second * F::group_bytes(num_blocks)};
   float products[2][kTileRows * kGroup];
   for (int64_t r = 0, count; r < rows; r += count) {
     // y's lines, and the residual's, come while the products are computed: each is in another page.

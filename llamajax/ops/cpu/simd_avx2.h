@@ -61,9 +61,11 @@ inline void store_int16(int16_t* p, Ints x) {
                    _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
 inline Ints load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline void store_pairs(int16_t* p, Ints first, Ints second) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa));
-}
+inline void store(int16_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+// Two numbers of 16 bits in each lane.
+inline Ints pairs(Ints first, Ints second) { return _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa); }
+// The sum of the products of two such.
+inline Ints dot(Ints pairs, Ints others) { return _mm256_madd_epi16(pairs, others); }
 inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
   n = min(max(n, all(-127.0f)), all(128.0f));
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
@@ -95,5 +97,5 @@ inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
 inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
   int32_t two;
   std::memcpy(&two, x, 4);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(two)));
+  return add(sum, dot(pairs, all(two)));
 }

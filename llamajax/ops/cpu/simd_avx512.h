@@ -43,9 +43,13 @@ inline void store_int16(int16_t* p, Ints x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
 }
 inline Ints load(const int16_t* p) { return (Ints)_mm512_loadu_si512(p); }
-inline void store_pairs(int16_t* p, Ints first, Ints second) {
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)first, (__m512i)(second << 16)));
+inline void store(int16_t* p, Ints x) { _mm512_storeu_si512(p, (__m512i)x); }
+// Two numbers of 16 bits in each lane.
+inline Ints pairs(Ints first, Ints second) {
+  return (Ints)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)first, (__m512i)(second << 16));
 }
+// The sum of the products of two such.
+inline Ints dot(Ints pairs, Ints others) { return (Ints)_mm512_madd_epi16((__m512i)pairs, (__m512i)others); }
 inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 inline Floats whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }

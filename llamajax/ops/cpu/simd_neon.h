@@ -38,9 +38,13 @@ inline void store_int8(int8_t* p, Ints x) {
 }
 inline void store_int16(int16_t* p, Ints x) { vst1_s16(p, vqmovn_s32(x)); }
 inline Ints load(const int16_t* p) { return vreinterpretq_s32_s16(vld1q_s16(p)); }
-inline void store_pairs(int16_t* p, Ints first, Ints second) {
-  const Ints low = vandq_s32(first, vdupq_n_s32(0xffff));
-  vst1q_s16(p, vreinterpretq_s16_s32(vorrq_s32(low, vshlq_n_s32(second, 16))));
+inline void store(int16_t* p, Ints x) { vst1q_s16(p, vreinterpretq_s16_s32(x)); }
+// Two numbers of 16 bits in each lane.
+inline Ints pairs(Ints first, Ints second) { return vsliq_n_s32(first, second, 16); }
+// The sum of the products of two such.
+inline Ints dot(Ints pairs, Ints others) {
+  const int16x8_t x = vreinterpretq_s16_s32(pairs), y = vreinterpretq_s16_s32(others);
+  return vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
 }
 inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
   n = min(max(n, all(-127.0f)), all(128.0f));
@@ -66,7 +70,5 @@ inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
 inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
   int32_t two;
   std::memcpy(&two, x, 4);
-  const int16x8_t numbers = vreinterpretq_s16_s32(vdupq_n_s32(two)), both = vreinterpretq_s16_s32(pairs);
-  const Ints low = vmull_s16(vget_low_s16(both), vget_low_s16(numbers));
-  return add(sum, vpaddq_s32(low, vmull_high_s16(both, numbers)));
+  return add(sum, dot(pairs, all(two)));
 }

@@ -11,10 +11,12 @@ inline Floats load(const float* p) {
   return x;
 }
 inline float widen(Half x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 0x3ff;
-  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                          : exponent == 0 ? std::ldexp(float(fraction), -24)
-                                          : std::ldexp(float(fraction | 0x400), exponent - 25);
+  const uint32_t exponent = x.bits >> 10 & 31, shifted = uint32_t(x.bits & 0x7fff) << 13;
+  // Without the leading one, that is to say less the smallest number that has it, if the exponent is 0.
+  const uint32_t bits = exponent == 31 ? shifted | 0x7f800000 : shifted + ((exponent ? 112u : 113u) << 23);
+  float magnitude;
+  std::memcpy(&magnitude, &bits, 4);
+  if (exponent == 0) magnitude -= 0x1p-14f;
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 // To the nearest, ties to even; what is too large to infinity.
@@ -73,12 +75,11 @@ inline Ints load(const int16_t* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-inline void store_pairs(int16_t* p, Ints first, Ints second) {
-  for (int i = 0; i < kLanes; ++i) {
-    p[2 * i] = int16_t(first[i]);
-    p[2 * i + 1] = int16_t(second[i]);
-  }
-}
+inline void store(int16_t* p, Ints x) { std::memcpy(p, &x, sizeof x); }
+// Two numbers of 16 bits in each lane.
+inline Ints pairs(Ints first, Ints second) { return (first & 0xffff) | second << 16; }
+// The sum of the products of two such.
+inline Ints dot(Ints pairs, Ints others) { return (pairs << 16 >> 16) * (others << 16 >> 16) + (pairs >> 16) * (others >> 16); }
 inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
   n = min(max(n, all(-127.0f)), all(128.0f));
   Ints bits = (round(n) + 127) << 23;
@@ -98,8 +99,7 @@ inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
 
 // sum + the products of the two numbers in each lane with the same two.
 inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
-  int16_t numbers[2 * kLanes];
-  std::memcpy(numbers, &pairs, sizeof pairs);
-  for (int i = 0; i < kLanes; ++i) sum[i] += numbers[2 * i] * x[0] + numbers[2 * i + 1] * x[1];
-  return sum;
+  int32_t two;
+  std::memcpy(&two, x, 4);
+  return sum + dot(pairs, all(two));
 }

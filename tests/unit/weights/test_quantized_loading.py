@@ -54,7 +54,9 @@ def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
     load_weights(model, tensors, jax.devices()[0])
     for layer in range(30):
         found = ops.embed(np.arange(576), model.layers[layer].mlp.down_proj.weight.get_value())
-        np.testing.assert_allclose(found, dequantized(tensors[f"blk.{layer}.ffn_down.weight"]), rtol=1e-2, atol=1e-6)
+        stored = dequantized(tensors[f"blk.{layer}.ffn_down.weight"])
+        # Of the row's largest: scales may be rounded to 15 bits, and meet quants of up to 8 there.
+        assert (np.abs(found - stored) <= 2.0**-12 * np.abs(stored).max(axis=1, keepdims=True)).all()
     plain = llamajax.load(smollm2_gguf)
     ids = plain.tokenizer.encode("The first of May is a holiday in many countries of the world.")
     scores = Runner(model, device=jax.devices()[0], cache_dtype=np.float32).logits(ids)
