@@ -35,6 +35,7 @@ constexpr int kKeys = 64;  // positions of a block of attention
 constexpr int64_t kPanelBytes = 1 << 17;  // of x, rounded: stays in a core's second-level cache
 constexpr int64_t kFewRows = 32;          // for each thread: fewer share the weights out, not the rows
 constexpr int64_t kAhead = 8;             // positions that are fetched before they are needed
+constexpr int64_t kLine = 64;             // bytes that come from memory together
 constexpr float kLowest = -1e30f;
 
 struct Half {  // IEEE 754 binary16

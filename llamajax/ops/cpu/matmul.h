@@ -47,10 +47,11 @@ inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
   }
 }
 
-// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, kTileRows, kGroup].
+// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, kTileRows, kGroup]. Meanwhile, with
+// each block, as many lines are fetched from where each of `ahead` points to.
 template <class F, int kRows, int kGroups>
 inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quants, const BlockOfX* blocks,
-                 int64_t num_blocks, float* y) {
+                 int64_t num_blocks, const uint8_t* const* ahead, int64_t lines, float* y) {
   constexpr int kSteps = F::kBlock / 4, kLoads = kSteps * F::kBits / 8;
   const int64_t K = num_blocks * F::kBlock;
   Floats total[kRows][kGroups];
@@ -81,6 +82,9 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
       multiply(weights, i);
       if constexpr (F::kBits == 4) multiply(high, i + kLoads);
     }
+    for (int64_t i = b * lines; i < (b + 1) * lines; ++i) {
+      UNROLL for (int g = 0; g < kGroups; ++g) __builtin_prefetch(ahead[g] + kLine * i);
+    }
     UNROLL for (int g = 0; g < kGroups; ++g) {
       const uint8_t* head = groups[g] + F::kFirst + b * F::kBytes + lane * (F::kSteps ? 4 : 2);
       UNROLL for (int r = 0; r < kRows; ++r) {
@@ -100,15 +104,17 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quant
 // As many rows of x as a tile has, at most `rows`, times a pair of groups of weights. Returns how many.
 template <class F, int kRows = kTileRows>
 inline int64_t tile_of_pair(const uint8_t* const* pair, const int8_t* quants, const BlockOfX* blocks,
-                            int64_t num_blocks, int64_t rows, float* y) {
+                            int64_t num_blocks, int64_t rows, const uint8_t* const* ahead, int64_t lines, float* y) {
   if constexpr (kRows > 1) {
     constexpr int kFewer = kRows > 2 ? kRows - 2 : 1;
-    if (rows < kRows) return tile_of_pair<F, kFewer>(pair, quants, blocks, num_blocks, rows, y);
+    // 8 rows are taken as 4 and 4: in a tile of 2 there is too little to do meanwhile.
+    if (rows < kRows || (kRows == 6 && rows == 8)) return tile_of_pair<F, kFewer>(pair, quants, blocks, num_blocks, rows, ahead, lines, y);
   }
   constexpr int kTogether = kRows > 1 ? 2 : 1;  // one row waits for memory, which comes faster in a row
   for (int g = 0; g < 2; g += kTogether) {
     for (int64_t lane = 0; lane < kGroup; lane += kLanes) {
-      tile<F, kRows, kTogether>(pair + g, lane, quants, blocks, num_blocks, y + g * kTileRows * kGroup);
+      tile<F, kRows, kTogether>(pair + g, lane, quants, blocks, num_blocks, ahead + g, lane == 0 ? lines : 0,
+                                y + g * kTileRows * kGroup);
     }
   }
   return kRows;
@@ -164,15 +170,20 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
 }
 
 // The products of `rows` rows of x, which begin at `row`, with a pair of groups of weights: of a gate and of what it
-// is for, or two that follow each other.
+// is for, or two that follow each other. The pair after it comes meanwhile, a part with each tile, if it is before `end`:
+// it would be waited for otherwise.
 template <class F>
-inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int64_t rows, int64_t pair) {
+inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int64_t rows, int64_t pair, int64_t end) {
   const int64_t num_blocks = p.K / F::kBlock, groups = (p.N + kGroup - 1) / kGroup;
   const int64_t first = p.gated ? pair : 2 * pair;
   const int64_t second = p.gated ? groups / 2 + pair : std::min(first + 1, groups - 1);
   const int64_t results = std::min<int64_t>(p.gated ? 1 : 2, groups - first), width = p.gated ? p.N / 2 : p.N;
   const uint8_t* const weights[2] = {p.weights + first * F::group_bytes(num_blocks),
                                      p.weights + second * F::group_bytes(num_blocks)};
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t lines = pair + 1 < end ? (F::kBytes + kLine * tiles - 1) / (kLine * tiles) : 0;
+  const int64_t step = (p.gated ? 1 : 2) * F::group_bytes(num_blocks);
+  const uint8_t* ahead[2] = {weights[0] + step, weights[1] + step};
   float products[2][kTileRows * kGroup];
   for (int64_t r = 0, count; r < rows; r += count) {
     // y's lines, and the residual's, come while the products are computed: each is in another page.
@@ -184,7 +195,8 @@ inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int6
     }
     const int8_t* quants = x.quants.data() + r * p.K;
     const BlockOfX* blocks = x.blocks.data() + r * num_blocks;
-    count = tile_of_pair<F>(weights, quants, blocks, num_blocks, rows - r, products[0]);
+    count = tile_of_pair<F>(weights, quants, blocks, num_blocks, rows - r, ahead, lines, products[0]);
+    for (const uint8_t*& next : ahead) next += kLine * lines * num_blocks;
     for (int64_t i = 0; i < results; ++i) finish(p, row + r, count, (first + i) * kGroup, products[i], products[1]);
   }
 }
@@ -201,7 +213,7 @@ void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
       const int64_t begin = i * panel, rows = std::min(p.M - begin, panel);
       x.resize(rows, p.K, F::kBlock);
       for (int64_t row = 0; row < rows; ++row) round_row<F>(p, begin + row, row, x);
-      for (int64_t pair = 0; pair < pairs; ++pair) multiply_pair<F>(p, x, begin, rows, pair);
+      for (int64_t pair = 0; pair < pairs; ++pair) multiply_pair<F>(p, x, begin, rows, pair, pairs);
     });
     return;
   }
@@ -209,10 +221,8 @@ void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
   RoundedX& x = scratch;  // this thread's, in the others too
   x.resize(p.M, p.K, F::kBlock);
   parallel_for(pool, p.M, std::max<int64_t>(1, 8192 / p.K), [&](int64_t row) { round_row<F>(p, row, row, x); });
-  // Few rows wait for memory, which comes faster in a row; many should end at the same time.
-  const int64_t shares = threads * (p.M > kTileRows ? 16 : 4);
-  parallel_for(pool, pairs, std::max<int64_t>(1, pairs / shares), [&](int64_t pair) {
-    multiply_pair<F>(p, x, 0, p.M, pair);
+  parallel_for(pool, pairs, std::max<int64_t>(1, pairs / (16 * threads)), [&](int64_t pair, int64_t end) {
+    multiply_pair<F>(p, x, 0, p.M, pair, end);
   });
 }
 
