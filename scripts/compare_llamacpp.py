@@ -52,23 +52,28 @@ class LlamaCpp:
         """Tokens a second, of all streams; of one, the time to its first token does not count."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         began = time.perf_counter()
-        token = self._step([(id, at, stream) for stream in range(streams) for at, id in enumerate(prompt)])
-        tokens = np.repeat(token, streams)
+        scores = self._step([(id, at, stream) for stream in range(streams) for at, id in enumerate(prompt)])
+        tokens = np.repeat(scores.argmax(axis=1), streams)
         if streams == 1:
             began = time.perf_counter()
         for at in range(len(prompt), len(prompt) + num_tokens - 1):
-            tokens = self._step([(id, at, stream) for stream, id in enumerate(tokens)], streams)
+            tokens = self._step([(id, at, stream) for stream, id in enumerate(tokens)], streams).argmax(axis=1)
         return streams * (num_tokens - (streams == 1)) / (time.perf_counter() - began)
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """Tokens a second."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         began = time.perf_counter()
-        self._step([(id, at, 0) for at, id in enumerate(prompt)])
+        self._step([(id, at, 0) for at, id in enumerate(prompt)]).argmax(axis=1)
         return len(prompt) / (time.perf_counter() - began)
 
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Scores of what follows each of at most PREFILL_TOKENS tokens, [tokens, vocabulary]."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        return self._step([(id, at, 0) for at, id in enumerate(ids)], len(ids)).copy()
+
     def _step(self, tokens: Sequence[tuple[int, int, int]], num_outputs: int = 1) -> np.ndarray:
-        """Takes (token id, position, stream)s. Returns what follows each of the last ones."""
+        """Takes (token id, position, stream)s. Returns the scores of what follows each of the last ones."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, (id, at, stream) in enumerate(tokens):
@@ -76,7 +81,7 @@ class LlamaCpp:
             batch.logits[i] = i >= len(tokens) - num_outputs
         assert llama_cpp.llama_decode(self._context, batch) == 0
         logits = llama_cpp.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(logits, (num_outputs, self._vocab_size)).argmax(axis=1)
+        return np.ctypeslib.as_array(logits, (num_outputs, self._vocab_size))
 
 
 def llamajax_round(llm: llamajax.LLM, prompt: list[int], long_prompt: list[int]) -> Speeds:
