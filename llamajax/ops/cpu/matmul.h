@@ -180,10 +180,10 @@ inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int6
   const int64_t results = std::min<int64_t>(p.gated ? 1 : 2, groups - first), width = p.gated ? p.N / 2 : p.N;
   const uint8_t* const weights[2] = {p.weights + first * F::group_bytes(num_blocks),
                                      p.weights + second * F::group_bytes(num_blocks)};
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t lines = pair + 1 < end ? (F::kBytes + kLine * tiles - 1) / (kLine * tiles) : 0;
-  const int64_t step = (p.gated ? 1 : 2) * F::group_bytes(num_blocks);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, step = (p.gated ? 1 : 2) * F::group_bytes(num_blocks);
   const uint8_t* ahead[2] = {weights[0] + step, weights[1] + step};
+  int64_t to_fetch = pair + 1 < end ? (F::kBytes + kLine - 1) / kLine : 0;  // lines, with each block
+  const int64_t at_once = (to_fetch + tiles - 1) / tiles;
   float products[2][kTileRows * kGroup];
   for (int64_t r = 0, count; r < rows; r += count) {
     // y's lines, and the residual's, come while the products are computed: each is in another page.
@@ -195,8 +195,10 @@ inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int6
     }
     const int8_t* quants = x.quants.data() + r * p.K;
     const BlockOfX* blocks = x.blocks.data() + r * num_blocks;
+    const int64_t lines = std::min(at_once, to_fetch);
     count = tile_of_pair<F>(weights, quants, blocks, num_blocks, rows - r, ahead, lines, products[0]);
     for (const uint8_t*& next : ahead) next += kLine * lines * num_blocks;
+    to_fetch -= lines;
     for (int64_t i = 0; i < results; ++i) finish(p, row + r, count, (first + i) * kGroup, products[i], products[1]);
   }
 }
