@@ -359,9 +359,9 @@ extern "C" void llamajax_limit(const char* most) {
   }
 }
 
-// What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, which are a scale, or a scale and an
-// offset that become multiples of a step; then quants, of which each byte is changed by `flip`. Rows of zeros fill the
-// last group.
+// What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, which are a scale, or a scale and
+// an offset that become multiples of a step; then quants, of which each byte is changed by `flip`. Rows of zeros fill
+// the last group.
 extern "C" void llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head,
                               int64_t quants, uint8_t flip, int64_t zero, uint8_t* packed) {
   const int64_t size = head + quants;

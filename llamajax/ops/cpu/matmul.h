@@ -35,7 +35,7 @@ struct Format {
 };
 
 // A block's part of y, in units of x's scale and of the steps of its rows of weights, if they have any. `head`: of
-// kLanes of them.
+// kLanes of these.
 template <class F>
 inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
   if constexpr (F::kSteps) {
@@ -47,8 +47,8 @@ inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
   }
 }
 
-// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, kTileRows, kGroup]. Meanwhile, with
-// each block, as many lines are fetched from where each of `ahead` points to.
+// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, kTileRows, kGroup]. Meanwhile,
+// with each block, as many lines are fetched from where each of `ahead` points to.
 template <class F, int kRows, int kGroups>
 inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quants, const BlockOfX* blocks,
                  int64_t num_blocks, const uint8_t* const* ahead, int64_t lines, float* y) {
@@ -108,7 +108,9 @@ inline int64_t tile_of_pair(const uint8_t* const* pair, const int8_t* quants, co
   if constexpr (kRows > 1) {
     constexpr int kFewer = kRows > 2 ? kRows - 2 : 1;
     // 8 rows are taken as 4 and 4: in a tile of 2 there is too little to do meanwhile.
-    if (rows < kRows || (kRows == 6 && rows == 8)) return tile_of_pair<F, kFewer>(pair, quants, blocks, num_blocks, rows, ahead, lines, y);
+    if (rows < kRows || (kRows == 6 && rows == 8)) {
+      return tile_of_pair<F, kFewer>(pair, quants, blocks, num_blocks, rows, ahead, lines, y);
+    }
   }
   constexpr int kTogether = kRows > 1 ? 2 : 1;  // one row waits for memory, which comes faster in a row
   for (int g = 0; g < 2; g += kTogether) {
@@ -170,8 +172,8 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
 }
 
 // The products of `rows` rows of x, which begin at `row`, with a pair of groups of weights: of a gate and of what it
-// is for, or two that follow each other. The pair after it comes meanwhile, a part with each tile, if it is before `end`:
-// it would be waited for otherwise.
+// is for, or two that follow each other. The pair after it comes meanwhile, a part with each tile, if it is before
+// `end`: it would be waited for otherwise.
 template <class F>
 inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int64_t rows, int64_t pair, int64_t end) {
   const int64_t num_blocks = p.K / F::kBlock, groups = (p.N + kGroup - 1) / kGroup;

@@ -79,7 +79,9 @@ inline void store(int16_t* p, Ints x) { std::memcpy(p, &x, sizeof x); }
 // Two numbers of 16 bits in each lane.
 inline Ints pairs(Ints first, Ints second) { return (first & 0xffff) | second << 16; }
 // The sum of the products of two such.
-inline Ints dot(Ints pairs, Ints others) { return (pairs << 16 >> 16) * (others << 16 >> 16) + (pairs >> 16) * (others >> 16); }
+inline Ints dot(Ints pairs, Ints others) {
+  return (pairs << 16 >> 16) * (others << 16 >> 16) + (pairs >> 16) * (others >> 16);
+}
 inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
   n = min(max(n, all(-127.0f)), all(128.0f));
   Ints bits = (round(n) + 127) << 23;
