@@ -7,7 +7,7 @@
 //
 // Of 4-bit quants with offsets, scale and offset stand side by side as int16, in units of a step (f32) that each row
 // has before its first block. A block's dot product fits 16 bits, as the sum of its x does: one product of pairs takes
-// scale and offset, where f32 takes three (17 % of all that multiplies, which is what many rows wait for).
+// scale and offset, where f32 takes two instructions that multiply. One less of eleven, which many rows wait for.
 
 // x as the products take it.
 struct BlockOfX {
