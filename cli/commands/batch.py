@@ -10,11 +10,12 @@ import typer
 
 from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.hub.aliases import DEFAULT
+from llamajax.serve import batch_file
+from llamajax.serve.protocol import Prompt
 from llamajax.tokenizers.base import one_line
 from llamajax.types import Completion, SamplingParams
 
-from .. import batch_file, loading, options
-from ..openai import Prompt
+from .. import loading, options
 from ..render import note, progress_bar
 
 if TYPE_CHECKING:

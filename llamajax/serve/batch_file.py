@@ -13,7 +13,7 @@ from llamajax.errors import CapacityError, RequestError
 from llamajax.tokenizers.base import Tokenizer, one_line
 from llamajax.types import Completion, Message
 
-from . import openai
+from . import protocol
 
 # How the lines that we write begin: with the number of the line that they answer.
 _STARTS = (b'{"line": ', b'{"id": "batch_req_')
@@ -58,11 +58,11 @@ class Source(NamedTuple):
             told = {
                 "text": completion.text,
                 "finish_reason": completion.finish_reason,
-                "usage": openai.usage(completion),
+                "usage": protocol.usage(completion),
             }
-            logprobs = openai.chat_logprobs(completion, tokenizer)
+            logprobs = protocol.chat_logprobs(completion, tokenizer)
             return {"line": self.number, **self.labels, **told, **({"logprobs": logprobs} if logprobs else {})}
-        body = openai.answer_body(self.url, completion, tokenizer, number=self.number, created=_CREATED, model=model)
+        body = protocol.answer_body(self.url, completion, tokenizer, number=self.number, created=_CREATED, model=model)
         return {
             "id": f"batch_req_{self.number}",
             "custom_id": self.labels.get("custom_id"),
@@ -113,7 +113,7 @@ def read_source(number: int, fields: Mapping[str, Any]) -> Source:
     return Source(number, labels, fields.get("url") if "body" in fields else None)
 
 
-def read_request(fields: Mapping[str, Any], defaults: Defaults) -> tuple[openai.Prompt, dict[str, Any]]:
+def read_request(fields: Mapping[str, Any], defaults: Defaults) -> tuple[protocol.Prompt, dict[str, Any]]:
     """A line's prompt and options, for `LLM.stream_batch`.
 
     Raises RequestError.
@@ -121,16 +121,16 @@ def read_request(fields: Mapping[str, Any], defaults: Defaults) -> tuple[openai.
     url, body = None, fields
     if "body" in fields:
         url, method, body = fields.get("url"), fields.get("method") or "POST", fields["body"]
-        if method != "POST" or url not in (openai.CHAT, openai.COMPLETIONS):
-            raise RequestError(f"expected POST {openai.CHAT} or {openai.COMPLETIONS}, not {method} {url}")
+        if method != "POST" or url not in (protocol.CHAT, protocol.COMPLETIONS):
+            raise RequestError(f"expected POST {protocol.CHAT} or {protocol.COMPLETIONS}, not {method} {url}")
         if not isinstance(body, dict):
             raise RequestError("body must be a JSON object")
-    options = {**defaults.options, **openai.read_options(body)}
-    if url == openai.CHAT or (url is None and body.get("messages") is not None):
-        messages = openai.read_messages(body)
+    options = {**defaults.options, **protocol.read_options(body)}
+    if url == protocol.CHAT or (url is None and body.get("messages") is not None):
+        messages = protocol.read_messages(body)
     else:
-        prompt = openai.read_prompt(body)
-        if url == openai.COMPLETIONS or defaults.raw or not isinstance(prompt, str):
+        prompt = protocol.read_prompt(body)
+        if url == protocol.COMPLETIONS or defaults.raw or not isinstance(prompt, str):
             return prompt, options
         if not prompt.strip():
             raise RequestError("the prompt is empty")

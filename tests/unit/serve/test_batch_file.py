@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llamajax.errors import CapacityError, RequestError
-from llamajax_cli.batch_file import Defaults, ResultFile, as_line, is_json, read_fields, read_request, read_source
+from llamajax.serve.batch_file import Defaults, ResultFile, as_line, is_json, read_fields, read_request, read_source
 
 DEFAULTS = Defaults({"temperature": 0.6, "max_new_tokens": 50, "stop": []})
 ASKED = [{"role": "user", "content": "Hi"}]
