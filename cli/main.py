@@ -9,6 +9,7 @@ from typing import NoReturn, cast
 import typer
 
 from llamajax.errors import LlamaJaxError
+from llamajax.text import one_line
 
 from .commands.batch import batch
 from .commands.bench import bench
@@ -104,5 +105,5 @@ def _raise_for_debugging() -> None:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    print(f"llamajax: {' '.join(message.split())}", file=sys.stderr)
+    print(f"llamajax: {one_line(message, longest=2000)}", file=sys.stderr)
     return code

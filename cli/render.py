@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from llamajax.text import printable
 from llamajax.types import Completion
 
 if TYPE_CHECKING:
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def write_stream(pieces: Iterable[str]) -> None:
-    """Writes an answer as it comes, and ends its last line."""
+    """Writes an answer as it comes, and ends its last line. To a pipe it goes as it is."""
+    shown = printable if sys.stdout.isatty() else str
     end = ""
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
             end = piece[-1]
     finally:
@@ -40,8 +42,17 @@ def stats_line(completion: Completion) -> str:
 
 def note(text: str) -> None:
     """Something said about the answer, dimmed on a terminal."""
+    text = printable(text)
     dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)
+
+
+def print_rows(rows: Mapping[str, object]) -> None:
+    """Prints a line of each name and value."""
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        line = str(value).replace("\n", "\\n")
+        print(f"{name.ljust(width)}  {printable(line)}")
 
 
 def progress_bar(unit: str, *, shown: bool) -> "Progress":
@@ -65,7 +76,7 @@ def progress_bar(unit: str, *, shown: bool) -> "Progress":
 def as_json(completion: Completion, model: str) -> str:
     """An answer as one JSON object."""
     generated = len(completion.token_ids)
-    return json.dumps(
+    text = json.dumps(
         {
             "model": model,
             "text": completion.text,
@@ -84,6 +95,7 @@ def as_json(completion: Completion, model: str) -> str:
         },
         ensure_ascii=sys.stdout.encoding != "utf-8",
     )
+    return printable(text)
 
 
 def human_count(number: int) -> str:

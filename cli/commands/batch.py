@@ -12,7 +12,7 @@ from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.hub.aliases import DEFAULT
 from llamajax.serve import batch_file
 from llamajax.serve.protocol import Prompt
-from llamajax.tokenizers.base import one_line
+from llamajax.text import one_line
 from llamajax.types import Completion, SamplingParams
 
 from .. import loading, options

@@ -8,10 +8,10 @@ import typer
 
 from llamajax.errors import RequestError
 from llamajax.hub.aliases import DEFAULT
+from llamajax.text import from_utf8
 from llamajax.types import Message, SamplingParams
 
 from .. import loading, options, render
-from ..text import from_utf8
 
 ONE_ANSWER_TOKENS = 50
 CONVERSATION_TOKENS = 512

@@ -6,7 +6,7 @@ from llamajax import hub
 from llamajax.hub.aliases import DEFAULT
 
 from .. import loading, options
-from ..render import human_bytes, human_count
+from ..render import human_bytes, human_count, print_rows
 
 
 def info(
@@ -52,6 +52,4 @@ def info(
     }
     if chosen.platform == "cpu":
         rows["computed by"] = native.implementation()
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name.ljust(width)}  {value}")
+    print_rows(rows)

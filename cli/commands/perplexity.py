@@ -10,10 +10,10 @@ import typer
 
 from llamajax.errors import RequestError
 from llamajax.hub.aliases import DEFAULT
+from llamajax.text import from_utf8
 
 from .. import loading, options
-from ..render import note, progress_bar
-from ..text import from_utf8
+from ..render import note, print_rows, progress_bar
 
 if TYPE_CHECKING:
     from llamajax.bench.perplexity import Estimate, Measured
@@ -101,9 +101,7 @@ def _print(measured: "Measured") -> None:
             "KL divergence": _figure(measured.comparison.kl_divergence, 6),
             "same top token, %": _figure(measured.comparison.same_top, 2, unit=0.01),
         }
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name.ljust(width)}  {value}")
+    print_rows(rows)
 
 
 def _figure(estimate: "Estimate", digits: int, unit: float = 1) -> str:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from llamajax.errors import CapacityError, RequestError
 from llamajax.hub.cache import DISK_FULL
-from llamajax.tokenizers.base import one_line
+from llamajax.text import one_line
 
 
 @contextmanager

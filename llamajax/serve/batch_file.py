@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamajax.errors import CapacityError, RequestError
-from llamajax.tokenizers.base import Tokenizer, one_line
+from llamajax.text import from_utf8, one_line
+from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import Completion, Message
 
 from . import protocol
@@ -80,11 +81,8 @@ def read_fields(data: bytes, as_json: bool) -> dict[str, Any]:
 
     Raises RequestError.
     """
-    try:
-        # A byte order mark may stand where files from Windows begin, wherever they were put together.
-        text = data.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as e:
-        raise RequestError(f"not UTF-8 text: byte {e.object[e.start]:#04x} at offset {e.start}") from None
+    # A byte order mark may be where files from Windows begin, wherever they were put together.
+    text = from_utf8(data, "the line").rstrip("\r\n")
     if not as_json:
         return {"prompt": text}
     try:

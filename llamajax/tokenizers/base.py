@@ -75,16 +75,6 @@ class Tokenizer(Protocol):
         return data.decode("utf-8", errors="replace")
 
 
-def well_formed(text: str) -> str:
-    """The text with each lone surrogate replaced by U+FFFD, so that it can be written as UTF-8."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def one_line(message: object) -> str:
-    """A library's message, fit to stand in one of ours."""
-    return " ".join(well_formed(str(message)).split())[:300]
-
-
 def looks_special(literal: str) -> bool:
     """Whether a literal has a control token's form, "<|...|>" or DeepSeek's "<｜...｜>".
 

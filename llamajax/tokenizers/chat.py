@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamajax.errors import RequestError
+from llamajax.text import well_formed
 from llamajax.tokenizers import templates
-from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern, well_formed
+from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
 from llamajax.types import Message
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from llamajax.errors import TokenizerError
-from llamajax.tokenizers.base import Tokenizer, looks_special, one_line
+from llamajax.text import one_line
+from llamajax.tokenizers.base import Tokenizer, looks_special
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece numbers them so too
 

@@ -13,15 +13,8 @@ from typing import Any
 import tokenizers
 
 from llamajax.errors import TokenizerError
-from llamajax.tokenizers.base import (
-    Tokenizer,
-    check_id,
-    looks_special,
-    one_line,
-    split_special,
-    stop_ids,
-    well_formed,
-)
+from llamajax.text import one_line, well_formed
+from llamajax.tokenizers.base import Tokenizer, check_id, looks_special, split_special, stop_ids
 from llamajax.tokenizers.config import TokenizerConfig
 
 _NO_CONFIG = TokenizerConfig()

@@ -19,7 +19,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llamajax.errors import RequestError, TokenizerError
-from llamajax.tokenizers.base import one_line
+from llamajax.text import one_line
 
 MAX_CHARS = 20_000_000  # several times what the longest contexts hold
 MAX_SECONDS = 10.0

@@ -12,7 +12,8 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llamajax.errors import TokenizerError
-from llamajax.tokenizers.base import Tokenizer, check_id, looks_special, one_line, stop_ids, well_formed
+from llamajax.text import one_line, well_formed
+from llamajax.tokenizers.base import Tokenizer, check_id, looks_special, stop_ids
 from llamajax.tokenizers.config import TokenizerConfig
 
 SPACE = "▁"

@@ -12,7 +12,8 @@ from pathlib import Path
 import tiktoken
 
 from llamajax.errors import TokenizerError
-from llamajax.tokenizers.base import Tokenizer, check_id, stop_ids, well_formed
+from llamajax.text import well_formed
+from llamajax.tokenizers.base import Tokenizer, check_id, stop_ids
 from llamajax.tokenizers.config import TokenizerConfig
 
 SPLIT_PATTERN = (

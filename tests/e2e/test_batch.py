@@ -213,7 +213,7 @@ def test_stdin_is_what_its_first_line_shows_and_bad_lines_are_told_on_stderr(tin
     assert as_json.notes[0] == "line 3: not JSON: Expecting value (column 1)"
     as_text = batch("-", "-m", tiny_model, "-n", "2", stdin=b'{Hi}\n\xff\n{"prompt": "Hi"}\n')
     assert sorted(line["line"] for line in results(as_text)) == [1, 3]
-    assert as_text.notes[0] == "line 2: not UTF-8 text: byte 0xff at offset 0"
+    assert as_text.notes[0] == "line 2: the line is not UTF-8 text: byte 0xff at offset 0"
     nothing = batch("-", "-m", tiny_model)
     assert (nothing.code, nothing.stdout, summary(nothing)) == (0, "", (0, 0))
 

@@ -112,7 +112,7 @@ def test_what_cannot_be_asked_for_is_said(fields: dict[str, Any], says: str) -> 
         (b"Hi", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"prompt": ' + b"1" * 10_000 + b"}", "not JSON"),
-        (b'{"prompt": "\xff"}', "not UTF-8 text: byte 0xff at offset 12"),
+        (b'{"prompt": "\xff"}', "the line is not UTF-8 text: byte 0xff at offset 12"),
     ],
     ids=range(6),
 )
