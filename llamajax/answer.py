@@ -39,7 +39,7 @@ class Answer:
 
     def push(self, token: Token) -> str:
         """Adds a token. Returns the text that is certain now."""
-        self._times.append(time.perf_counter() - self._began)
+        self._times.append(token.time - self._began)
         self._drawn.append(token)
         return self._add(self._stops.push(self._decoder.push(token.id)))
 

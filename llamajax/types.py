@@ -1,9 +1,9 @@
 """The values that pass between rooms. Knows the standard library only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, TypedDict
 
 from llamajax.errors import RequestError
 
@@ -50,11 +50,11 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            optional = value is None and field.default is None
+        for parameter in fields(self):
+            value = getattr(self, parameter.name)
+            optional = value is None and parameter.default is None
             if not optional and (not isinstance(value, Real) or isinstance(value, bool)):
-                raise RequestError(f"{field.name} must be a number, not {value!r}")
+                raise RequestError(f"{parameter.name} must be a number, not {value!r}")
         for name, ok, expected in (
             ("temperature", 0 <= self.temperature <= 1e6, "in [0, 1000000]"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
@@ -112,16 +112,25 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-class Token(NamedTuple):
-    """One drawn token."""
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One drawn token.
+
+    Attributes:
+      time: when its block reached the host, by `time.perf_counter`.
+    """
 
     id: int
     logprobs: TokenLogprobs | None
+    time: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, from the request to the first token, from there to the last, and from the request to each."""
+    """Seconds, from the request to the first token, from there to the last, and from the request to each.
+
+    A token's time is that of its block, so that tokens which came together have the same.
+    """
 
     time_to_first_token: float
     decode_time: float

@@ -3,6 +3,7 @@
 Knows token ids and slots; knows nothing of text, queues or strategies.
 """
 
+import time
 from collections.abc import Sequence
 from functools import cache as once
 
@@ -158,15 +159,16 @@ class Runner:
 
         Raises CheckpointError if the model's scores are not numbers.
         """
+        now = time.perf_counter()
         ids = [id for id in drawn.tokens[row].tolist() if id >= 0]
         if self.config.vocab_size in ids:
             raise CheckpointError("the model's scores are not numbers (NaN): its weights are broken")
         if drawn.logprobs is None or num_logprobs is None:
-            return [Token(id, None) for id in ids]
+            return [Token(id, None, now) for id in ids]
         chosen, top, top_ids = (x[row] for x in drawn.logprobs)
         top, top_ids = top[:, :num_logprobs], top_ids[:, :num_logprobs]
         return [
-            Token(id, TokenLogprobs(float(lp), tuple(zip(tops.tolist(), lps.tolist(), strict=True))))
+            Token(id, TokenLogprobs(float(lp), tuple(zip(tops.tolist(), lps.tolist(), strict=True))), now)
             for id, lp, lps, tops in zip(ids, chosen, top, top_ids, strict=False)
         ]
 

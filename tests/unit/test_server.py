@@ -36,7 +36,8 @@ def test_a_stream_gives_the_text_in_pieces(llama: LLM, server: Server) -> None:
     assert "".join(pieces) == stream.completion.text == alone.text
     assert len(pieces) > 2
     assert (stream.completion.token_ids, stream.completion.logprobs) == (alone.token_ids, alone.logprobs)
-    assert len(stream.completion.timings.token_times) == 20
+    for times in (stream.completion.timings.token_times, alone.timings.token_times):
+        assert len(times) == 20 and sorted(times) == list(times) and 0 < times[0] < times[1]
     assert (
         server.submit(PROMPTS[0], max_new_tokens=20, temperature=0, stop=alone.text[20:24]).finish().text
         == (alone.text[: alone.text.index(alone.text[20:24])])

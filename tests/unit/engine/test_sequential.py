@@ -1,5 +1,6 @@
 """Whole answers of a tiny model, against reading the whole sequence anew for each token."""
 
+import time
 from collections.abc import Sequence
 from itertools import islice
 
@@ -272,6 +273,15 @@ def test_logprobs_are_of_the_raw_scores() -> None:
         assert token.logprobs.logprob == pytest.approx(expected[token.id], abs=1e-3)
         assert [id for id, _ in token.logprobs.top] == np.argsort(-expected)[:5].tolist()
         np.testing.assert_allclose([lp for _, lp in token.logprobs.top], np.sort(expected)[::-1][:5], atol=1e-3)
+
+
+def test_tokens_that_come_together_have_one_time() -> None:
+    began = time.perf_counter()
+    blocks = list(Sequential(tiny_runner(128), Request(random_ids(12), 60, GREEDY))._blocks())
+    times = [{token.time for token in block} for block in blocks]
+    assert max(map(len, blocks)) > 1 and [len(block) for block in times] == [1] * len(blocks)
+    moments = [began, *(block.pop() for block in times), time.perf_counter()]
+    assert moments == sorted(moments) and len(set(moments)) == len(moments)
 
 
 def test_logprobs_are_given_when_asked_for() -> None:
