@@ -42,7 +42,7 @@ class Conversation:
     def ask(self, question: str, *, max_new_tokens: int, **options: Any) -> Stream:
         """Starts the answer to a question. Options as in `LLM.stream`.
 
-        Raises CapacityError if the question does not fit the context alone; the conversation is then as before.
+        Raises PromptTooLongError if the question does not fit the context alone; the conversation is then as before.
         """
         messages, answers = self._remembered()
         return self._start([*messages, {"role": "user", "content": question}], answers, max_new_tokens, options)

@@ -24,5 +24,21 @@ class RequestError(LlamaJaxError):
     """The caller asked for something invalid: a parameter out of range, a model that does not exist."""
 
 
+class PlatformError(RequestError):
+    """The machine or an environment variable does not allow it: no such device, a folder that cannot be written."""
+
+
 class CapacityError(LlamaJaxError):
-    """A valid request does not fit: the context, the memory or the disk is too small."""
+    """A valid request does not fit: the context, the queue, the memory or the disk is too small."""
+
+
+class PromptTooLongError(CapacityError):
+    """A prompt leaves no room in the context for an answer. A shorter prompt or a larger max_seq_len helps."""
+
+
+class QueueFullError(CapacityError):
+    """As many requests wait as may. The same request may succeed later."""
+
+
+class DiskFullError(CapacityError):
+    """A file does not fit the disk."""

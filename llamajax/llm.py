@@ -22,7 +22,7 @@ from llamajax.engine.concurrent import Concurrent
 from llamajax.engine.engine import Engine
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
-from llamajax.errors import LlamaJaxError, RequestError
+from llamajax.errors import LlamaJaxError, PlatformError, RequestError
 from llamajax.model.llama import Llama
 from llamajax.ops import native
 from llamajax.tokenizers.base import Tokenizer
@@ -94,8 +94,8 @@ class LLM:
             same answer whatever was asked before.
           options: as in `prepare`.
 
-        Raises RequestError for a bad option or a model without a chat template, CapacityError for a prompt that
-        leaves no room for an answer.
+        Raises RequestError for a bad option or a model without a chat template, PromptTooLongError for a prompt
+        that leaves no room for an answer.
         """
         request, answer = self.prepare(prompt, verbatim=verbatim, reuse_cache=reuse_cache, **options)
         return Stream(Sequential(self._runner, request), answer)
@@ -232,7 +232,7 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones.
 
-        Raises RequestError for ids out of range, CapacityError for more than `max_seq_len` of them.
+        Raises RequestError for ids out of range, PromptTooLongError for more than `max_seq_len` of them.
         """
         return self._runner.logits(token_ids)
 
@@ -277,8 +277,8 @@ class Server:
           deadline: seconds from now after which the answer ends as it is ("timeout").
           wait: for room in the queue if it is full.
 
-        Raises CapacityError for a full queue or a prompt that leaves no room for an answer, RequestError for a bad
-        option or a closed server.
+        Raises QueueFullError for a full queue, PromptTooLongError for a prompt that leaves no room for an answer,
+        RequestError for a bad option or a closed server.
         """
         request, answer = self._llm.prepare(prompt, **options)
         inbox = Inbox(answer)
@@ -368,13 +368,16 @@ def cache_dtype(device: jax.Device, dtype: DType) -> np.dtype:
 def find_device(kind: Device | None) -> jax.Device:
     """The first device of a kind, or of the best kind there is.
 
-    Raises RequestError if there is none.
+    Raises PlatformError if there is none.
     """
     try:
         return jax.devices(kind)[0]
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError) as e:  # jax asserts that it has found any of JAX_PLATFORMS
         extra = {"gpu": "llamajax[cuda12]", "tpu": "llamajax[tpu]"}.get(kind or "", "jax")
-        raise RequestError(f"no {kind or 'device'} that jax can use: is {extra} installed? ({e})") from None
+        platforms = os.environ.get("JAX_PLATFORMS")
+        limited = f", and JAX_PLATFORMS={platforms!r} right" if platforms else ""
+        reason = f" ({e})" if str(e) else ""
+        raise PlatformError(f"no {kind or 'device'} that jax can use: is {extra} installed{limited}?{reason}") from None
 
 
 def _use_compilation_cache() -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float16, Float32, Int32
 from optax.losses import kl_divergence_with_log_targets, softmax_cross_entropy_with_integer_labels
 
 from llamajax.bench.saved_logits import SavedLogits, save_logits
-from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.llm import LLM
 
 # Of which two tokens are scored: a standard error needs two.
@@ -139,11 +139,11 @@ def windows(llm: LLM, text: str, context: int) -> Int32[np.ndarray, "W T"]:
     If the tokenizer asks for BOS, each window is BOS and the next T - 1 tokens. (llama.cpp puts it in place of a
     window's first token.)
 
-    Raises RequestError for less than MIN_CONTEXT tokens, CapacityError for a window that is longer than the model's
-    context.
+    Raises RequestError for less than MIN_CONTEXT tokens, PromptTooLongError for a window that is longer than the
+    model's context.
     """
     if context > llm.max_seq_len:
-        raise CapacityError(f"windows of {context} tokens are more than the context, {llm.max_seq_len}")
+        raise PromptTooLongError(f"windows of {context} tokens are more than the context, {llm.max_seq_len}")
     bos = [] if llm.tokenizer.bos_id is None else [llm.tokenizer.bos_id]
     ids = llm.tokenizer.encode(text)
     length = min(context - len(bos), len(ids))

@@ -16,7 +16,7 @@ import numpy as np
 
 from llamajax.bench.metrics import Percentiles, Result, Run, Served, Spread, WarmUp
 from llamajax.bench.workload import Workload, synthetic
-from llamajax.errors import CapacityError
+from llamajax.errors import PromptTooLongError
 from llamajax.llm import LLM
 from llamajax.ops import PackedWeight, Stacked
 from llamajax.types import Completion
@@ -27,7 +27,7 @@ Strategy = Literal["sequential", "concurrent", "batched"]
 def serve(llm: LLM, strategy: Strategy, workload: Workload, *, slots: int, repeat: int) -> Served:
     """Serves a workload `repeat` times in a strategy that is warmed up, at most `slots` requests at once.
 
-    Raises CapacityError if a request does not fit the context.
+    Raises PromptTooLongError if a request does not fit the context.
     """
     runs, measured = _repeated(llm, strategy, workload, slots, repeat)
     return Served(
@@ -96,7 +96,7 @@ def _repeated(
     """The runs, and what every `Result` says of them."""
     prompt_len, length = workload.prompts.shape[1], workload.prompts.shape[1] + workload.new_tokens
     if length > llm.max_seq_len:
-        raise CapacityError(
+        raise PromptTooLongError(
             f"{prompt_len} tokens of a prompt and {workload.new_tokens} of its answer are more than the context, "
             f"{llm.max_seq_len}"
         )

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int32
 from safetensors import SafetensorError, safe_open
 
-from llamajax.errors import CapacityError, RequestError
+from llamajax.errors import DiskFullError, RequestError
 from llamajax.hub.cache import DISK_FULL
 from llamajax.text import one_line
 
@@ -27,7 +27,7 @@ def save_logits(
 ) -> Iterator[Callable[[Float32[np.ndarray, "P V"]], None]]:
     """Gives what writes one window's logits, to be called for each. The file takes its place when it is whole.
 
-    Raises CapacityError for a full disk, RequestError for a path that cannot be written.
+    Raises DiskFullError for a full disk, RequestError for a path that cannot be written.
     """
     if path.exists() and not path.is_file():
         raise RequestError(f"cannot write {path}: it is not a file")
@@ -51,7 +51,7 @@ def save_logits(
             yield write
         unfinished.replace(path)
     except OSError as e:
-        kind = CapacityError if e.errno in DISK_FULL else RequestError
+        kind = DiskFullError if e.errno in DISK_FULL else RequestError
         raise kind(f"cannot write {path}: {e.strerror}") from None
     finally:
         with suppress(OSError):

@@ -5,7 +5,7 @@ from typing import Self
 
 from llamajax.engine.engine import Engine
 from llamajax.engine.scheduler import Job
-from llamajax.errors import CapacityError, RequestError
+from llamajax.errors import QueueFullError, RequestError
 
 
 class Concurrent:
@@ -32,7 +32,7 @@ class Concurrent:
           job: a new one, of this engine.
           wait: for room in the queue, if it is full.
 
-        Raises CapacityError if the queue is full, RequestError if the engine is closed.
+        Raises QueueFullError if the queue is full, RequestError if the engine is closed.
         """
         with self._changed:
             if wait:
@@ -40,7 +40,7 @@ class Concurrent:
             if self._closed:
                 raise RequestError("the server is closed")
             if self._is_full():
-                raise CapacityError(f"{self._engine.scheduler.max_waiting} requests wait already: try again later")
+                raise QueueFullError(f"{self._engine.scheduler.max_waiting} requests wait already: try again later")
             self._inbox.append(job)
             self._changed.notify_all()
 

@@ -48,7 +48,7 @@ class Engine:
     def job(self, request: Request, listener: Listener, deadline: float | None = None) -> Job:
         """A request made ready to be submitted.
 
-        Raises CapacityError if the prompt leaves no room for an answer, RequestError for what is invalid.
+        Raises PromptTooLongError if the prompt leaves no room for an answer, RequestError for what is invalid.
         """
         self._runner.check(request)
         length = len(request.token_ids)

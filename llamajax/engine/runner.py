@@ -15,7 +15,7 @@ from jaxtyping import Float32
 
 from llamajax.engine import steps
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rows, Slots
-from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
 from llamajax.ops import layers_share_arrays
@@ -85,7 +85,7 @@ class Runner:
         return self._cache[0].key.shape[-2] if self._cache else 0
 
     def check(self, request: Request) -> None:
-        """Raises CapacityError if the prompt leaves no room for an answer, RequestError for what is invalid."""
+        """Raises PromptTooLongError if the prompt leaves no room for an answer, RequestError for what is invalid."""
         ids = request.token_ids
         self._check_ids(ids)
         if not is_integer(request.max_new_tokens) or request.max_new_tokens < 1:
@@ -93,7 +93,7 @@ class Runner:
         if len(request.stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"at most {MAX_STOP_IDS} stop tokens, not {len(request.stop_ids)}")
         if len(ids) >= self.max_seq_len:
-            raise CapacityError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the context {self.max_seq_len}: shorten the prompt, or raise "
                 f"max_seq_len if it is below the model's {self.config.max_position_embeddings}"
             )
@@ -213,7 +213,7 @@ class Runner:
         """Scores of the next token after each of the given ones. The cache is left as it is."""
         self._check_ids(token_ids)
         if len(token_ids) > self.max_seq_len:
-            raise CapacityError(f"{len(token_ids)} tokens are more than the context, {self.max_seq_len}")
+            raise PromptTooLongError(f"{len(token_ids)} tokens are more than the context, {self.max_seq_len}")
         length = power_of_two(len(token_ids), CHUNKS[0])
         padded = np.zeros(length, np.int32)
         padded[: len(token_ids)] = token_ids

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Literal, Protocol
 
-from llamajax.errors import CapacityError
+from llamajax.errors import QueueFullError
 from llamajax.types import FinishReason, Request, Token
 
 
@@ -92,10 +92,10 @@ class Scheduler:
         return iter([*self.running, *self.reading, *self._waiting])
 
     def submit(self, job: Job) -> None:
-        """Raises CapacityError if the queue is full."""
+        """Raises QueueFullError if the queue is full."""
         assert job.state == "new"
         if len(self._waiting) >= self.max_waiting:
-            raise CapacityError(f"{self.max_waiting} requests wait already: try again later")
+            raise QueueFullError(f"{self.max_waiting} requests wait already: try again later")
         job.state = "waiting"
         self._waiting.append(job)
 

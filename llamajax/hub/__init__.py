@@ -31,7 +31,7 @@ def resolve(name: str, *, progress: bool = True) -> Path:
     Raises:
       RequestError: there is no such model; its repository is gated, private or unreachable; the cache folder
         cannot be written.
-      CapacityError: the disk is full.
+      DiskFullError: the disk is full.
       CheckpointError: the package index has another file than the one we know.
     """
     if local := _local(name):

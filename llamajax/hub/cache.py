@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from llamajax.errors import CapacityError, LlamaJaxError, RequestError
+from llamajax.errors import DiskFullError, LlamaJaxError, PlatformError
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -21,7 +21,7 @@ def home() -> Path:
 def write_error(error: OSError, folder: Path, variable: str) -> LlamaJaxError:
     """One line for a write that failed under `folder`, the place that the environment variable chooses."""
     if error.errno in DISK_FULL:
-        return CapacityError(
+        return DiskFullError(
             f"no room left in {folder} ({error.strerror}): free some, or set {variable} to a folder on another disk"
         )
-    return RequestError(f"cannot write to {folder} ({error.strerror or error}): set {variable} to a writable folder")
+    return PlatformError(f"cannot write to {folder} ({error.strerror or error}): set {variable} to a writable folder")

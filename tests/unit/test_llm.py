@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax import LLM, CapacityError, Completion, Message, RequestError, SamplingParams
+from llamajax import LLM, Completion, Message, PromptTooLongError, RequestError, SamplingParams
 
 from ..tiny_model import count_compilations
 
@@ -117,7 +117,7 @@ def test_options_beside_sampling_are_refused_not_forgotten(llama: LLM) -> None:
 
 
 def test_a_prompt_must_fit_and_hold_something(llama: LLM) -> None:
-    with pytest.raises(CapacityError, match="the prompt has 1024 tokens, the context 1024"):
+    with pytest.raises(PromptTooLongError, match="the prompt has 1024 tokens, the context 1024"):
         llama.stream("\n" + " word" * 1023)
     with pytest.raises(RequestError, match="the prompt is empty"):
         llama.stream("")
@@ -200,7 +200,7 @@ def test_logits_refuse_what_is_no_prompt(llama: LLM) -> None:
     for id in (-1, llama.config.vocab_size):
         with pytest.raises(RequestError, match="token ids must be from 0 to 49151"):
             llama.logits([1, id])
-    with pytest.raises(CapacityError, match="1025 tokens"):
+    with pytest.raises(PromptTooLongError, match="1025 tokens"):
         llama.logits([1] * 1025)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llamajax import LLM, CapacityError, RequestError, Server, load
+from llamajax import LLM, PromptTooLongError, QueueFullError, RequestError, Server, load
 
 PROMPTS = ["Once upon a time", "The capital of France is", "1, 2, 3,", "def f(x):", "Dear Sir or Madam,"]
 
@@ -128,7 +128,7 @@ def test_a_full_queue_refuses_or_waits(llama: LLM) -> None:
         held = [server.submit(PROMPTS[0], max_new_tokens=100)]
         next(held[0])
         held += [server.submit(PROMPTS[0], max_new_tokens=2) for _ in range(2)]
-        with pytest.raises(CapacityError, match="2 requests wait"):
+        with pytest.raises(QueueFullError, match="2 requests wait"):
             server.submit(PROMPTS[0])
         held[1].cancel()
         last = server.submit(PROMPTS[1], max_new_tokens=1, temperature=0, wait=True)
@@ -148,5 +148,5 @@ def test_leaving_cancels_what_is_not_finished(llama: LLM) -> None:
 def test_bad_requests_are_refused_at_once(server: Server) -> None:
     with pytest.raises(RequestError, match="temperature"):
         server.submit(PROMPTS[0], temperature=-1)
-    with pytest.raises(CapacityError, match="the context 512"):
+    with pytest.raises(PromptTooLongError, match="the context 512"):
         server.submit("word " * 600)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llamajax import LLM, CapacityError, CheckpointError, RequestError
+from llamajax import LLM, CheckpointError, PromptTooLongError, RequestError
 from llamajax.bench.perplexity import Estimate, measure, windows
 from llamajax.bench.saved_logits import SavedLogits, save_logits
 from llamajax.ops import quantize_int8
@@ -141,7 +141,7 @@ def test_windows_that_cannot_be_scored_are_refused(llm: LLM) -> None:
     for context in (-1, 0, 4):
         with pytest.raises(RequestError, match=f"must have 5 tokens: the context has {context}"):
             windows(llm, TEXT, context)
-    with pytest.raises(CapacityError, match="33 tokens are more than the context, 32"):
+    with pytest.raises(PromptTooLongError, match="33 tokens are more than the context, 32"):
         windows(tiny_llm(max_seq_len=32), TEXT, 33)
 
 

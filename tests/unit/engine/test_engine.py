@@ -15,7 +15,7 @@ from llamajax.engine.engine import Engine
 from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
 from llamajax.engine.sequential import Sequential
-from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.errors import CheckpointError, PromptTooLongError, QueueFullError, RequestError
 from llamajax.types import FinishReason, Request, SamplingParams, Token
 
 from ... import tiny_model
@@ -195,12 +195,12 @@ def test_a_listener_that_fails_ends_its_request_only(engine: Engine, runner: Run
 
 
 def test_invalid_requests_are_refused(engine: Engine) -> None:
-    for bad, error in ((Request([], 1), RequestError), (Request([1] * 1024, 1), CapacityError)):
+    for bad, error in ((Request([], 1), RequestError), (Request([1] * 1024, 1), PromptTooLongError)):
         with pytest.raises(error):
             engine.job(bad, Collected())
     for _ in range(50):
         submit(engine, Request([1], 1))
-    with pytest.raises(CapacityError, match="50 requests wait"):
+    with pytest.raises(QueueFullError, match="50 requests wait"):
         submit(engine, Request([1], 1))
     list(run(engine))
     with pytest.raises(RequestError, match="at least 1, not 0 and 5"):

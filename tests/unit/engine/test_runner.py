@@ -10,7 +10,7 @@ import pytest
 from llamajax.engine import steps
 from llamajax.engine.runner import CHUNKS, Runner
 from llamajax.engine.sequential import Sequential
-from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.ops import native
 from llamajax.types import Request, SamplingParams
 
@@ -89,7 +89,7 @@ def test_logits_leave_the_cache_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "error"), [([], RequestError), ([-1], RequestError), ([97], RequestError), ([0] * 65, CapacityError)]
+    ("ids", "error"), [([], RequestError), ([-1], RequestError), ([97], RequestError), ([0] * 65, PromptTooLongError)]
 )
 def test_bad_ids_have_no_logits(ids: Sequence[int], error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -106,7 +106,7 @@ def test_the_context_is_the_models_if_none_is_given() -> None:
     runner = tiny_runner()
     assert runner.max_seq_len == CONFIG.max_position_embeddings == 2048
     runner.check(Request([0] * 2047, 1))
-    with pytest.raises(CapacityError):
+    with pytest.raises(PromptTooLongError):
         runner.check(Request([0] * 2048, 1))
 
 

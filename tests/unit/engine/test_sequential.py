@@ -11,7 +11,7 @@ import pytest
 from llamajax.engine import runner as runner_module
 from llamajax.engine.runner import MAX_STOP_IDS, Runner
 from llamajax.engine.sequential import Sequential
-from llamajax.errors import CapacityError, CheckpointError, RequestError
+from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.sampling import Sampling, sample
 from llamajax.types import Request, SamplingParams, Token
 
@@ -301,8 +301,8 @@ def test_logprobs_are_given_when_asked_for() -> None:
         (Request([1], 0), RequestError, "at least 1, not 0"),
         (Request([1], -4), RequestError, "at least 1, not -4"),
         (Request([1], 5, stop_ids=frozenset(range(MAX_STOP_IDS + 1))), RequestError, "at most 16"),
-        (Request([1] * 512, 5), CapacityError, "512 tokens, the context 512"),
-        (Request([1] * 1000, 5), CapacityError, "1000 tokens, the context 512"),
+        (Request([1] * 512, 5), PromptTooLongError, "512 tokens, the context 512"),
+        (Request([1] * 1000, 5), PromptTooLongError, "1000 tokens, the context 512"),
     ],
 )
 def test_bad_requests(request_: Request, error: type[Exception], message: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llamajax.errors import CapacityError, RequestError
+from llamajax.errors import DiskFullError, RequestError
 from llamajax.serve.batch_file import Defaults, ResultFile, as_line, is_json, read_fields, read_request, read_source
 
 DEFAULTS = Defaults({"temperature": 0.6, "max_new_tokens": 50, "stop": []})
@@ -172,5 +172,5 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path, data: bytes) -
 
 def test_what_is_not_a_regular_file_is_written_too() -> None:
     ResultFile(Path("/dev/null"), resume=True).write({"line": 1})
-    with pytest.raises(CapacityError, match="cannot write to /dev/full: No space left on device"):
+    with pytest.raises(DiskFullError, match="cannot write to /dev/full: No space left on device"):
         ResultFile(Path("/dev/full"), resume=True).write({"line": 1})
