@@ -4,6 +4,7 @@ Knows nothing of weights or files. Everything it refuses is computed differently
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from llamajax.errors import ConfigError
+from llamajax.fields import flag, integer, number
+from llamajax.rope_scaling import llama3_divisors, rope_scaling
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class LlamaConfig:
     """Sizes of a Llama, under the names a Hugging Face config.json gives them.
 
     `rope_divisors`, head_dim / 2 of them, divide RoPE's inverse frequencies: every kind of RoPE scaling that
-    a Llama uses comes down to them, and a GGUF file carries them as they are. None means no scaling.
+    a Llama uses comes down to them, and a GGUF file carries them as they are. None means no scaling. YaRN also
+    multiplies the cosines and sines by `rope_attention_factor`, and so attention's scores by its square.
     """
 
     vocab_size: int
@@ -32,6 +36,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_divisors: tuple[float, ...] | None = None
+    rope_attention_factor: float = 1.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +58,8 @@ class LlamaConfig:
             raise ConfigError(f"expected {self.head_dim // 2} RoPE divisors, found {len(self.rope_divisors)}")
         if not all(0 < divisor < math.inf for divisor in self.rope_divisors or ()):
             raise ConfigError("RoPE divisors must be positive and finite: the scaling's factor is not")
+        if not 0 < self.rope_attention_factor < math.inf:
+            raise ConfigError(f"RoPE's attention_factor must be positive, not {self.rope_attention_factor}")
 
     @property
     def num_parameters(self) -> int:
@@ -67,35 +74,57 @@ class LlamaConfig:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, hf: Mapping[str, Any], *, max_len: int | None = None) -> "LlamaConfig":
         """From a parsed config.json.
+
+        Args:
+          hf: the keys and values of the file.
+          max_len: as for `rope_scaling`.
 
         Raises ConfigError for a missing key, and for any architecture or option that is not a Llama's.
         """
         architecture = _hf_architecture(hf)
         # Newer configs put theta and scaling into one dictionary; older ones keep them apart.
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise ConfigError(f"malformed RoPE scaling {rope!r}: expected an object")
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+            raise ConfigError(f"malformed RoPE scaling {rope!r:.200}: expected one object for all layers")
         hf = {name: value for name, value in {**hf, **rope}.items() if value is not None}
+        if quantized := hf.get("quantization_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+            raise ConfigError(
+                f"weights quantized by {method!r:.80} (quantization_config) cannot be read: choose the repository "
+                "they were made from, or a GGUF file"
+            )
         for key, llama in _HF_LLAMA_VALUES.items():
             if key in hf and hf[key] != llama:
                 raise ConfigError(f"{architecture} with {key}={hf[key]!r} is not supported: a Llama has {llama!r}")
-        num_heads = _integer(hf, "num_attention_heads")
+        num_heads = integer(hf, "num_attention_heads")
         config = cls(
-            vocab_size=_integer(hf, "vocab_size"),
-            hidden_size=_integer(hf, "hidden_size"),
-            intermediate_size=_integer(hf, "intermediate_size"),
-            num_hidden_layers=_integer(hf, "num_hidden_layers"),
+            vocab_size=integer(hf, "vocab_size"),
+            hidden_size=integer(hf, "hidden_size"),
+            intermediate_size=integer(hf, "intermediate_size"),
+            num_hidden_layers=integer(hf, "num_hidden_layers"),
             num_attention_heads=num_heads,
-            num_key_value_heads=_integer(hf, "num_key_value_heads", default=num_heads),
-            head_dim=_integer(hf, "head_dim", default=_integer(hf, "hidden_size") // max(num_heads, 1)),
-            max_position_embeddings=_integer(hf, "max_position_embeddings", default=2048),
-            rms_norm_eps=_number(hf, "rms_norm_eps", default=1e-6),
-            rope_theta=_number(hf, "rope_theta", default=10000.0),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            num_key_value_heads=integer(hf, "num_key_value_heads", default=num_heads),
+            head_dim=integer(hf, "head_dim", default=integer(hf, "hidden_size") // max(num_heads, 1)),
+            max_position_embeddings=integer(hf, "max_position_embeddings", default=2048),
+            rms_norm_eps=number(hf, "rms_norm_eps", default=1e-6),
+            rope_theta=number(hf, "rope_theta", default=10000.0),
+            tie_word_embeddings=flag(hf, "tie_word_embeddings", default=False),
         )
-        return replace(config, rope_divisors=_rope_divisors(hf, config))
+        scaling = rope_scaling(
+            hf,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            context=config.max_position_embeddings,
+            max_len=max_len,
+        )
+        return replace(
+            config,
+            rope_divisors=scaling.divisors,
+            rope_attention_factor=scaling.attention_factor,
+            max_position_embeddings=scaling.context,
+        )
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any]) -> "LlamaConfig":
@@ -106,23 +135,23 @@ class LlamaConfig:
 
         Raises ConfigError for a missing or malformed key.
         """
-        dim, num_heads = _integer(params, "dim"), _integer(params, "n_heads")
+        dim, num_heads = integer(params, "dim"), integer(params, "n_heads")
         if "ffn_dim_multiplier" not in params and "hidden_dim" not in params:
             raise ConfigError("params.json needs 'ffn_dim_multiplier' or 'hidden_dim'")
-        multiple = _integer(params, "multiple_of", default=256)
-        ffn = int(_number(params, "ffn_dim_multiplier", default=1.0) * int(8 * dim / 3))
-        scaled = bool(params.get("use_scaled_rope", False))
+        multiple = integer(params, "multiple_of", default=256)
+        ffn = int(number(params, "ffn_dim_multiplier", default=1.0) * int(8 * dim / 3))
+        scaled = flag(params, "use_scaled_rope", default=False)
         config = cls(
-            vocab_size=_integer(params, "vocab_size"),
+            vocab_size=integer(params, "vocab_size"),
             hidden_size=dim,
-            intermediate_size=_integer(params, "hidden_dim", default=-(-ffn // max(multiple, 1)) * multiple),
-            num_hidden_layers=_integer(params, "n_layers"),
+            intermediate_size=integer(params, "hidden_dim", default=-(-ffn // max(multiple, 1)) * multiple),
+            num_hidden_layers=integer(params, "n_layers"),
             num_attention_heads=num_heads,
-            num_key_value_heads=_integer(params, "n_kv_heads", default=num_heads),
+            num_key_value_heads=integer(params, "n_kv_heads", default=num_heads),
             head_dim=dim // max(num_heads, 1),
             max_position_embeddings=131072 if scaled else 8192,
-            rms_norm_eps=_number(params, "norm_eps"),
-            rope_theta=_number(params, "rope_theta", default=10000.0),
+            rms_norm_eps=number(params, "norm_eps"),
+            rope_theta=number(params, "rope_theta", default=10000.0),
         )
         if not scaled:
             return config
@@ -158,11 +187,7 @@ class LlamaConfig:
         if "vocab_size" not in hf and isinstance(tokens, list):
             hf["vocab_size"] = len(tokens)
         hf["tie_word_embeddings"] = tie_word_embeddings
-        scaling = metadata.get("llama.rope.scaling.type", "none")
-        if scaling == "linear":
-            hf["rope_scaling"] = {"rope_type": "linear", "factor": metadata.get("llama.rope.scaling.factor")}
-        elif scaling != "none":
-            raise ConfigError(f"RoPE scaling {scaling!r} is not supported: a Llama GGUF has none or linear")
+        hf["rope_scaling"] = _gguf_rope_scaling(metadata)
         if metadata.get("llama.expert_count", 0):
             raise ConfigError("a mixture of experts (Mixtral) is not supported: its layers are not a Llama's")
         config = cls.from_hf(hf)
@@ -171,32 +196,14 @@ class LlamaConfig:
                 raise ConfigError(
                     f"{key}={metadata[key]} is not supported: a Llama has its head_dim, {config.head_dim}"
                 )
-        return config if rope_divisors is None else replace(config, rope_divisors=rope_divisors)
-
-
-def llama3_divisors(
-    factor: float,
-    *,
-    head_dim: int,
-    theta: float,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0,
-    original_max_position_embeddings: int = 8192,
-) -> tuple[float, ...]:
-    """RoPE divisors of Llama 3.1's scaling: long wavelengths are slowed by `factor`, short ones kept.
-
-    Source: Meta's `apply_scaling` (llama-models, models/llama3/model.py).
-
-    Returns head_dim / 2 divisors, each between 1 and `factor`.
-    """
-    divisors = []
-    for i in range(head_dim // 2):
-        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
-        turns = original_max_position_embeddings / wavelength
-        smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        smooth = min(max(smooth, 0.0), 1.0)
-        divisors.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(divisors)
+        factor = number(metadata, "llama.rope.scaling.attn_factor", default=1.0)
+        scaled = replace(config, rope_attention_factor=factor * config.rope_attention_factor)
+        if rope_divisors is None:
+            return scaled
+        given = replace(scaled, rope_divisors=rope_divisors)
+        if config.rope_divisors is None:
+            return given
+        return replace(given, rope_divisors=tuple(map(operator.mul, rope_divisors, config.rope_divisors)))
 
 
 _SIZES = (
@@ -220,7 +227,6 @@ _HF_LLAMA_VALUES = {
     "mlp_bias": False,
     "sliding_window": None,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
 }
 
 _GGUF_KEYS = {
@@ -236,6 +242,29 @@ _GGUF_KEYS = {
     "rope_theta": "llama.rope.freq_base",
     "sliding_window": "llama.attention.sliding_window",
 }
+_GGUF_YARN_KEYS = {
+    "original_max_position_embeddings": "llama.rope.scaling.original_context_length",
+    "beta_fast": "llama.rope.scaling.yarn_beta_fast",
+    "beta_slow": "llama.rope.scaling.yarn_beta_slow",
+    "mscale_all_dim": "llama.rope.scaling.yarn_log_multiplier",
+}
+
+
+def _gguf_rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json would say of a file's RoPE scaling, with llama.cpp's defaults: linear, a factor of 1."""
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factor = metadata.get("llama.rope.scaling.factor") or metadata.get("llama.rope.scale_linear") or 1.0
+    if kind not in ("none", "linear", "yarn"):
+        raise ConfigError(f"RoPE scaling {kind!r:.80} is not supported: a Llama GGUF has none, linear or yarn")
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return {}
+    blend = metadata.get("llama.rope.scaling.yarn_ext_factor", 1.0)
+    if kind == "yarn" and not (isinstance(blend, str) or blend < 0 or blend == 1):
+        raise ConfigError(f"llama.rope.scaling.yarn_ext_factor={blend} is not supported: YaRN has 1")
+    scaling = {name: metadata[key] for name, key in _GGUF_YARN_KEYS.items() if key in metadata}
+    if scaling.get("mscale_all_dim"):
+        scaling["mscale"] = 1.0
+    return scaling | {"rope_type": kind, "factor": factor}
 
 
 def _hf_architecture(hf: Mapping[str, Any]) -> str:
@@ -248,47 +277,6 @@ def _hf_architecture(hf: Mapping[str, Any]) -> str:
             "(LlamaForCausalLM, or MistralForCausalLM without a sliding window)"
         )
     return expected
-
-
-def _integer(mapping: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
-    value = mapping.get(key, default)
-    # Booleans are integers to Python.
-    integral = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integral or abs(value) >= 2**31:
-        raise ConfigError(f"the model's configuration needs an integer {key!r}, found {value!r:.80}")
-    return int(value)
-
-
-def _number(mapping: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
-    value = mapping.get(key, default)
-    # Compared before it is converted: an integer may be too large for a float.
-    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not real or not abs(value) < 2**63:
-        raise ConfigError(f"the model's configuration needs a number {key!r}, found {value!r:.80}")
-    return float(value)
-
-
-def _rope_divisors(rope: Mapping[str, Any], config: LlamaConfig) -> tuple[float, ...] | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return (_number(rope, "factor"),) * (config.head_dim // 2)
-    if kind != "llama3":
-        raise ConfigError(f"RoPE scaling {kind!r} is not supported: a Llama has default, linear or llama3")
-    try:
-        return llama3_divisors(
-            _number(rope, "factor"),
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            low_freq_factor=_number(rope, "low_freq_factor"),
-            high_freq_factor=_number(rope, "high_freq_factor"),
-            original_max_position_embeddings=_integer(rope, "original_max_position_embeddings"),
-        )
-    except ArithmeticError as e:
-        raise ConfigError(
-            f"RoPE scaling with an impossible factor, low_freq_factor or high_freq_factor ({e})"
-        ) from None
 
 
 _LLAMA_3_8B = LlamaConfig(

@@ -344,7 +344,7 @@ def load(
     _use_compilation_cache()
     path = hub.resolve(str(name))
     chosen = find_device(device)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, max_seq_len)
     tokenizer = load_directory(path) if checkpoint.metadata is None else from_gguf(checkpoint.metadata)
     template = find_template(path if checkpoint.metadata is None else checkpoint.metadata)
     if template is None:

@@ -73,7 +73,8 @@ def main() -> None:
         model = _tiny_model(case, hf)
         with torch.inference_mode():
             arrays[f"{case}/logits"] = model(torch.tensor([prompt(case)])).logits[0].numpy()
-        arrays[f"{case}/inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
+        rope = model.model.rotary_emb
+        arrays[f"{case}/inv_freq"], arrays[f"{case}/factor"] = rope.inv_freq.numpy(), np.array(rope.attention_scaling)
     positions = torch.tensor([ROPE_POSITIONS])
     for name, (head_dim, parameters) in ROPE.items():
         config = LlamaConfig(head_dim=head_dim, rope_parameters=parameters, max_position_embeddings=131072)

@@ -10,8 +10,9 @@ from llamajax.config import LlamaConfig
 def rope_tables(
     config: LlamaConfig, positions: Int[Array, "T"]
 ) -> tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]]:
-    """Cosines and sines of each position's angles, position * theta ** (-2i / H) / divisor[i]."""
+    """Cosines and sines of each position's angles, position * theta ** (-2i / H) / divisor[i], times YaRN's factor."""
     inverse = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     inverse = inverse / (config.rope_divisors or 1.0)
     angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(inverse, jnp.float32))
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = jnp.float32(config.rope_attention_factor)
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ class Checkpoint:
     metadata: dict[str, Any] | None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, max_len: int | None = None) -> Checkpoint:
     """Opens a .gguf file, a Hugging Face directory, or one with Meta's params.json beside safetensors.
+
+    Args:
+      max_len: the longest text that will be computed, as for `rope_scaling`.
 
     Raises ConfigError or CheckpointError for what is missing, malformed or not a Llama.
     """
-    return _open_directory(path) if path.is_dir() else _open_gguf(path)
+    return _open_directory(path, max_len) if path.is_dir() else _open_gguf(path)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -54,12 +58,12 @@ def _open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, config, file.tensors, frozenset(), file.metadata)
 
 
-def _open_directory(path: Path) -> Checkpoint:
+def _open_directory(path: Path, max_len: int | None) -> Checkpoint:
     # Meta's files stand in original/ when both layouts are downloaded.
     params = next((p for p in (path / "params.json", path / "original" / "params.json") if p.is_file()), None)
     make: Callable[[Mapping[str, Any]], LlamaConfig]
     if (path / "config.json").is_file():
-        source, make = path / "config.json", LlamaConfig.from_hf
+        source, make = path / "config.json", partial(LlamaConfig.from_hf, max_len=max_len)
     elif params is not None:
         source, make = params, LlamaConfig.from_meta
     else:

@@ -33,7 +33,7 @@ DEVICE = jax.devices()[0]
 
 
 def load(path: Path, dtype: DType = "auto") -> Llama:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, PROMPT_LEN)
     model = Llama(checkpoint.config)
     load_weights(model, checkpoint.tensors, DEVICE, dtype)
     return model
@@ -65,6 +65,8 @@ def test_hugging_face_and_gguf(case: str, tmp_path: Path) -> None:
     weights = state_dict(case)
     found = logits(write_hf(tmp_path / "hf", CASES[case], weights), case)
     assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
+    if case in ("dynamic", "yarn-options"):  # which GGUF has no keys for
+        return
     same = logits(write_gguf(tmp_path / "model.gguf", CASES[case], weights, divisors(case)), case)
     assert relative_error(same, found) < 1e-5
 
@@ -149,9 +151,9 @@ def test_an_untied_model_needs_its_head(tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized by 'gptq'"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "quantized by 'fp8'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
     ],
 )
 def test_other_computations_are_refused_by_name(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_other_computations_are_refused_by_name(changes: dict[str, Any], named: 
         ("general.architecture", "qwen2", "qwen2"),
         ("llama.expert_count", 8, "Mixtral"),
         ("llama.attention.sliding_window", 4096, "sliding_window=4096"),
-        ("llama.rope.scaling.type", "yarn", "yarn"),
+        ("llama.rope.scaling.type", "longrope", "longrope"),
         ("llama.rope.dimension_count", 8, "dimension_count"),
         ("llama.attention.value_length", 8, "value_length"),
     ],

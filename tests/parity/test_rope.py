@@ -9,7 +9,7 @@ from llamajax.model.rope import rope_tables
 from llamajax.ops.attention import rotate
 
 from .. import tiny_model
-from .tiny import CASES, goldens
+from .tiny import CASES, PROMPT_LEN, goldens
 
 strict_promotion = tiny_model.strict_promotion
 
@@ -41,17 +41,20 @@ def test_tables(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config, frequencies",
+    "config, frequencies, factor",
     [
-        *((config, GOLDENS[f"rope/{name}/inv_freq"]) for name, config in CONFIGS.items()),
-        *((LlamaConfig.from_hf(hf), GOLDENS[f"{case}/inv_freq"]) for case, hf in CASES.items()),
+        *((config, GOLDENS[f"rope/{name}/inv_freq"], 1.0) for name, config in CONFIGS.items()),
+        *(
+            (LlamaConfig.from_hf(hf, max_len=PROMPT_LEN), GOLDENS[f"{case}/inv_freq"], GOLDENS[f"{case}/factor"])
+            for case, hf in CASES.items()
+        ),
     ],
     ids=[*CONFIGS, *(f"tiny-{case}" for case in CASES)],
 )
-def test_frequencies(config: LlamaConfig, frequencies: np.ndarray) -> None:
-    """The sines at position 1, of transformers' frequencies, to f32's precision."""
+def test_frequencies(config: LlamaConfig, frequencies: np.ndarray, factor: float) -> None:
+    """The sines at position 1, of transformers' frequencies and times its factor, to f32's precision."""
     _, sin = rope_tables(config, jnp.ones(1, jnp.int32))
-    np.testing.assert_allclose(sin[0], np.sin(frequencies.astype(float)), rtol=1e-6)
+    np.testing.assert_allclose(sin[0], factor * np.sin(frequencies.astype(float)), rtol=1e-6)
 
 
 def test_rotate_turns_pairs_of_halves() -> None:

@@ -128,6 +128,54 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "linear", "factor": 4.0},
         "tie_word_embeddings": False,
     },
+    # The original context is shorter than the prompt, so that fast, middle and slow dimensions differ.
+    "yarn": _LLAMA
+    | {
+        "vocab_size": 88,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+        "tie_word_embeddings": False,
+    },
+    "yarn-options": _LLAMA
+    | {
+        "vocab_size": 88,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.707,
+            "truncate": False,
+        },
+        "tie_word_embeddings": True,
+    },
+    # Its frequencies depend on the text's length where that is more than the context: PROMPT_LEN here.
+    "dynamic": _LLAMA
+    | {
+        "vocab_size": 88,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 24,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "tie_word_embeddings": False,
+    },
     "small-head-dim": _LLAMA
     | {
         "vocab_size": 72,
@@ -283,9 +331,12 @@ def write_gguf(path: Path, hf: Mapping[str, Any], weights: Weights, divisors: np
     writer.add_layer_norm_rms_eps(hf.get("rms_norm_eps", 1e-6))
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     writer.add_rope_freq_base(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    if rope.get("type") == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if "head_dim" in hf:
         writer.add_key_length(hf["head_dim"])
         writer.add_value_length(hf["head_dim"])

@@ -223,6 +223,38 @@ def test_linear_scaling(kind: str) -> None:
     assert LlamaConfig.from_hf(hf) == replace(CONFIGS["tinyllama-1.1b"], rope_divisors=(2.5,) * 32)
 
 
+def test_dynamic_scaling_changes_nothing_up_to_the_context() -> None:
+    hf = HF["tinyllama-1.1b"] | {"rope_scaling": {"type": "dynamic", "factor": 3.0}}
+    for max_len in (None, 100, 2048):
+        assert LlamaConfig.from_hf(hf, max_len=max_len) == CONFIGS["tinyllama-1.1b"]
+
+
+def test_dynamic_scaling_beyond_the_context_goes_up_to_its_factor() -> None:
+    hf = HF["tinyllama-1.1b"] | {"rope_scaling": {"type": "dynamic", "factor": 3.0}}
+    longer, longest = (LlamaConfig.from_hf(hf, max_len=max_len) for max_len in (4096, 10**6))
+    assert (longer.max_position_embeddings, longest.max_position_embeddings) == (4096, 3 * 2048)
+    assert longer.rope_divisors is not None and longest.rope_divisors is not None
+    # Theta grows by (3 * 2 - 2) ** (64 / 62), so the slowest of 32 dimensions is slowed by 4.
+    assert (longer.rope_divisors[0], longer.rope_divisors[-1]) == pytest.approx((1.0, 4.0))
+    assert longest.rope_divisors[-1] == pytest.approx(3 * 3 - 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({}, 1 + 0.1 * np.log(16)),
+        ({"mscale": 1.0}, 1 + 0.1 * np.log(16)),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, (1 + 0.2 * np.log(16)) / (1 + 0.05 * np.log(16))),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5, "attention_factor": 1.5}, 1.5),
+        ({"factor": None, "original_max_position_embeddings": 512}, 1 + 0.1 * np.log(4)),
+        ({"factor": 1.0}, 1.0),
+    ],
+)
+def test_yarns_attention_factor(options: dict[str, Any], factor: float) -> None:
+    hf = HF["tinyllama-1.1b"] | {"rope_scaling": {"rope_type": "yarn", "factor": 16.0} | options}
+    assert LlamaConfig.from_hf(hf).rope_attention_factor == pytest.approx(factor)
+
+
 def test_mistral_without_a_window_is_a_llama() -> None:
     hf = HF["llama3-8b"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
     assert LlamaConfig.from_hf(hf) == CONFIGS["llama3-8b"]
@@ -253,6 +285,28 @@ def test_linear_scaling_in_gguf() -> None:
     metadata = gguf_metadata(HF["tinyllama-1.1b"])
     metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     assert LlamaConfig.from_gguf(metadata).rope_divisors == (4.0,) * 32
+
+
+def test_yarn_in_gguf() -> None:
+    """As llama.cpp computes it: what the attention factor of the scaling is, attn_factor multiplies."""
+    metadata = gguf_metadata(HF["tinyllama-1.1b"]) | {"llama.rope.scaling.type": "yarn"}
+    keys = {"factor": 8.0, "original_context_length": 256, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0}
+    metadata |= {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    scaling = {"factor": 8.0, "original_max_position_embeddings": 256, "beta_fast": 16.0, "beta_slow": 2.0}
+    expected = LlamaConfig.from_hf(HF["tinyllama-1.1b"] | {"rope_scaling": scaling | {"type": "yarn"}})
+    assert LlamaConfig.from_gguf(metadata) == expected
+    sharper = LlamaConfig.from_gguf(metadata | {"llama.rope.scaling.attn_factor": 0.5})
+    assert sharper == replace(expected, rope_attention_factor=expected.rope_attention_factor / 2)
+    mscaled = LlamaConfig.from_gguf(metadata | {"llama.rope.scaling.yarn_log_multiplier": 0.5})
+    assert mscaled.rope_attention_factor == pytest.approx((1 + 0.1 * np.log(8)) / (1 + 0.05 * np.log(8)))
+    with pytest.raises(ConfigError, match="yarn_ext_factor"):
+        LlamaConfig.from_gguf(metadata | {"llama.rope.scaling.yarn_ext_factor": 0.5})
+
+
+def test_a_gguf_files_divisors_and_its_scaling_multiply() -> None:
+    metadata = gguf_metadata(HF["tinyllama-1.1b"])
+    metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert LlamaConfig.from_gguf(metadata, rope_divisors=(2.0,) * 32).rope_divisors == (8.0,) * 32
 
 
 # Refusals
@@ -298,7 +352,14 @@ def test_what_metas_params_must_have(key: str) -> None:
         ({"rope_scaling": _LLAMA3_ROPE | {"factor": 0.0}}, "factor"),
         ({"rope_scaling": _LLAMA3_ROPE | {"factor": 8.0, "low_freq_factor": 4.0}}, "low_freq_factor"),
         ({"rope_scaling": ["linear"]}, "RoPE"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": None, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"full_attention": {"rope_type": "yarn"}}}, "one object for all layers"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1.0}}, "beta"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0}}, "attention_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "factor"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
         ({"architectures": [], "model_type": "phi3"}, "phi3"),
         ({"architectures": None, "model_type": None}, "None"),
     ],
@@ -328,8 +389,12 @@ _JSON = st.recursive(
     max_leaves=4,
 )
 _ROPE = st.fixed_dictionaries(
-    {"rope_type": st.sampled_from(("linear", "llama3", "default"))},
-    optional={key: _JSON for key in [*_LLAMA3_ROPE, "factor", "rope_theta"] if key != "rope_type"},
+    {"rope_type": st.sampled_from(("linear", "llama3", "yarn", "dynamic", "default"))},
+    optional={
+        key: _JSON
+        for key in [*_LLAMA3_ROPE, "factor", "rope_theta", "beta_fast", "attention_factor", "mscale", "mscale_all_dim"]
+        if key != "rope_type"
+    },
 )
 
 
@@ -362,6 +427,7 @@ def makes_a_config_or_refuses(make: Callable[[], LlamaConfig]) -> None:
 @given(hf=changed(HF["llama3.2-1b"], _JSON, {"rope_scaling": _ROPE, "rope_parameters": _ROPE, "sliding_window": _JSON}))
 def test_garbage_in_config_json(hf: dict[str, Any]) -> None:
     makes_a_config_or_refuses(lambda: LlamaConfig.from_hf(hf))
+    makes_a_config_or_refuses(lambda: LlamaConfig.from_hf(hf, max_len=10**6))
 
 
 @settings(max_examples=200, deadline=None)
@@ -376,8 +442,12 @@ def test_garbage_in_params_json(params: dict[str, Any]) -> None:
         gguf_metadata(HF["llama3.2-1b"]),
         _GGUF,
         {
-            "llama.rope.scaling.type": st.sampled_from(("linear", "none")),
+            "llama.rope.scaling.type": st.sampled_from(("linear", "yarn", "none")),
             "llama.rope.scaling.factor": _GGUF,
+            "llama.rope.scaling.attn_factor": _GGUF,
+            "llama.rope.scaling.original_context_length": _GGUF,
+            "llama.rope.scaling.yarn_ext_factor": _GGUF,
+            "llama.rope.scaling.yarn_log_multiplier": _GGUF,
             "llama.expert_count": _GGUF,
             "llama.attention.sliding_window": _GGUF,
             "tokenizer.ggml.tokens": _GGUF,
