@@ -4,11 +4,14 @@ import gc
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llamajax import hub
 from llamajax.types import Device, DType
 
-from .render import note
+from .interrupt import raised
+from .render import erase_if_interrupted, note
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -16,6 +19,12 @@ if TYPE_CHECKING:
     from llamajax import LLM
 
 _BAR_AFTER_SECONDS = 1.0
+
+
+def resolve(model: str) -> Path:
+    """The model's files, fetched if they have to be; Ctrl-C clears away what is half fetched."""
+    with raised():
+        return hub.resolve(model)
 
 
 def prepare_jax(device: Device | None) -> None:
@@ -30,6 +39,7 @@ def prepare_jax(device: Device | None) -> None:
 
 def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | None) -> "LLM":
     """As `llamajax.load`, showing on stderr how far it is."""
+    path = resolve(model)
     prepare_jax(device)
     import jax
 
@@ -45,8 +55,8 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     )
     # What was imported stays. While tables of tokens are built, the collector would go through it again and again.
     gc.freeze()
-    with _Bar() as bar:
-        llm = llamajax.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
+    with erase_if_interrupted(), _Bar() as bar:
+        llm = llamajax.load(path, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
     if compiled:
         note("(first run of this model here: compiling for this machine; the next runs start quickly)")
     return llm

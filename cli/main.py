@@ -1,109 +1,11 @@
-"""Assembles the commands, and is the one place where errors become a line on stderr and an exit code."""
+"""Where the command begins: with Ctrl-C, before the imports, which take time."""
 
-import io
-import os
-import sys
-from pathlib import Path
-from typing import NoReturn, cast
-
-import typer
-
-from llamajax.errors import LlamaJaxError
-from llamajax.text import one_line
-
-from .commands.batch import batch
-from .commands.bench import bench
-from .commands.chat import chat
-from .commands.info import info
-from .commands.models import models
-from .commands.perplexity import perplexity
-
-# Typer has click's exceptions, but does not export the base classes.
-_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
-
-INTERRUPTED = 130
-BROKEN_PIPE = 141
-
-app = typer.Typer(
-    name="llamajax",
-    help="Llama models on JAX: chat with one, answer a file of prompts, measure.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(chat)
-app.command()(batch)
-app.command()(models)
-app.command()(info)
-app.command()(bench)
-app.command()(perplexity)
+from .interrupt import exit_at_once
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Runs the command. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 141 for a closed pipe."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the shell
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
-    # Text that the terminal's encoding lacks must not end an answer half way.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    # Python drops a Ctrl-C that comes inside a callback of the garbage collector, and jax has one.
-    sys.unraisablehook = _exit_if_interrupted
-    try:
-        code = _run()
-    except BrokenPipeError:
-        code = BROKEN_PIPE
-    sys.stderr.flush()
-    # At once: a thread that still compiles would be torn down half way, and what the gone reader of a pipe has left
-    # would be flushed again.
-    os._exit(code)
+    exit_at_once()
+    from .app import run
 
-
-def _exit_if_interrupted(dropped: "sys.UnraisableHookArgs") -> None:
-    if isinstance(dropped.exc_value, KeyboardInterrupt):
-        os._exit(INTERRUPTED)
-    sys.__unraisablehook__(dropped)
-
-
-def _run() -> int:
-    try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
-        return code or 0
-    except SystemExit as e:  # how Typer ends a command whose reader is gone
-        raise BrokenPipeError from e
-    except _UsageError as e:
-        if not e.format_message():  # no arguments: the help is what there is to say
-            return e.exit_code
-        command = e.ctx.command_path if e.ctx else "llamajax"
-        return _fail(f"{e.format_message()} (see '{command} --help')", e.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
-    except BrokenPipeError:
-        raise
-    except LlamaJaxError as e:
-        _raise_for_debugging()
-        return _fail(str(e))
-    except OSError as e:
-        _raise_for_debugging()
-        return _fail(": ".join(filter(None, (e.filename and str(e.filename), e.strerror or str(e)))))
-    except MemoryError:
-        _raise_for_debugging()
-        return _fail("out of memory: choose a smaller model, or a shorter --max-seq-len")
-    except Exception as e:
-        _raise_for_debugging()
-        first_line = str(e).partition("\n")[0]
-        if first_line.startswith("RESOURCE_EXHAUSTED"):
-            return _fail("out of device memory: choose a smaller model, or a shorter --max-seq-len")
-        return _fail(f"internal error, {type(e).__name__}: {first_line} (--debug shows where)")
-
-
-def _raise_for_debugging() -> None:
-    if "--debug" in sys.argv:
-        raise
-
-
-def _fail(message: str, code: int = 1) -> int:
-    print(f"llamajax: {one_line(message, longest=2000)}", file=sys.stderr)
-    return code
+    run()

@@ -3,11 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from llamajax.text import printable
 from llamajax.types import Completion
+
+from .interrupt import last_words
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,10 +21,11 @@ def write_stream(pieces: Iterable[str]) -> None:
     shown = printable if sys.stdout.isatty() else str
     end = ""
     try:
-        for piece in pieces:
-            sys.stdout.write(shown(piece))
-            sys.stdout.flush()
-            end = piece[-1]
+        with last_words("\n", sys.stdout.fileno()):
+            for piece in pieces:
+                sys.stdout.write(shown(piece))
+                sys.stdout.flush()
+                end = piece[-1]
     finally:
         if end != "\n":
             sys.stdout.write("\n")
@@ -41,10 +45,23 @@ def stats_line(completion: Completion) -> str:
 
 
 def note(text: str) -> None:
-    """Something said about the answer, dimmed on a terminal."""
-    text = printable(text)
+    """Says something about the answer, dimmed on a terminal."""
+    print(_dimmed(text), file=sys.stderr, flush=True)
+
+
+def note_if_interrupted(text: str) -> AbstractContextManager[None]:
+    """If Ctrl-C ends the command meanwhile, this note is its last."""
+    return last_words(_dimmed(text) + "\n", sys.stderr.fileno())
+
+
+def _dimmed(text: str) -> str:
     dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)
+    return f"\x1b[2m{printable(text)}\x1b[0m" if dim else printable(text)
+
+
+def erase_if_interrupted() -> AbstractContextManager[None]:
+    """If Ctrl-C ends the command meanwhile, the line of a progress bar goes and the cursor that rich hid is back."""
+    return last_words("\r\x1b[2K\x1b[?25h" if sys.stderr.isatty() else "", sys.stderr.fileno())
 
 
 def print_rows(rows: Mapping[str, object]) -> None:
@@ -55,12 +72,13 @@ def print_rows(rows: Mapping[str, object]) -> None:
         print(f"{name.ljust(width)}  {printable(line)}")
 
 
-def progress_bar(unit: str, *, shown: bool) -> "Progress":
+@contextmanager
+def progress_bar(unit: str, *, shown: bool) -> Iterator["Progress"]:
     """On stderr: how many of how many, and the task's description."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    return Progress(
+    progress = Progress(
         MofNCompleteColumn(),
         TextColumn(unit),
         BarColumn(),
@@ -71,6 +89,8 @@ def progress_bar(unit: str, *, shown: bool) -> "Progress":
         redirect_stdout=False,  # it would go to stderr
         disable=not shown,
     )
+    with erase_if_interrupted(), progress:
+        yield progress
 
 
 def as_json(completion: Completion, model: str) -> str:

@@ -23,6 +23,7 @@ from llamajax.engine.engine import Engine
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import LlamaJaxError, PlatformError, RequestError
+from llamajax.interrupts import keep_interrupts
 from llamajax.model.llama import Llama
 from llamajax.ops import native
 from llamajax.tokenizers.base import Tokenizer
@@ -341,6 +342,7 @@ def load(
     for option, value, kinds in (("dtype", dtype, DType), ("device", device or "cpu", Device)):
         if value not in get_args(kinds):
             raise RequestError(f"{option} must be one of {', '.join(get_args(kinds))}, not {value!r}")
+    keep_interrupts()
     _use_compilation_cache()
     path = hub.resolve(str(name))
     chosen = find_device(device)

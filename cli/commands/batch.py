@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
@@ -16,7 +17,7 @@ from llamajax.text import one_line
 from llamajax.types import Completion, SamplingParams
 
 from .. import loading, options
-from ..render import note, progress_bar
+from ..render import note, note_if_interrupted, progress_bar
 
 if TYPE_CHECKING:
     from llamajax import LLM
@@ -105,20 +106,15 @@ def batch(
         as_json = {".txt": False, ".jsonl": True}.get(Path(file).suffix.lower())
         answers = llm.stream_batch(run.requests(lines, as_json), slots=slots)
         began = time.monotonic()
-        try:
-            # Results on a terminal show themselves how far it is.
-            with progress_bar(
-                "lines", shown=sys.stderr.isatty() and not (output is None and sys.stdout.isatty())
-            ) as bar:
-                task = bar.add_task("", total=total)
-                for index, answer in _in_order(answers) if keep_order else answers:
-                    run.take(index, answer, llm)
-                    speed = run.tokens / (time.monotonic() - began)
-                    bar.update(task, completed=run.finished, description=f"{speed:.1f} tokens/s")
-        except KeyboardInterrupt:
-            if output:
-                note(f"(stopped; {output} has what was answered: the same command with --resume goes on)")
-            raise
+        stopped = f"(stopped; {output} has what was answered: the same command with --resume goes on)"
+        # Results on a terminal show themselves how far it is.
+        shown = sys.stderr.isatty() and not (output is None and sys.stdout.isatty())
+        with note_if_interrupted(stopped) if output else nullcontext(), progress_bar("lines", shown=shown) as bar:
+            task = bar.add_task("", total=total)
+            for index, answer in _in_order(answers) if keep_order else answers:
+                run.take(index, answer, llm)
+                speed = run.tokens / (time.monotonic() - began)
+                bar.update(task, completed=run.finished, description=f"{speed:.1f} tokens/s")
     speed = run.tokens / (time.monotonic() - began)
     see = f" (see {errors})" if run.bad and errors else ""
     note(f"[{run.answered} answered, {run.bad} bad{see}, {run.tokens} generated tokens, {speed:.1f} tokens/s]")

@@ -12,6 +12,7 @@ from llamajax.text import from_utf8
 from llamajax.types import Message, SamplingParams
 
 from .. import loading, options, render
+from ..interrupt import raised
 
 ONE_ANSWER_TOKENS = 50
 CONVERSATION_TOKENS = 512
@@ -78,7 +79,8 @@ def chat(
     if text is None:
         from ..repl import Repl
 
-        Repl(llm, system, sampling, max_new_tokens or CONVERSATION_TOKENS, stop, stats).run()
+        with raised():
+            Repl(llm, system, sampling, max_new_tokens or CONVERSATION_TOKENS, stop, stats).run()
         return
 
     messages: list[Message] = [{"role": "user", "content": text}]

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-from llamajax import hub
 from llamajax.hub.aliases import DEFAULT
 
 from .. import loading, options
@@ -16,6 +15,7 @@ def info(
     debug: options.Debug = False,
 ) -> None:
     """Print a model's configuration, size, memory and cache. Its weights are not loaded."""
+    path = loading.resolve(model)
     loading.prepare_jax(device)
     import jax
 
@@ -24,7 +24,6 @@ def info(
     from llamajax.weights.checkpoint import open_checkpoint
     from llamajax.weights.load import bytes_in_memory
 
-    path = hub.resolve(model)
     checkpoint = open_checkpoint(path)
     config, chosen = checkpoint.config, find_device(device)
     kept = cache_dtype(chosen, dtype)

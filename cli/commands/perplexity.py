@@ -13,6 +13,7 @@ from llamajax.hub.aliases import DEFAULT
 from llamajax.text import from_utf8
 
 from .. import loading, options
+from ..interrupt import raised
 from ..render import note, print_rows, progress_bar
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def perplexity(
     from llamajax.bench.run import kept_dtype
     from llamajax.llm import find_device
 
-    with progress_bar("windows", shown=sys.stderr.isatty()) as bar:
+    # Ctrl-C is raised, for half a file of logits is cleared away.
+    with raised(), progress_bar("windows", shown=sys.stderr.isatty()) as bar:
         task = bar.add_task("")
         measured = measure(
             llm,

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +135,6 @@ def test_closed_standard_streams_are_no_error(shallow_model: str) -> None:
     assert "internal" not in done.stderr
     done = subprocess.run(["sh", "-c", f"{command} 2>&-"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.strip()
-
-
-def test_ctrl_c_inside_a_callback_of_the_garbage_collector_is_not_lost() -> None:
-    """Python drops the exceptions of these callbacks, and jax has one that takes long."""
-    code = """if True:
-        import gc, signal, sys
-        from llamajax_cli.main import main
-        def interrupt(*_):
-            if sys.unraisablehook is not sys.__unraisablehook__:  # main runs
-                signal.raise_signal(signal.SIGINT)
-        gc.callbacks.append(interrupt)
-        sys.argv = ["llamajax", "models"]
-        gc.set_threshold(1)
-        main()
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_ctrl_c_ends_a_long_answer_and_its_line(shallow_model: str) -> None:
