@@ -26,6 +26,7 @@ from llamajax.errors import LlamaJaxError, PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
 from llamajax.model.llama import Llama
 from llamajax.ops import native
+from llamajax.tokenizers import sandbox
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
 from llamajax.tokenizers.gguf import from_gguf
@@ -351,6 +352,8 @@ def load(
     template = find_template(path if checkpoint.metadata is None else checkpoint.metadata)
     if template is None:
         template = builtin_template(tokenizer, checkpoint.stop_ids, str(name))
+    if template is not None:
+        sandbox.start()
     model = Llama(checkpoint.config)
     load_weights(model, checkpoint.tensors, chosen, dtype, progress)
     runner = Runner(model, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype(chosen, dtype))

@@ -7,19 +7,15 @@ Jinja is contained (sandbox.py) nor any template's text (templates.py).
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamajax.errors import RequestError
 from llamajax.text import well_formed
-from llamajax.tokenizers import templates
+from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
 from llamajax.types import Message
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -32,7 +28,7 @@ class ChatTemplate:
     """A Jinja chat template, rendered as Hugging Face renders it.
 
     Attributes:
-      source: Jinja. It is compiled when first rendered, so a broken one does no harm to raw completions.
+      source: Jinja. It is compiled when it is rendered, so a broken one does no harm to raw completions.
       bos_token, eos_token: literals that the template may write; "" for none.
     """
 
@@ -54,17 +50,15 @@ class ChatTemplate:
           messages: at least one; roles system, user, assistant and tool.
           add_generation_prompt: end with the header of the assistant's next message.
           date_string: what the template takes for today's date, "26 Jul 2024"; None leaves it to the template.
-          **variables: anything else that the template reads.
+          **variables: anything else that the template reads: values that JSON can express.
 
         Raises:
-          RequestError: malformed messages, or the template refuses them.
+          RequestError: malformed messages or variables, or the template refuses them.
           TokenizerError: the template is broken or hostile.
         """
-        from llamajax.tokenizers import sandbox
-
         dated = {} if date_string is None else {"date_string": date_string}
         return sandbox.render(
-            self._compiled,
+            self.source,
             {
                 "messages": [dict(message) for message in _checked(messages)],
                 "tools": None,
@@ -76,12 +70,6 @@ class ChatTemplate:
                 **variables,
             },
         )
-
-    @cached_property
-    def _compiled(self) -> "Template":
-        from llamajax.tokenizers import sandbox
-
-        return sandbox.compile_template(self.source)
 
 
 def encode_chat(

@@ -1,6 +1,13 @@
 """Chat templates: what they write, that user text stays text, and how bad ones end."""
 
+import _thread
 import json
+import resource
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -191,7 +198,6 @@ def test_rendering(source: str, text: str) -> None:
         ("{% include 'other' %}", "TypeError"),
         ("{% for x in range(999999999) %}{% endfor %}", "OverflowError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ 'a' * 10**18 }}", "MemoryError"),
     ],
 )
 def test_broken_templates(source: str, message: str) -> None:
@@ -205,12 +211,102 @@ def test_broken_templates(source: str, message: str) -> None:
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% set x = range(9999) | list %}" + "{% for i in x %}" * 3 + "{% endfor %}" * 3,
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ lipsum(n=10**9) | length }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% if false %}{{ 9 ** (9 ** 9) }}{% endif %}",
+        "{{ ([1] | slice(10**9) | list) | length }}",
+        "{{ 1 | round(10**9, 'floor') }}",
+        "{{ 1 | round(-(10**9)) }}",
+        "{{ (10 ** 4000) ** 99999 % 7 }}",
+        "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(40) %}"
+        "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+        "{% set n = namespace(x=(1,)) %}{% for i in range(40) %}{% set n.x = (n.x, n.x) %}{% endfor %}{{ {n.x: 1} }}",
+        "{{ ('ab' * 10**7).rfind('a' ~ 'b' * 3 ~ 'ab' * 10**6) }}{{ ('a' * 10**7).rfind('ab' ~ 'a' * 10**6) }}",
+        "{{ ('<!-- -->' * 10**6) | striptags }}",
     ],
 )
 def test_slow_templates(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
-    with pytest.raises(TokenizerError, match=r"ran for more than 0\.2 s"):
+    with pytest.raises(TokenizerError, match=r"ran for more than 0\.2 s: it is broken or hostile$"):
         ChatTemplate(source).render([user("Hi")])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**18 }}",
+        "{{ ('a' * 10**10) | length }}",
+        "{{ ([0] * 10**10) | length }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (10**9, 1) == '%*d' % (10**9, 2) }}",
+        "{{ '%999999999d' is odd }}",
+        "{{ '%10000000000d' | format(1) | length }}",
+        "{{ '{:10000000000}'.format(1) }}",
+        "{{ '{:{w}}'.format(1, w=10**10) }}",
+        "{{ 'a' | center(10**10) }}",
+        "{{ 'a'.ljust(10**10) | length }}",
+        "{{ '\t'.expandtabs(2**31 - 1) }}",
+        "{{ ('a\n' * 10**5) | indent(10**5) }}",
+        "{{ [[[1]]] | tojson(indent=10**10) }}",
+        "{{ ('a' * 10**5) | replace('a', 'b' * 10**5) }}",
+        "{{ range(99999) | join('b' * 10**5) }}",
+        "{{ [1] | batch(10**10, 0) | list }}",
+        "{{ 'a' | wordwrap(1, wrapstring='b' * 10**10) }}",
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(99999) %}"
+        "{% set n.x = [n.x, (i ~ 'a') * 10**6] %}{% endfor %}{{ n.x | length }}",
+        "{% macro f(n) %}{{ 'a' * 10**6 }}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}{{ 'a' * 10**10 }}",
+        "{% set x %}{% for i in range(99999) %}{{ 'a' * 10**6 }}{% endfor %}{% endset %}{{ x }}",
+    ],
+)
+def test_large_templates(source: str) -> None:
+    with pytest.raises(TokenizerError, match=r"^the chat template failed: (Memory|Overflow|Recursion)Error"):
+        ChatTemplate(source).render([user("Hi")])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert children.ru_maxrss * 1024 < 1.1 * sandbox.MAX_BYTES
+
+
+def test_templates_still_run_after_one_that_was_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    with pytest.raises(TokenizerError):
+        ChatTemplate("{{ 9 ** (9 ** 9) }}").render([user("Hi")])
+    assert ChatTemplate("{{ messages[0].content }}").render([user("Hi")]) == "Hi"
+
+
+def test_templates_run_from_many_threads() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    with ThreadPoolExecutor(8) as pool:
+        texts = [str(i) * i for i in range(300)]
+        assert list(pool.map(lambda text: template.render([user(text)]), texts)) == texts
+
+
+def test_an_interrupt_leaves_no_late_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "{% for i in range(3000) %}{% for j in range(300) %}{% endfor %}{% endfor %}late"
+    alarm = threading.Timer(0.1, _thread.interrupt_main)
+    ChatTemplate("").render([user("Hi")])
+    alarm.start()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(1000):
+            ChatTemplate(slow).render([user("Hi")])
+    assert ChatTemplate("{{ messages[0].content }}").render([user("Hi")]) == "Hi"
+
+
+def test_the_process_of_templates_ends_with_ours() -> None:
+    code = (
+        "import os, sys\nfrom llamajax.tokenizers import sandbox\nsandbox.render('a', {})\n"
+        "print(sandbox._process._process.pid, flush=True)\n"
+    )
+    for ending in ("", "os._exit(1)", "os.kill(os.getpid(), 9)"):
+        done = subprocess.run([sys.executable, "-c", code + ending], capture_output=True, text=True)
+        assert done.stderr == ""
+        while _is_running(done.stdout):
+            time.sleep(0.01)
+
+
+def _is_running(pid: str) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout
+    return bool(state) and not state.startswith("Z")
 
 
 def test_huge_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,100 @@
+"""The process that renders chat templates: a JSON request on each line of stdin, its reply on a line of stdout.
+
+Knows Jinja, and what Hugging Face's renderer gives a template: trimmed blocks, loop controls, `{% generation %}`,
+`raise_exception`, `strftime_now` and a plain `tojson` (transformers, utils/chat_template_utils.py). Imports nothing of
+llamajax: sandbox.py starts it with little more than Jinja to import, and says what a request is.
+"""
+
+import faulthandler
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+from jinja2 import Template, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+def main(max_bytes: int) -> None:
+    """Answers until stdin ends. Its memory ends at `max_bytes`, where the system can limit it."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+    lines, replies = (
+        io.TextIOWrapper(stream.buffer, "utf-8", "surrogatepass", newline="\n") for stream in (sys.stdin, sys.stdout)
+    )
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - pathlib would have to be imported
+        print('"ready"', file=replies, flush=True)
+        for line in lines:
+            request = json.loads(line)
+            # This watch ends the process from a thread outside of Python, which one long operation cannot hold up.
+            faulthandler.dump_traceback_later(request.pop("max_seconds"), exit=True, file=nowhere)
+            print(json.dumps(_answer(**request), ensure_ascii=False), file=replies, flush=True)
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _answer(source: str, variables: dict[str, Any], now: str, max_chars: int) -> tuple[str, str]:
+    """What became of a template, "text", "refused" or "failed", and the text or the reason."""
+    try:
+        given = {"strftime_now": datetime.fromisoformat(now).strftime} | variables
+        chunks = _template(source).generate(given)
+        return "text", "".join(_bounded(chunks, max_chars))
+    except _RefusedError as error:
+        return "refused", str(error)[:1000]
+    except Exception as error:  # a template may fail in any way
+        return "failed", f"{type(error).__name__}: {error}"[:1000]
+
+
+@lru_cache(maxsize=16)
+def _template(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(source)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's text for training and prints it as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared so in jinja
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _RefusedError(Exception):
+    """The template does not take this conversation."""
+
+
+def _refuse(message: Any) -> NoReturn:
+    raise _RefusedError(message)
+
+
+def _bounded(chunks: Iterable[str], max_chars: int) -> Iterator[str]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > max_chars:
+            raise OverflowError(f"wrote more than {max_chars} characters")
+        yield chunk
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
