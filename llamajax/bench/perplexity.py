@@ -108,7 +108,7 @@ def measure(
     middle, vocab_size = ids.shape[1] // 2, llm.config.vocab_size
     next_ids = ids[:, middle + 1 :]
     if saved:
-        saved.check(text, ids, vocab_size)
+        saved.check(text, ids, next_ids.shape[1], vocab_size)
     losses, compared, seconds = [], [], []
     with save_logits(save, text, ids, next_ids.shape[1], vocab_size) if save else nullcontext() as write:
         for i in range(len(ids)):
@@ -122,6 +122,8 @@ def measure(
                 write(logits)
             if saved:
                 compared.append(_compare(logits, saved[i], next_ids[i]))
+                if not np.isfinite(compared[-1].divergences).all():
+                    raise RequestError("the saved logits are not numbers (NaN): save them again")
             progress(i + 1, len(ids))
     return Measured(
         context=ids.shape[1],

@@ -72,21 +72,28 @@ class SavedLogits:
         path.open("rb").close()  # an error that names the file, which safetensors' own do not
         try:
             file = safe_open(path, "numpy")
-            self.token_ids: Int32[np.ndarray, "W T"] = file.get_tensor("token_ids")
-            self._logits = file.get_slice("logits")
+            ids, self._logits = file.get_slice("token_ids"), file.get_slice("logits")
             self._text_sha256 = (file.metadata() or {})["text_sha256"]
-        except (SafetensorError, KeyError) as e:
+            kinds, shapes = zip(*((x.get_dtype(), x.get_shape()) for x in (ids, self._logits)), strict=True)
+            if kinds != ("I32", "F16") or [len(shape) for shape in shapes] != [2, 3] or shapes[0][0] != shapes[1][0]:
+                raise ValueError(
+                    f"expected I32 [W, T] and F16 [W, P, V], found {' and '.join(map(str, kinds))} {shapes}"
+                )
+            self.token_ids: Int32[np.ndarray, "W T"] = file.get_tensor("token_ids")
+        except (SafetensorError, KeyError, ValueError) as e:
             raise RequestError(f"{path} is truncated, or not a file of saved logits ({one_line(e)})") from None
 
-    def check(self, text: str, token_ids: Int32[np.ndarray, "W T"], vocab_size: int) -> None:
+    def check(self, text: str, token_ids: Int32[np.ndarray, "W T"], num_positions: int, vocab_size: int) -> None:
         """Raises RequestError, saying why, if it does not hold these windows, or more, of the text."""
-        _, _, saved_vocab_size = self._logits.get_shape()
+        _, saved_num_positions, saved_vocab_size = self._logits.get_shape()
         W, T = token_ids.shape
         saved_W, saved_T = self.token_ids.shape
         if saved_vocab_size != vocab_size:
             problem = f"a vocabulary of {saved_vocab_size} tokens, the model's has {vocab_size}"
         elif saved_T != T:
             problem = f"windows of {saved_T} tokens, not {T}: choose the same context"
+        elif saved_num_positions != num_positions:
+            problem = f"{saved_num_positions} scored tokens a window, not {num_positions}: save them again"
         elif not np.array_equal(self.token_ids[:W], token_ids[:saved_W]):
             same_text = self._text_sha256 == _digest(text)
             problem = "another tokenizer, that gives this text other ids" if same_text else "another text"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamajax.errors import RequestError
-from llamajax.text import well_formed
+from llamajax.errors import RequestError, TokenizerError
+from llamajax.text import one_line, well_formed
 from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
@@ -116,14 +116,16 @@ def encode_chat(
 def find_template(source: Path | Mapping[str, Any]) -> ChatTemplate | None:
     """The template that a checkpoint carries: of a directory, or of a GGUF file's metadata; None if it has none.
 
+    Of several templates with names, it is the one that is named "default".
+
     Raises:
-      TokenizerError: a file of the directory is broken.
+      TokenizerError: a file of the directory is broken, or the metadata has a template that is not text.
     """
     if isinstance(source, Path):
         config = read_config(source)
         text, bos_token, eos_token = config.chat_template, config.bos_token, config.eos_token
     else:
-        text = source.get("tokenizer.chat_template")
+        text = _gguf_template(source)
         bos_token, eos_token = (_gguf_literal(source, name) for name in ("bos", "eos"))
     return ChatTemplate(text, bos_token or "", eos_token or "") if text else None
 
@@ -168,7 +170,18 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     return messages
 
 
+def _gguf_template(metadata: Mapping[str, Any]) -> str | None:
+    template = metadata.get("tokenizer.chat_template", metadata.get("tokenizer.chat_template.default"))
+    if not isinstance(template, str | None):
+        raise TokenizerError(
+            f"GGUF metadata: expected a text as tokenizer.chat_template, found {one_line(repr(template), 80)}: convert "
+            "the model again"
+        )
+    return template
+
+
 def _gguf_literal(metadata: Mapping[str, Any], name: str) -> str | None:
-    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    return tokens[token_id] if token_id is not None and token_id < len(tokens) else None
+    token_id, tokens = metadata.get(f"tokenizer.ggml.{name}_token_id"), metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and isinstance(token_id, int) and 0 <= token_id < len(tokens):
+        return tokens[token_id]
+    return None

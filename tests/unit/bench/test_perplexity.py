@@ -264,6 +264,47 @@ def test_truncated_files_and_other_ones_are_refused(saved: Path, tmp_path: Path)
         SavedLogits(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"logits": np.float32},
+        {"logits": np.int16},
+        {"token_ids": np.int64},
+        {"token_ids": np.float32},
+        {"logits": (6, 15 * CONFIG.vocab_size)},
+        {"logits": (6 * 15 * CONFIG.vocab_size,)},
+        {"logits": (15, 6, CONFIG.vocab_size)},
+        {"logits": (1, 1, 6, 15 * CONFIG.vocab_size)},
+        {"token_ids": (6 * 32,)},
+        {"token_ids": (12, 16)},
+        {"token_ids": (6, 32, 1)},
+    ],
+)
+def test_tensors_of_other_shapes_and_types_are_refused(saved: Path, changed: dict[str, Any]) -> None:
+    tensors = load_file(saved)
+    for name, change in changed.items():
+        tensor = tensors[name]
+        tensors[name] = tensor.reshape(change) if isinstance(change, tuple) else tensor.astype(change)
+    save_file(tensors, saved, {"text_sha256": ""})
+    with pytest.raises(RequestError, match=f"{saved} is truncated, or not a file of saved logits [^\n]*$"):
+        SavedLogits(saved)
+
+
+def test_other_numbers_of_scored_tokens_are_refused(llm: LLM, saved: Path) -> None:
+    tensors = load_file(saved)
+    tensors["logits"] = tensors["logits"][:, 1:].copy()
+    save_file(tensors, saved, {"text_sha256": ""})
+    assert refused(saved, llm) == f"{saved} is of 14 scored tokens a window, not 15: save them again"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_saved_logits_that_are_no_numbers_are_refused(llm: LLM, saved: Path, value: float) -> None:
+    tensors = load_file(saved)
+    tensors["logits"][4, 3, 2] = value
+    save_file(tensors, saved, {"text_sha256": ""})
+    assert "the saved logits are not numbers" in refused(saved, llm)
+
+
 def test_a_file_appears_when_it_is_whole(llm: LLM, tmp_path: Path) -> None:
     seen: list[list[str]] = []
     measure(

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llamajax.errors import RequestError, TokenizerError
@@ -489,6 +490,31 @@ def test_templates_of_gguf_metadata() -> None:
     }
     assert find_template(metadata) == ChatTemplate("{{ bos_token }}", "<s>", "")
     assert find_template({}) is None
+
+
+def test_named_templates_of_gguf_metadata() -> None:
+    """As gguf-py writes several: the names in one key, each but the default under a key of its own."""
+    metadata = {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "tools"}
+    assert find_template(metadata) is None
+    assert find_template(metadata | {"tokenizer.chat_template": "the default"}) == ChatTemplate("the default")
+    assert find_template(metadata | {"tokenizer.chat_template.default": "other"}) == ChatTemplate("other")
+
+
+@pytest.mark.parametrize("template", [["a", "b"], np.arange(3), 7, 1.5, True])
+def test_templates_of_gguf_metadata_that_are_not_text(template: Any) -> None:
+    with pytest.raises(TokenizerError, match=r"^GGUF metadata: expected a text as tokenizer\.chat_template, found .*"):
+        find_template({"tokenizer.chat_template": template})
+
+
+@pytest.mark.parametrize("token_id", ["0", 0.0, -1, 2, [0], np.arange(2), None])
+@pytest.mark.parametrize("tokens", [["<s>", "</s>"], 7, None, "<s>", np.arange(2)])
+def test_odd_token_ids_of_gguf_metadata_have_no_literal(token_id: Any, tokens: Any) -> None:
+    metadata = {
+        "tokenizer.chat_template": "a",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.bos_token_id": token_id,
+    }
+    assert find_template(metadata) == ChatTemplate("a")
 
 
 @pytest.mark.parametrize(
