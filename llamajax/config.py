@@ -97,7 +97,7 @@ class LlamaConfig:
             )
         for key, llama in _HF_LLAMA_VALUES.items():
             if key in hf and hf[key] != llama:
-                raise ConfigError(f"{architecture} with {key}={hf[key]!r} is not supported: a Llama has {llama!r}")
+                raise ConfigError(f"{architecture} with {key}={hf[key]!r:.80} is not supported: a Llama has {llama!r}")
         num_heads = integer(hf, "num_attention_heads")
         config = cls(
             vocab_size=integer(hf, "vocab_size"),
@@ -219,8 +219,12 @@ _SIZES = (
 
 _LIMITS = {"head_dim": 65536, "num_hidden_layers": 65536}
 
-# Architectures whose computation is a Llama's as long as the options below have a Llama's values.
-_HF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+# Architectures whose computation is a Llama's as long as the options below have a Llama's values. One saved without
+# its head is named a model; if it is tied, it is whole.
+_HF_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "LlamaModel"),
+    "mistral": ("MistralForCausalLM", "MistralModel"),
+}
 _HF_LLAMA_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -269,14 +273,14 @@ def _gguf_rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hf_architecture(hf: Mapping[str, Any]) -> str:
     model_type, architectures = hf.get("model_type", "llama"), hf.get("architectures")
-    expected = _HF_ARCHITECTURES.get(str(model_type))
-    named = architectures[0] if isinstance(architectures, list) and architectures else expected
-    if expected is None or named != expected:
+    expected = _HF_ARCHITECTURES.get(str(model_type), ())
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not expected or named not in (None, *expected):
         raise ConfigError(
-            f"architecture {named or model_type!r} is not supported: llamajax runs Llama models "
+            f"architecture {named or model_type!r:.80} is not supported: llamajax runs Llama models "
             "(LlamaForCausalLM, or MistralForCausalLM without a sliding window)"
         )
-    return expected
+    return named or expected[0]
 
 
 _LLAMA_3_8B = LlamaConfig(

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError, ConfigError
+from llamajax.weights.fit import check_fit
 from llamajax.weights.gguf import read_gguf
+from llamajax.weights.names import embedding_and_head, sources
 from llamajax.weights.safetensors import read_safetensors
 from llamajax.weights.tensor import StoredTensor
 
@@ -39,7 +43,8 @@ def open_checkpoint(path: Path, max_len: int | None = None) -> Checkpoint:
     Args:
       max_len: the longest text that will be computed, as for `rope_scaling`.
 
-    Raises ConfigError or CheckpointError for what is missing, malformed or not a Llama.
+    Raises ConfigError or CheckpointError for what is missing, malformed, not a Llama, or not what its configuration
+    says.
     """
     return _open_directory(path, max_len) if path.is_dir() else _open_gguf(path)
 
@@ -55,7 +60,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         )
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from e
-    return Checkpoint(path, config, file.tensors, frozenset(), file.metadata)
+    return _checked(path, config, file.tensors, metadata=file.metadata)
 
 
 def _open_directory(path: Path, max_len: int | None) -> Checkpoint:
@@ -68,22 +73,48 @@ def _open_directory(path: Path, max_len: int | None) -> Checkpoint:
         source, make = params, LlamaConfig.from_meta
     else:
         raise CheckpointError(f"{path}: expected config.json (Hugging Face) or params.json (Meta), found neither")
+    content = _read_json(source)
     try:
-        config = make(_read_json(source))
+        config = make(content)
     except ConfigError as e:
         raise ConfigError(f"{source}: {e}") from e
-    stop_ids: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (path / name).is_file():
-            stop_ids |= _ids(_read_json(path / name).get("eos_token_id"))
-    holds_tensors = any(path.glob("*.safetensors"))
-    tensors = read_safetensors(path if holds_tensors else source.parent)
-    return Checkpoint(path, config, tensors, frozenset(stop_ids), None)
+    stop_ids = _eos_ids(source, content)
+    if (generation := path / "generation_config.json").is_file():
+        stop_ids |= _eos_ids(generation, _read_json(generation))
+    tensors = read_safetensors(path if any(path.glob("*.safetensors")) else source.parent)
+    config = _untied_if_different(config, tensors)
+    return _checked(path, config, tensors, frozenset(id for id in stop_ids if 0 <= id < config.vocab_size))
 
 
-def _ids(value: Any) -> set[int]:
-    values = value if isinstance(value, list) else [value]
-    return {id for id in values if isinstance(id, int)}
+def _checked(
+    path: Path,
+    config: LlamaConfig,
+    tensors: dict[str, StoredTensor],
+    stop_ids: frozenset[int] = frozenset(),
+    metadata: dict[str, Any] | None = None,
+) -> Checkpoint:
+    # Before a model of that many layers is built: a broken file may ask for any number of them.
+    check_fit(sources(config, tensors), tensors)
+    return Checkpoint(path, config, tensors, stop_ids, metadata)
+
+
+def _untied_if_different(config: LlamaConfig, tensors: dict[str, StoredTensor]) -> LlamaConfig:
+    """As in transformers: what the file holds counts, if it has two matrices where the configuration says one."""
+    embedding, head = (tensors.get(name) for name in embedding_and_head(tensors))
+    if embedding is None or head is None or not config.tie_word_embeddings:
+        return config
+    tied = np.array_equal(embedding.data, head.data)
+    embedding.release()
+    head.release()
+    return replace(config, tie_word_embeddings=tied)
+
+
+def _eos_ids(source: Path, content: Mapping[str, Any]) -> set[int]:
+    value = content.get("eos_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id, int) and not isinstance(id, bool) for id in values):
+        raise ConfigError(f"{source}: expected integers for 'eos_token_id', found {value!r:.80}")
+    return set(values)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,11 +24,9 @@ from llamajax.ops.packed import PackedWeight, pack
 from llamajax.ops.quantize import QUANTIZABLE, quantize
 from llamajax.ops.quants import FORMATS, dequantize, split
 from llamajax.types import DType
-from llamajax.weights.names import IGNORED, Source, sources
+from llamajax.weights.names import Source, sources
 from llamajax.weights.tensor import StoredTensor
 
-# Named in one message at most; a wrong file would name hundreds.
-_NAMED = 8
 _Rows = TypeVar("_Rows", jax.Array, np.ndarray)
 
 
@@ -43,7 +41,7 @@ def load_weights(
 
     Args:
       model: a structure; it is changed.
-      tensors: by the names of a Hugging Face, GGUF or Meta checkpoint.
+      tensors: by the names of a Hugging Face, GGUF or Meta checkpoint; they fit the model (`check_fit`).
       device: where the weights are put, and converted.
       dtype: "auto" keeps dense weights in the precision they were shipped in (but on a CPU f16 and the embeddings in
         f32, in which products take a third of the time), and quantized ones in their blocks on a CPU with the native
@@ -52,10 +50,9 @@ def load_weights(
         dtype makes all dense in it.
       progress: called with bytes read so far, and in all.
 
-    Raises CheckpointError naming all missing, unexpected and misshapen tensors.
+    Raises CheckpointError for rows that the blocks of `dtype` do not fit.
     """
     plan = sources(model.config, tensors)
-    _check(plan, tensors)
     total = sum(tensors[source.name].data.nbytes for parts in plan.values() for source in parts)
     done = 0
 
@@ -113,7 +110,6 @@ def bytes_in_memory(
 ) -> int:
     """What `load_weights` would take, from the tensors' shapes and formats alone."""
     plan = sources(config, tensors)
-    _check(plan, tensors)
     converted = [
         jax.eval_shape(partial(_convert, path, parts, [tensors[part.name] for part in parts], dtype, platform))
         for path, parts in plan.items()
@@ -135,31 +131,6 @@ def in_blocks(weight: jax.Array, name: str, packed: bool) -> Weight:
     """A weight rounded to a format's blocks, kept in them (packed) or in bf16."""
     parts = quantize(weight, name)
     return pack(parts, name) if packed else parts.dequantized().astype(jnp.bfloat16)
-
-
-def _check(plan: Mapping[str, list[Source]], tensors: Mapping[str, StoredTensor]) -> None:
-    expected = {source.name: source.shape for parts in plan.values() for source in parts}
-    # A tied model's file may repeat the embedding as its head.
-    known = {*expected, *IGNORED, "lm_head.weight"}
-    problems = {
-        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in tensors],
-        "unexpected": [f"{name} {tensor.shape}" for name, tensor in tensors.items() if name not in known],
-        "misshapen": [
-            f"{name} {tensors[name].shape}, expected {shape}"
-            for name, shape in expected.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        raise CheckpointError(
-            "the weights do not fit the configuration: "
-            + "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names)
-        )
-
-
-def _listed(names: list[str]) -> str:
-    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _is_moved(sources: list[Source], formats: tuple[str, ...], dtype: DType, platform: str) -> bool:
@@ -203,7 +174,7 @@ def _convert(path: str, parts: list[Source], stored: list[StoredTensor], dtype: 
     elif any(format in FORMATS for format in formats):
         kept = jnp.dtype(jnp.bfloat16)
     else:
-        kept = jnp.result_type(*(tensor.data.dtype for tensor in stored))
+        kept = jnp.result_type(*(jnp.float32 if tensor.format == "f64" else tensor.data.dtype for tensor in stored))
         if kept == jnp.float16 and platform == "cpu":
             kept = jnp.dtype(jnp.float32)
     if path == "embed_tokens.weight" and platform == "cpu" and dtype == "auto":

@@ -53,18 +53,37 @@ _META = {
     "mlp.down_proj": ["layers.{i}.feed_forward.w2"],
 }
 
-# Constants of RoPE that some files carry beside the weights; the configuration has them.
-IGNORED = ("rope_freqs.weight", "rope.freqs")
+_FIRST_NORM = "layers.0.input_layernorm.weight"
+
+
+def embedding_and_head(stored: Collection[str]) -> tuple[str, str]:
+    """The names that the two have in a Hugging Face checkpoint with these tensors."""
+    prefix = _prefix(stored)
+    return _prefixed("model.embed_tokens.weight", prefix), _prefixed("lm_head.weight", prefix)
+
+
+def _prefix(stored: Collection[str]) -> str:
+    """What stands before the names of layers: "model."; nothing in a model saved without its head;
+    "_orig_mod.model." and the like, if a compiler or data parallelism wrapped the model when it was saved."""
+    found = [name.removesuffix(_FIRST_NORM) for name in stored if name.endswith(_FIRST_NORM)]
+    return min(found, key=len, default="model.")
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    if name.startswith("model."):
+        return prefix + name.removeprefix("model.")
+    return prefix.removesuffix("model.") + name  # the head
 
 
 def sources(config: LlamaConfig, stored: Collection[str]) -> dict[str, list[Source]]:
     """Each parameter's path in the model -> the tensors that make it, in the naming that `stored` follows."""
+    prefix = "model."
     if "token_embd.weight" in stored:
         naming = _GGUF
     elif "tok_embeddings.weight" in stored:
         naming = _META
     else:
-        naming = _HF
+        naming, prefix = _HF, _prefix(stored)
     c = config
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes: dict[str, list[tuple[int, ...]]] = {
@@ -88,7 +107,12 @@ def sources(config: LlamaConfig, stored: Collection[str]) -> dict[str, list[Sour
         for i in range(c.num_hidden_layers) if "{i}" in names[0] else [None]:
             path = f"{parameter}.weight" if i is None else f"layers.{i}.{parameter}.weight"
             plan[path] = [
-                Source(f"{name.format(i=i)}.weight", shape, h if "qkv" in parameter else 0)
+                Source(_prefixed(f"{name.format(i=i)}.weight", prefix), shape, h if "qkv" in parameter else 0)
                 for name, shape, h in zip(names, parts, heads, strict=False)
             ]
+    if naming is _HF and c.tie_word_embeddings:
+        # Some tools keep the head's name of the two.
+        [embedding], head = plan["embed_tokens.weight"], embedding_and_head(stored)[1]
+        if embedding.name not in stored and head in stored:
+            plan["embed_tokens.weight"] = [embedding._replace(name=head)]
     return plan

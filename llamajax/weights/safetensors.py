@@ -19,25 +19,29 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
     """Tensors by name, of a file or of a directory.
 
     In a directory, model.safetensors is read, or the shards of model.safetensors.index.json, or every
-    *.safetensors. RoPE's constants, which older checkpoints carry (`*.rotary_emb.inv_freq`), are left out.
+    *.safetensors but adapters.
 
     Raises:
       CheckpointError: a file or shard is missing, truncated or corrupt; a tensor is in two files, or in the
-        index but in no shard, or of another dtype than F32, F16 and BF16.
+        index but in no shard.
     """
     path = Path(path)
     index = path / "model.safetensors.index.json"
     if not path.is_dir():
-        tensors = _read_file(path)
-    elif (path / "model.safetensors").is_file():
-        tensors = _read_file(path / "model.safetensors")
-    elif index.is_file():
-        tensors = _read_sharded(index)
-    else:
-        tensors = _read_files(sorted(path.glob("*.safetensors")))
-        if not tensors:
-            raise CheckpointError(f"{path}: no tensors here, expected model.safetensors or {index.name}")
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+        return _read_file(path)
+    if (path / "model.safetensors").is_file():
+        return _read_file(path / "model.safetensors")
+    if index.is_file():
+        return _read_sharded(index)
+    tensors = _read_files(file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("adapter"))
+    if tensors:
+        return tensors
+    if pickles := sorted(file.name for suffix in ("bin", "pt", "pth") for file in path.glob(f"*.{suffix}")):
+        raise CheckpointError(
+            f"{path}: expected model.safetensors, found {pickles[0]}: pickled weights can run code, and are not read; "
+            "convert them to safetensors"
+        )
+    raise CheckpointError(f"{path}: no tensors here, expected model.safetensors or {index.name}")
 
 
 def _read_sharded(index: Path) -> dict[str, StoredTensor]:
@@ -86,10 +90,13 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     bytes_ = np.frombuffer(data, np.uint8)[start:]
     tensors = {}
     for name, info in header.items():
-        format = info["dtype"].lower()
-        if format not in DENSE_DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} is {info['dtype']}, expected F32, F16 or BF16")
+        format, shape = info["dtype"].lower(), tuple(info["shape"])
         begin, end = info["data_offsets"]
-        shape = tuple(info["shape"])
-        tensors[name] = StoredTensor(name, shape, format, bytes_[begin:end].view(DENSE_DTYPES[format]).reshape(shape))
+        tensor = bytes_[begin:end]
+        if format in DENSE_DTYPES:
+            try:
+                tensor = tensor.view(DENSE_DTYPES[format]).reshape(shape)
+            except (ValueError, OverflowError) as error:  # more dimensions than numpy has, or larger ones
+                raise CheckpointError(f"{path}: tensor {name!r} has an impossible shape ({error})") from None
+        tensors[name] = StoredTensor(name, shape, format, tensor)
     return tensors

@@ -13,6 +13,7 @@ DENSE_DTYPES = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f64": np.dtype(np.float64),
 }
 
 
@@ -23,10 +24,11 @@ class StoredTensor:
     Attributes:
       name: its name in the file.
       shape: logical shape, row-major as in PyTorch: a linear layer's weight is [out, in].
-      format: "f32", "f16", "bf16", or a GGUF block format in lower case ("q4_1", "q6_k", ...).
+      format: "f32", "f16", "bf16", "f64", or a GGUF block format in lower case ("q4_1", "q6_k", ...), or what else
+        a safetensors file may hold ("i64", "bool", "f8_e4m3", ...) and no weight can be.
       data: read-only. Dense formats: an array of that dtype (bf16 through ml_dtypes) and shape, at whatever
         address the file has it (numpy's aligned flag may be off); block formats: uint8 [*shape[:-1], bytes a
-        row].
+        row]; others: uint8 [bytes].
     """
 
     name: str

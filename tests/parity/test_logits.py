@@ -1,5 +1,6 @@
 """The model against transformers' logits: every shape of the family, every layout of a checkpoint, every split."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,118 @@ def test_a_tied_model_may_store_its_head(tmp_path: Path) -> None:
     assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
 
 
+def test_a_tied_model_may_store_its_head_only(tmp_path: Path) -> None:
+    case, weights = "smollm2", state_dict("smollm2")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    found = logits(write_hf(tmp_path / "hf", CASES[case], weights), case)
+    assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
+
+
+def test_a_head_of_its_own_is_one_whatever_the_configuration_says(tmp_path: Path) -> None:
+    case, weights = "llama3-8b", state_dict("llama3-8b")
+    found = logits(write_hf(tmp_path / "hf", CASES[case] | {"tie_word_embeddings": True}, weights), case)
+    assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("prefix", "architecture"),
+    [
+        ("_orig_mod.model.", "LlamaForCausalLM"),
+        ("module.model.", "LlamaForCausalLM"),
+        ("{0}\x1b.model.", "LlamaForCausalLM"),
+        ("", "LlamaModel"),
+    ],
+)
+@pytest.mark.parametrize("case", ["smollm2", "llama3-8b"])
+def test_other_prefixes(case: str, prefix: str, architecture: str, tmp_path: Path) -> None:
+    weights = {
+        prefix + name.removeprefix("model.") if "model." in name else prefix.removesuffix("model.") + name: array
+        for name, array in state_dict(case).items()
+    }
+    path = write_hf(tmp_path / "hf", CASES[case] | {"architectures": [architecture]}, weights)
+    assert relative_error(logits(path, case), GOLDENS[f"{case}/logits"]) < 1e-4
+
+
+def test_doubles_are_cast(tmp_path: Path) -> None:
+    case = "llama3-8b"
+    weights = {name: array.astype(np.float64) for name, array in state_dict(case).items()}
+    expected = logits(write_hf(tmp_path / "f32", CASES[case], state_dict(case)), case)
+    np.testing.assert_array_equal(logits(write_hf(tmp_path / "f64", CASES[case], weights), case), expected)
+
+
+BUFFERS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+    "model.rotary_emb.cos_cached": np.ones((4, 8), np.float32),
+    "model.layers.1.self_attn.k_scale": np.ones(1, np.float32),
+    "model.layers.1.self_attn.v_scale": np.ones((), ml_dtypes.bfloat16),
+    "model.layers.0.self_attn.k_proj.k_scale": np.ones(1, np.float32),
+    "model.layers.0.self_attn.bias": np.ones((1, 1, 4, 4), bool),
+    "model.layers.1.self_attn.bias": np.ones((1, 1, 4, 4), np.float32),
+    "model.layers.0.self_attn.masked_bias": np.float32([-1e9]),
+    "model.position_ids": np.arange(4),
+    "model.causal_mask": np.zeros((4, 4), np.uint8),
+}
+
+
+def test_buffers_are_ignored_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = "llama3-8b"
+    found = logits(write_hf(tmp_path / "hf", CASES[case], state_dict(case) | BUFFERS), case)
+    assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
+    [record] = caplog.records
+    assert record.name == "llamajax"
+    assert record.getMessage().startswith("ignoring 10 tensors that are no weights: ")
+    assert record.getMessage().endswith(", and 2 more")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.bias",
+        "model.layers.0.mlp.gate_proj.lora_A.weight",
+        "model.layers.7.mlp.up_proj.weight",
+    ],
+)
+def test_a_weight_that_is_not_known_is_never_ignored(name: str, tmp_path: Path) -> None:
+    weights = state_dict("llama3-8b") | {name: np.ones(64, np.float32)}
+    with pytest.raises(CheckpointError, match=f"1 unexpected: {name}"):
+        open_checkpoint(write_hf(tmp_path / "hf", CASES["llama3-8b"], weights))
+
+
+def test_a_weight_of_integers_is_refused(tmp_path: Path) -> None:
+    weights = state_dict("llama3-8b")
+    weights["model.layers.0.mlp.down_proj.weight"] = np.ones((64, 96), np.int8)
+    with pytest.raises(
+        CheckpointError, match=r"unreadable, expected F32.*: model\.layers\.0\.mlp\.down_proj.weight I8"
+    ):
+        open_checkpoint(write_hf(tmp_path / "hf", CASES["llama3-8b"], weights))
+
+
 # Refusals
+
+
+def test_more_layers_than_memory_are_refused_before_they_are_built(tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "hf", CASES["llama3-8b"] | {"num_hidden_layers": 65536}, state_dict("llama3-8b"))
+    with pytest.raises(CheckpointError, match=r"589806 missing: .*, and 589798 more"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("eos", ["2", ["2"], 2.5, True, {"id": 2}])
+def test_stop_ids_that_are_none(name: str, eos: Any, tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "hf", CASES["llama3-8b"], state_dict("llama3-8b"))
+    content = CASES["llama3-8b"] if name == "config.json" else {}
+    (path / name).write_text(json.dumps(content | {"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match=f"/{name}: expected integers for 'eos_token_id'"):
+        open_checkpoint(path)
+
+
+def test_stop_ids_are_those_of_both_files_within_the_vocabulary(tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "hf", CASES["llama3-8b"] | {"eos_token_id": [2, -1, 10**30]}, state_dict("llama3-8b"))
+    (path / "generation_config.json").write_text('{"eos_token_id": 3, "temperature": NaN}')
+    assert open_checkpoint(path).stop_ids == {2, 3}
 
 
 def test_all_misfits_are_reported_at_once(tmp_path: Path) -> None:
