@@ -4,10 +4,11 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Annotated, NoReturn, cast
 
 import typer
 
+import llamajax
 from llamajax.errors import LlamaJaxError
 from llamajax.text import one_line
 
@@ -27,17 +28,34 @@ BROKEN_PIPE = 141
 app = typer.Typer(
     name="llamajax",
     help="Llama models on JAX: chat with one, answer a file of prompts, measure.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut names that are too long for their column
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(chat)
-app.command()(batch)
-app.command()(models)
-app.command()(info)
-app.command()(bench)
-app.command()(perplexity)
+app.command(short_help="Answer a prompt, or hold a conversation.")(chat)
+app.command(short_help="Answer each line of a file.")(batch)
+app.command(short_help="List the models that have a short name.")(models)
+app.command(short_help="Describe a model, without loading it.")(info)
+app.command(short_help="Measure how fast a model is here.")(bench)
+app.command(short_help="Measure how well a model predicts a text.")(perplexity)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llamajax {llamajax.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _no_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 def run() -> NoReturn:
@@ -63,11 +81,12 @@ def _run() -> int:
         code = app(standalone_mode=False)
         sys.stdout.flush()
         return code or 0
-    except SystemExit as e:  # how Typer ends a command whose reader is gone
-        raise BrokenPipeError from e
+    except SystemExit as e:  # how Typer ends a command whose reader is gone, and shell completion
+        if isinstance(e.__context__, OSError):
+            raise BrokenPipeError from e
+        sys.stdout.flush()
+        return int(e.code or 0)
     except _UsageError as e:
-        if not e.format_message():  # no arguments: the help is what there is to say
-            return e.exit_code
         command = e.ctx.command_path if e.ctx else "llamajax"
         return _fail(f"{e.format_message()} (see '{command} --help')", e.exit_code)
     except (KeyboardInterrupt, typer.Abort):

@@ -1,16 +1,29 @@
 """The options that commands share: their names, help and ranges, once."""
 
+import os
 from typing import Annotated
 
 import typer
 
-from llamajax.types import Device, DType
+from llamajax.hub.aliases import ALIASES
+from llamajax.types import MAX_THREADS, Device, DType
+
+
+def _names(begun: str) -> list[str]:
+    return [name for name in ALIASES if name.startswith(begun)]
+
+
+def _use_threads(number: int | None) -> None:
+    if number is not None:
+        os.environ["LLAMAJAX_THREADS"] = str(number)
+
 
 Model = Annotated[
     str,
     typer.Option(
         "-m",
         "--model",
+        autocompletion=_names,
         help="A name ('llamajax models' lists them), a directory, a .gguf file, or a hub id: org/repo[:file.gguf].",
     ),
 ]
@@ -29,6 +42,16 @@ DTypeOption = Annotated[
 ]
 DeviceOption = Annotated[
     Device | None, typer.Option("--device", help="Where to compute; the first accelerator if there is one.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        callback=_use_threads,
+        min=1,
+        max=MAX_THREADS,
+        help="Threads to compute with on a CPU; LLAMAJAX_THREADS, or else one for each processor.",
+    ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 always takes the most probable token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw from the smallest set of tokens of this probability.")]

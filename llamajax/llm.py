@@ -33,6 +33,7 @@ from llamajax.tokenizers.gguf import from_gguf
 from llamajax.tokenizers.load import load_directory
 from llamajax.tokenizers.stream import StopStrings, StreamDecoder
 from llamajax.types import (
+    MAX_THREADS,
     Completion,
     Device,
     DType,
@@ -375,6 +376,7 @@ def find_device(kind: Device | None) -> jax.Device:
 
     Raises PlatformError if there is none.
     """
+    _limit_threads()
     try:
         return jax.devices(kind)[0]
     except (RuntimeError, AssertionError) as e:  # jax asserts that it has found any of JAX_PLATFORMS
@@ -383,6 +385,17 @@ def find_device(kind: Device | None) -> jax.Device:
         limited = f", and JAX_PLATFORMS={platforms!r} right" if platforms else ""
         reason = f" ({e})" if str(e) else ""
         raise PlatformError(f"no {kind or 'device'} that jax can use: is {extra} installed{limited}?{reason}") from None
+
+
+def _limit_threads() -> None:
+    """Has XLA compute on as many threads as LLAMAJAX_THREADS says. The native kernels take XLA's.
+
+    It counts when jax looks for its devices for the first time.
+    """
+    if number := os.environ.get("LLAMAJAX_THREADS"):
+        if not number.isdecimal() or not 1 <= int(number) <= MAX_THREADS:
+            raise PlatformError(f"LLAMAJAX_THREADS must be a number from 1 to {MAX_THREADS}, not {number!r:.40}")
+        os.environ["PJRT_NPROC"] = str(int(number))
 
 
 def _use_compilation_cache() -> None:

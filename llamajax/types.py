@@ -12,6 +12,7 @@ Device = Literal["cpu", "gpu", "tpu"]
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 MAX_TOP_LOGPROBS = 20
+MAX_THREADS = 1024
 
 
 class Message(TypedDict):

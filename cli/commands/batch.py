@@ -66,6 +66,7 @@ def batch(
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
     device: options.DeviceOption = None,
+    threads: options.Threads = None,
     debug: options.Debug = False,
 ) -> None:
     """Answer each line of a file, and write the answers as JSON lines.

@@ -75,6 +75,7 @@ def bench(
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
     device: options.DeviceOption = None,
+    threads: options.Threads = None,
     debug: options.Debug = False,
 ) -> None:
     """Measure the speed of a model here, in three strategies of serving several requests.

@@ -48,6 +48,7 @@ def chat(
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
     device: options.DeviceOption = None,
+    threads: options.Threads = None,
     debug: options.Debug = False,
 ) -> None:
     """Answer a prompt; without one, on a terminal, hold a conversation.

@@ -12,6 +12,7 @@ def info(
     model: options.Model = DEFAULT,
     dtype: options.DTypeOption = "auto",
     device: options.DeviceOption = None,
+    threads: options.Threads = None,
     debug: options.Debug = False,
 ) -> None:
     """Print a model's configuration, size, memory and cache. Its weights are not loaded."""

@@ -35,6 +35,7 @@ def perplexity(
     model: options.Model = DEFAULT,
     dtype: options.DTypeOption = "auto",
     device: options.DeviceOption = None,
+    threads: options.Threads = None,
     debug: options.Debug = False,
 ) -> None:
     """Measure how well a model predicts a text: the lower the perplexity, the better.

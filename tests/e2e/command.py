@@ -65,7 +65,7 @@ def run(*arguments: str, stdin: str | bytes = "", **env: str) -> Finished:
 def start(*arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
     """Starts `llamajax` without waiting; Ctrl-C of the terminal that runs the tests does not reach it."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([COMMAND, *arguments], env=environment(), **{**pipes, **options})
+    return subprocess.Popen([COMMAND, *arguments], **{"env": environment(), **pipes, **options})
 
 
 class Reply(NamedTuple):

@@ -1,6 +1,8 @@
 """`llamajax models`, `info` and help: facts about models, without loading any."""
 
+import importlib.metadata
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from llamajax import CONFIGS
 from llamajax.hub import ALIASES, DEFAULT
 
-from .command import run, start
+from .command import environment, run, start
 
 
 def rows(text: str) -> dict[str, str]:
@@ -40,6 +42,54 @@ def test_each_command_has_help(command: str, options: list[str]) -> None:
     done = run(command, "--help", COLUMNS="120")
     assert (done.code, done.stderr) == (0, "")
     assert all(option in done.stdout for option in options)
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_help_cuts_no_name_and_no_sentence(columns: str) -> None:
+    for command in ([], ["chat"], ["batch"], ["models"], ["info"], ["bench"], ["perplexity"]):
+        narrow, wide = (run(*command, "--help", COLUMNS=width).stdout for width in (columns, "200"))
+        assert "…" not in narrow and not re.search(r"[a-z]\.\.\.$", narrow, re.MULTILINE)
+        assert re.findall(r"--[a-z-]+", narrow) == re.findall(r"--[a-z-]+", wide)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.code, done.stdout, done.stderr) == (0, f"llamajax {importlib.metadata.version('llamajax')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("begun", "completed"),
+    [
+        ("ch", {"chat"}),
+        ("chat --max", {"--max-new-tokens", "--max-seq-len"}),
+        ("info -m llama3.2-1", {"llama3.2-1b", "llama3.2-1b-instruct"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(begun: str, completed: set[str]) -> None:
+    words = f"llamajax {begun}"
+    number = str(len(begun.split()))
+    done = run(_LLAMAJAX_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=number)
+    assert (done.code, set(done.stdout.split()), done.stderr) == (0, completed, "")
+
+
+def test_threads_are_as_many_as_wanted(shallow_model: str) -> None:
+    def threads(*options: str, **env: str) -> int:
+        with start("chat", "-m", shallow_model, "-p", "Hi", "-n", "2000", *options, env=environment(**env)) as process:
+            assert process.stdout
+            process.stdout.read(1)
+            names = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/comm")]
+            process.kill()
+        return names.count("tf_XLAEigen\n")
+
+    assert threads("--threads", "3") == threads(LLAMAJAX_THREADS="3") == 3
+    assert threads("--threads", "1", LLAMAJAX_THREADS="3") == 1
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "many", "1.5", "100000"])
+def test_threads_must_be_a_number(shallow_model: str, number: str) -> None:
+    assert "'--threads'" in run("chat", "-p", "Hi", "--threads", number).error
+    error = run("chat", "-m", shallow_model, "-p", "Hi", LLAMAJAX_THREADS=number).error
+    assert error == f"LLAMAJAX_THREADS must be a number from 1 to 1024, not '{number}'"
 
 
 def test_no_command_is_wrong_usage_and_shows_the_help() -> None:

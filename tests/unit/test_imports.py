@@ -32,6 +32,13 @@ def test_the_command_imports_nothing_slow_before_it_needs_it(arguments: list[str
     assert imported_by(COMMAND, *arguments) == set()
 
 
+def test_shell_completion_imports_nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_LLAMAJAX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "llamajax chat -m ll")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    assert imported_by(COMMAND) == set()
+
+
 def test_listing_models_may_ask_the_hub_s_cache_only() -> None:
     imported = imported_by(COMMAND, "models")
     assert imported <= {"huggingface_hub"}
