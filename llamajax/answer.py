@@ -72,10 +72,16 @@ class Answer:
 
 
 class Stream(Iterator[str]):
-    """An answer's text, piece by piece, computed as it is read."""
+    """An answer's text, piece by piece, computed as it is read.
+
+    Attributes:
+      on_read: called while the prompt is read, chunk by chunk, with how many of its tokens are, and how many it has.
+    """
 
     def __init__(self, tokens: Sequential, answer: Answer) -> None:
+        self.on_read: Callable[[int, int], None] = lambda read, total: None
         self._tokens = tokens
+        self._tokens.goes_on = self._goes_on
         self._answer = answer
         self._cancelled = False
         self._pieces = self._run()
@@ -87,7 +93,10 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def cancel(self) -> None:
-        """Ends the answer before its next token. May be called from anywhere, a signal handler too."""
+        """Ends the answer before its next token, or the next chunk of its prompt.
+
+        May be called from anywhere, a signal handler too.
+        """
         self._cancelled = True
 
     def finish(self) -> Completion:
@@ -97,9 +106,19 @@ class Stream(Iterator[str]):
         return self.completion
 
     @property
+    def request(self) -> Request:
+        """What was asked, in token ids."""
+        return self._answer.request
+
+    @property
     def completion(self) -> Completion:
         """The answer so far; "cancelled" until it has ended in another way."""
         return self._answer.completion
+
+    def _goes_on(self, read: int) -> bool:
+        if not self._cancelled:
+            self.on_read(read, len(self.request.token_ids))
+        return not self._cancelled
 
     def _run(self) -> Iterator[str]:
         for token in self._tokens:

@@ -36,7 +36,10 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All that is remembered, oldest first; an answer as far as it has come."""
+        """All that is remembered, oldest first; an answer as far as it has come.
+
+        A question without any answer, since it was cancelled, counts for `ask_again` only.
+        """
         return self._remembered()[0]
 
     def ask(self, question: str, *, max_new_tokens: int, **options: Any) -> Stream:
@@ -52,7 +55,7 @@ class Conversation:
 
         Raises RequestError if nothing was asked yet.
         """
-        messages, answers = self._remembered()
+        messages, answers = self._messages, self._answers
         asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not asked:
             raise RequestError("nothing was asked yet")

@@ -18,6 +18,7 @@ from jaxtyping import Float32
 from llamajax import hub
 from llamajax.answer import Answer, Inbox, ServedStream, Stream
 from llamajax.config import LlamaConfig
+from llamajax.engine.ahead import AheadCompiler
 from llamajax.engine.concurrent import Concurrent
 from llamajax.engine.engine import Engine
 from llamajax.engine.runner import Runner
@@ -242,6 +243,13 @@ class LLM:
     def warm_up(self, num_tokens: int = 1) -> None:
         """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""
         self._runner.warm_up(num_tokens)
+
+    def compile_ahead(self, num_tokens: int) -> AheadCompiler:
+        """Begins to compile, in a thread, what prompts and answers of up to this many tokens together need.
+
+        It waits until it is told which request to expect first.
+        """
+        return AheadCompiler(self._runner, min(num_tokens, self.max_seq_len))
 
     def warm_up_batches(self, slots: int, num_tokens: int) -> None:
         """As `warm_up`, for so many requests at once, served or in a batch."""

@@ -4,8 +4,10 @@ Knows token ids and slots; knows nothing of text, queues or strategies.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache as once
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,8 @@ CHUNKS = (16, 64, 128, 512)
 # A call costs as much as this many tokens more, on a CPU.
 CALL_COST = 32
 MIN_CACHE_LEN = 128
+# A context that is no power of two ends in a cache of a multiple of this length: each has programs of its own.
+LAST_CACHE_STEP = 1024
 # An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
 RESERVED_LEN = 512
 
@@ -45,6 +49,14 @@ def chunk_lens(num_tokens: int) -> tuple[int, ...]:
         return (longest,) * whole + chunk_lens(num_tokens - whole * longest)
     plans = [(first, *chunk_lens(num_tokens - first)) for first in reversed(CHUNKS)]
     return min(plans, key=lambda plan: sum(plan) + CALL_COST * len(plan))
+
+
+class Program(NamedTuple):
+    """A step compiled for one sequence, without log-probabilities."""
+
+    step: Literal["empty_rows", "grow", "prefill", "decode"]
+    cache_len: int  # grow: to this length from the one before
+    chunk_len: int = 0  # of a prefill
 
 
 class Runner:
@@ -98,10 +110,13 @@ class Runner:
                 f"max_seq_len if it is below the model's {self.config.max_position_embeddings}"
             )
 
-    def prefill(self, request: Request) -> tuple[Drawn, int]:
+    def prefill(self, request: Request, goes_on: Callable[[int], bool] = lambda read: True) -> tuple[Drawn | None, int]:
         """Reads what the cache does not hold of the prompt and draws the first token.
 
-        Returns that token, on the device, and how many of the prompt's tokens were in the cache already.
+        `goes_on` is called before each chunk with how many of the prompt's tokens are read; False ends the reading.
+
+        Returns that token, on the device, or None if the reading was ended, and how many of the prompt's tokens were
+        in the cache already.
 
         Raises as `check` does.
         """
@@ -111,21 +126,32 @@ class Runner:
         self._requests = self.device_requests([request])
         self._num_logprobs = request.sampling.logprobs
 
-        # The last token is read in any case: its logits are not kept.
-        reused = _common_prefix(self.cached_ids, ids[:-1]) if request.reuse_cache else 0
+        reused, chunks, room = self._plan(request)
         self.cached_ids = ids[:reused]
-        chunks = chunk_lens(len(ids) - reused)
-        self.reserve(max(len(ids) + min(max_new_tokens, RESERVED_LEN), reused + sum(chunks)))
+        self.reserve(room)
         self._drawn_len = len(ids)
         self.current = request
         end = reused
+        drawn: Drawn | None = None
         for chunk_len in chunks:
+            jax.block_until_ready(drawn)  # the device would otherwise be given all chunks at once
+            if not goes_on(end):
+                return None, reused
             # A chunk that would pass the end of the cache begins earlier, and writes again what is there.
             start = min(end, self.cache_len - chunk_len)
             end = min(start + chunk_len, len(ids))
             drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if end == len(ids) else 0)
             self.cached_ids = ids[:end]
         return drawn, reused
+
+    def _plan(self, request: Request) -> tuple[int, tuple[int, ...], int]:
+        """How many of the prompt's tokens the cache holds, the chunks in which to read the others, the room to make."""
+        num_tokens = len(request.token_ids)
+        # The last token is read in any case: its logits are not kept.
+        reused = _common_prefix(self.cached_ids, request.token_ids[:-1]) if request.reuse_cache else 0
+        chunks = chunk_lens(num_tokens - reused)
+        max_new_tokens = min(request.max_new_tokens, self.max_seq_len - num_tokens, RESERVED_LEN)
+        return reused, chunks, max(num_tokens + max_new_tokens, reused + sum(chunks))
 
     def decode(self, num_steps: int) -> Drawn:
         """Draws up to `num_steps` more tokens, at most BLOCK_LEN. Returns at once: the device works on."""
@@ -177,37 +203,94 @@ class Runner:
         needed = self.bucket(num_positions)
         if needed <= self.cache_len:
             return
-        if self.cached_ids:
-            self._cache = steps.grow(self._cache, length=needed)
-        else:
+        if not self.cached_ids:
             self._cache = self.empty_rows(1, needed).cache
+        while self.cache_len < needed:
+            self._cache = steps.grow(self._cache, length=self.bucket(self.cache_len + 1))
 
     def bucket(self, num_positions: int) -> int:
         """The length of a cache with room for this many positions: a power of two, up to the context."""
-        return min(power_of_two(num_positions, MIN_CACHE_LEN), -(-self.max_seq_len // MIN_CACHE_LEN) * MIN_CACHE_LEN)
+        longest = min(power_of_two(self.max_seq_len, MIN_CACHE_LEN), _multiple(self.max_seq_len, LAST_CACHE_STEP))
+        return min(power_of_two(num_positions, MIN_CACHE_LEN), longest)
 
     def empty_rows(self, num_rows: int, length: int) -> Rows:
         """Idle rows on the device."""
         with jax.default_device(self.device):
-            rows = steps.empty_rows(
-                num_rows=num_rows,
-                length=length,
-                config=self.config,
-                cache_dtype=self.cache_dtype,
-                shared=layers_share_arrays(self.device, self.config.head_dim),
-            )
+            rows = steps.empty_rows(**self._settings(num_rows, length))
         # Bound to the device as what the steps return is: else each step would be compiled for both.
         return jax.device_put(rows, self.device)
+
+    def _settings(self, num_rows: int, length: int) -> dict[str, Any]:
+        return {
+            "num_rows": num_rows,
+            "length": length,
+            "config": self.config,
+            "cache_dtype": self.cache_dtype,
+            "shared": layers_share_arrays(self.device, self.config.head_dim),
+        }
 
     def warm_up(self, num_positions: int = 1) -> None:
         """Compiles all programs for a cache of this length, so that no request waits for them. Empties the cache."""
         self.cached_ids = []
         self.reserve(min(num_positions, self.max_seq_len))
-        for chunk_len in CHUNKS:
-            if chunk_len <= self.cache_len:
-                length = min(chunk_len, self.cache_len - 1, self.max_seq_len - 1)
-                self.read(self.prefill(Request([0] * length, 1))[0])
+        for program in self.programs(self.cache_len, self.cache_len):
+            self.compile(program)
+        drawn, _ = self.prefill(Request([0], 1))
+        assert drawn
+        self.read(drawn)
         self.read(self.decode(1))
+
+    def programs(self, shortest: int, longest: int) -> Iterator[Program]:
+        """All that sequences need whose caches have room for this many positions, the shortest first."""
+        length = self.bucket(shortest)
+        while True:
+            yield from (Program("empty_rows", length), Program("decode", length))
+            if length > MIN_CACHE_LEN:
+                yield Program("grow", length)
+            yield from (Program("prefill", length, chunk_len) for chunk_len in CHUNKS if chunk_len <= length)
+            if length >= self.bucket(longest):
+                return
+            length = self.bucket(length + 1)
+
+    def programs_for(self, request: Request) -> Iterator[Program]:
+        """What the answer to a valid request needs, with the cache as it is; more when the answer makes it grow."""
+        reused, chunks, room = self._plan(request)
+        length, needed = self.cache_len, max(self.bucket(room), self.cache_len)
+        if length < needed and not reused:
+            length = needed
+            yield Program("empty_rows", length)
+        while length < needed:
+            length = self.bucket(length + 1)
+            yield Program("grow", length)
+        yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
+        yield Program("decode", length)
+
+    def compile(self, program: Program) -> None:
+        """Compiles a program, if it is not yet. Any thread may: it touches no array on the device."""
+        step, length, chunk_len = program
+        cache, slots, requests = self._shapes(length)
+        match step:
+            case "empty_rows":
+                with jax.default_device(self.device):
+                    lowered = steps.empty_rows.lower(**self._settings(1, length))
+            case "grow":
+                lowered = steps.grow.lower(self._shapes(power_of_two(length) // 2).cache, length=length)
+            case "prefill":
+                chunk, one = np.zeros((1, chunk_len), np.int32), np.ones(1, np.int32)
+                lowered = steps.prefill.lower(self.model, cache, chunk, one, one, one, requests, with_logprobs=False)
+            case "decode":
+                lowered = steps.decode.lower(
+                    self.model, cache, slots, self.step_counts[1], requests, with_logprobs=False
+                )
+        lowered.compile()  # jax.jit finds what was compiled of the same shapes
+
+    def _shapes(self, length: int) -> Rows:
+        """One row's arrays, without their values."""
+        sharding = jax.sharding.SingleDeviceSharding(self.device)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(partial(steps.empty_rows, **self._settings(1, length))),
+        )
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones. The cache is left as it is."""
@@ -256,6 +339,11 @@ class Runner:
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _multiple(number: int, of: int) -> int:
+    """The smallest multiple that is not below a number."""
+    return -(-number // of) * of
 
 
 def power_of_two(number: int, at_least: int = 1) -> int:

@@ -1,7 +1,7 @@
 """The sequential strategy: one request at a time, with the lowest latency."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llamajax.engine.runner import Runner
 from llamajax.engine.steps import BLOCK_LEN, Drawn
@@ -19,12 +19,14 @@ class Sequential:
       request: as it was given.
       cached_tokens: how many of the prompt's tokens the KV cache already held; known once iteration began.
       stopped: whether a stop token ended the answer, which is not part of it.
+      goes_on: called before each chunk of the prompt with how many of its tokens are read; False ends the request.
     """
 
     def __init__(self, runner: Runner, request: Request) -> None:
         self.request = request
         self.cached_tokens = 0
         self.stopped = False
+        self.goes_on: Callable[[int], bool] = lambda read: True
         self._runner = runner
 
     def __iter__(self) -> Iterator[Token]:
@@ -43,7 +45,9 @@ class Sequential:
     def _blocks(self) -> Iterator[list[Token]]:
         """The first token alone, then blocks, each computed while the one before it is read."""
         runner, request = self._runner, self.request
-        drawn, self.cached_tokens = runner.prefill(request)
+        drawn, self.cached_tokens = runner.prefill(request, self.goes_on)
+        if drawn is None:
+            return
         yield runner.read(drawn)
         left = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids)) - 1
         num_steps = 1

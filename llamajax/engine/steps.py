@@ -7,7 +7,7 @@ slots are donated, so that they are written in place.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache as once
-from functools import partial, wraps
+from functools import cached_property, partial, update_wrapper
 from typing import Any, NamedTuple
 
 import jax
@@ -41,17 +41,28 @@ def _compiler_options() -> dict[str, str]:
     return _SUMS_IN_ONE_ORDER
 
 
-def _jit(**settings: Any) -> Callable[[Callable], Callable]:
+class _Step:
     """`jax.jit` with the compiler's options, which are looked up at the first call: it takes a backend."""
 
-    def decorate(step: Callable) -> Callable:
-        @once
-        def jitted() -> Callable:
-            return jax.jit(step, compiler_options=_compiler_options(), **settings)
+    def __init__(self, step: Callable, settings: dict[str, Any]) -> None:
+        self._step = step
+        self._settings = settings
+        update_wrapper(self, step)
 
-        return wraps(step)(lambda *args, **kwargs: jitted()(*args, **kwargs))
+    @cached_property
+    def _jitted(self) -> Any:
+        return jax.jit(self._step, compiler_options=_compiler_options(), **self._settings)
 
-    return decorate
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As that of `jax.jit`: arguments may be shapes."""
+        return self._jitted.lower(*args, **kwargs)
+
+
+def _jit(**settings: Any) -> Callable[[Callable], _Step]:
+    return lambda step: _Step(step, settings)
 
 
 @dataclass(frozen=True)

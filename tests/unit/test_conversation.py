@@ -82,6 +82,39 @@ def test_asking_again_before_anything_was_asked_changes_nothing(llama: LLM) -> N
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
 
 
+def test_a_question_that_is_cancelled_while_it_is_read_can_be_asked_again(llama: LLM) -> None:
+    conversation = Conversation(llama)
+    ask(conversation, "Hello!")
+    before = conversation.messages
+    question = "word " * 700 + "How many words?"
+    stream = conversation.ask(question, max_new_tokens=12, temperature=0)
+    told: list[tuple[int, int]] = []
+
+    def cancel(read: int, total: int) -> None:
+        told.append((read, total))
+        if read > 500:
+            stream.cancel()
+
+    stream.on_read = cancel
+    cancelled = stream.finish()
+    assert (cancelled.token_ids, cancelled.finish_reason) == ((), "cancelled")
+    reads = [read for read, _ in told]
+    assert reads == sorted(set(reads)) and 500 < reads[-1] < cancelled.prompt_tokens
+    assert {total for _, total in told} == {cancelled.prompt_tokens}
+    assert conversation.messages == before
+
+    again = conversation.ask_again(max_new_tokens=12, temperature=0, ignore_eos=True).finish()
+    assert again.cached_tokens >= reads[-1]
+    assert [message["content"] for message in conversation.messages[2:]] == [question, again.text]
+
+    # Another question takes its place.
+    stream = conversation.ask_again(max_new_tokens=12)
+    stream.cancel()
+    stream.finish()
+    ask(conversation, "And now?")
+    assert [message["content"] for message in conversation.messages[2::2]] == ["And now?"]
+
+
 def test_restart(llama: LLM) -> None:
     conversation = Conversation(llama, "Be brief.")
     ask(conversation, "Hello!")

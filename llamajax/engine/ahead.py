@@ -1,0 +1,74 @@
+"""Compiles a runner's programs before they are needed, in a thread of its own. Knows nothing of text."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Condition, Thread
+
+from llamajax.engine.runner import Program, Runner
+from llamajax.types import Request
+
+
+class AheadCompiler:
+    """Compiles all that a sequence of up to so many positions may need, once it knows what is expected first."""
+
+    def __init__(self, runner: Runner, num_positions: int) -> None:
+        self._runner = runner
+        self._num_positions = num_positions
+        self._urgent: list[Program] = []
+        self._only_urgent = False
+        self._closed = False
+        self._compiled: set[Program] = set()
+        self._changed = Condition()
+        Thread(target=self._run, name="llamajax compiler", daemon=True).start()
+
+    def expect(self, request: Request) -> None:
+        """Compiles what this request would need before all else."""
+        with self._changed:
+            self._urgent = list(self._runner.programs_for(request))
+            self._changed.notify_all()
+
+    @contextmanager
+    def answering(self, request: Request) -> Iterator[None]:
+        """Inside, only what this request needs is compiled."""
+        self._only_urgent = True
+        self.expect(request)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._only_urgent = False
+                self._changed.notify_all()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until what was expected last is compiled: False if that takes longer than so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._compiled.issuperset(self._urgent), timeout)
+
+    def close(self) -> None:
+        """Compiles no more after the present program."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _next(self) -> Program | None:
+        """What is to be compiled next: what is urgent, then the rest for caches of that length, longer, shorter."""
+        programs = list(self._urgent)
+        if programs and not self._only_urgent:
+            length = programs[-1].cache_len
+            programs += self._runner.programs(length, self._num_positions)
+            programs += self._runner.programs(1, length)
+        return next((program for program in programs if program not in self._compiled), None)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._next() is not None)
+                program = self._next()
+            if self._closed or program is None:
+                return
+            # What fails here fails again where the program is needed, and is reported there.
+            with suppress(Exception):
+                self._runner.compile(program)
+            with self._changed:
+                self._compiled.add(program)
+                self._changed.notify_all()

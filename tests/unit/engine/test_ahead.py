@@ -1,0 +1,91 @@
+"""What is compiled ahead, and in which order."""
+
+import time
+
+import jax
+import pytest
+
+from llamajax.engine.ahead import AheadCompiler
+from llamajax.engine.runner import Program, Runner
+from llamajax.engine.sequential import Sequential
+from llamajax.types import Request, SamplingParams
+
+from ...tiny_model import count_compilations, random_ids, tiny_runner
+
+GREEDY = SamplingParams(temperature=0)
+
+
+class Recorder(Runner):
+    """A runner that notes what is compiled ahead."""
+
+    def compile(self, program: Program) -> None:
+        self.order = [*getattr(self, "order", []), program]
+        super().compile(program)
+
+
+def compile_all(compiler: AheadCompiler) -> None:
+    end = time.monotonic() + 120
+    while compiler._next() is not None:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_after_it_nothing_compiles() -> None:
+    jax.clear_caches()
+    runner = tiny_runner(256)
+    compiler = AheadCompiler(runner, 256)
+    compiler.expect(Request(random_ids(20), 5, GREEDY))
+    compile_all(compiler)
+    list(Sequential(tiny_runner(256), Request([1], 1)))  # what is no step: conversions of a request
+    with count_compilations() as compiled:
+        # A conversation: a question, one more, a long prompt that is cancelled, a small one, an answer that grows.
+        list(Sequential(runner, Request(random_ids(20), 5, GREEDY, reuse_cache=True)))
+        list(Sequential(runner, Request(random_ids(40), 50, GREEDY, reuse_cache=True)))
+        long = Sequential(runner, Request(random_ids(200), 5, GREEDY, reuse_cache=True))
+        long.goes_on = lambda read: read < 100
+        assert list(long) == []
+        list(Sequential(runner, Request(random_ids(30), 5, GREEDY, reuse_cache=True)))
+        # Another context.
+        list(Sequential(tiny_runner(200), Request(random_ids(100), 90, GREEDY)))
+    assert compiled == []
+
+
+def test_what_a_request_needs_comes_first() -> None:
+    runner = tiny_runner(256)
+    runner.__class__ = Recorder
+    compiler = AheadCompiler(runner, 256)
+    request = Request(random_ids(140), 100, GREEDY)
+    with compiler.answering(request):
+        assert compiler.wait(120)
+        assert runner.order == [
+            Program("empty_rows", 256),
+            Program("prefill", 256, 16),
+            Program("prefill", 256, 128),
+            Program("decode", 256),
+        ]
+        list(Sequential(runner, request))
+    compile_all(compiler)
+    assert len(set(runner.order)) == len(runner.order)
+    rest = [program.cache_len for program in runner.order[4:]]
+    assert sorted(set(rest), key=rest.index) == [256, 128]
+    assert set(runner.order) == set(runner.programs(1, 256))
+
+
+def test_a_closed_one_stops() -> None:
+    runner = tiny_runner(1024)
+    compiler = AheadCompiler(runner, 1024)
+    compiler.close()
+    compiler.expect(Request([1], 1))
+    assert not compiler.wait(0.2)
+
+
+def test_a_program_that_fails_to_compile_does_not_keep_a_request_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = tiny_runner(1024)
+
+    def fail(program: Program) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(runner, "compile", fail)
+    compiler = AheadCompiler(runner, 1024)
+    compiler.expect(Request([1], 1))
+    assert compiler.wait(10)
