@@ -43,6 +43,7 @@ DTypeOption = Annotated[
 DeviceOption = Annotated[
     Device | None, typer.Option("--device", help="Where to compute; the first accelerator if there is one.")
 ]
+System = Annotated[str | None, typer.Option("-s", "--system", help="The system message, or @FILE.")]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -44,6 +44,13 @@ def stats_line(completion: Completion) -> str:
     )
 
 
+def note_cut(completion: Completion, max_new_tokens: int, max_seq_len: int) -> None:
+    """Says what cut an answer off, if anything did."""
+    if completion.finish_reason == "length":
+        room = max_seq_len - completion.prompt_tokens
+        note(f"(cut off: {f'-n {max_new_tokens}' if max_new_tokens <= room else 'the context is full'})")
+
+
 def note(text: str) -> None:
     """Says something about the answer, dimmed on a terminal."""
     print(_dimmed(text), file=sys.stderr, flush=True)

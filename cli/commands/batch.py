@@ -17,6 +17,7 @@ from llamajax.text import one_line
 from llamajax.types import Completion, SamplingParams
 
 from .. import loading, options
+from ..prompt import read_text
 from ..render import note, note_if_interrupted, progress_bar
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def batch(
         int, typer.Option("-n", "--max-new-tokens", min=1, help="Longest answer, in tokens.")
     ] = 50,
     model: options.Model = DEFAULT,
-    system: Annotated[str | None, typer.Option("-s", "--system", help="The system message.")] = None,
+    system: options.System = None,
     temperature: options.Temperature = 0.6,
     top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
@@ -97,6 +98,8 @@ def batch(
     if len(set(named)) < len(named):
         raise typer.BadParameter("the input, --output and --errors must be different files")
 
+    if system is not None:
+        system = read_text(system, "the system message")
     defaults = batch_file.Defaults({**sampling, "max_new_tokens": max_new_tokens, "stop": stop}, system, raw)
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
         results = batch_file.ResultFile(output, resume) if output else None

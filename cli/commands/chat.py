@@ -1,26 +1,30 @@
 """`llamajax chat`: one answer, or a conversation."""
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llamajax.errors import RequestError
 from llamajax.hub.aliases import DEFAULT
-from llamajax.text import from_utf8
 from llamajax.types import Message, SamplingParams
 
 from .. import loading, options, render
 from ..interrupt import raised
+from ..prompt import read_prompt, read_text
 
 ONE_ANSWER_TOKENS = 50
 CONVERSATION_TOKENS = 512
 
 
 def chat(
+    argument: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="As -p.", show_default=False)] = None,
     prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="A text; - reads it from stdin, @FILE from a file.")
+        str | None,
+        typer.Option(
+            "-p",
+            "--prompt",
+            help="A text, @FILE or - for stdin. What is piped into stdin beside a text comes before it.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -32,7 +36,7 @@ def chat(
         ),
     ] = None,
     model: options.Model = DEFAULT,
-    system: Annotated[str | None, typer.Option("-s", "--system", help="The system message.")] = None,
+    system: options.System = None,
     temperature: options.Temperature = 0.6,
     top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
@@ -54,7 +58,12 @@ def chat(
     """Answer a prompt; without one, on a terminal, hold a conversation.
 
     The answer goes to stdout, everything else to stderr.
+
+    In a loop that reads lines from stdin, give each command "< /dev/null": it would take the lines that follow.
     """
+    if argument is not None and prompt is not None:
+        raise typer.BadParameter("give the prompt once: as an argument or with -p")
+    prompt = prompt if argument is None else argument
     try:
         sampling = SamplingParams(
             temperature=temperature,
@@ -70,12 +79,14 @@ def chat(
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
     if raw and system is not None:
         raise typer.BadParameter("a system message needs a chat template: leave out --raw or --system")
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt)
     if text is None and (raw or as_json):
-        raise typer.BadParameter("--raw and --json need a prompt: give one with -p")
+        raise typer.BadParameter("--raw and --json need a prompt")
     if text is not None and not text.strip() and not raw:
-        raise RequestError("the prompt is empty: give a text with -p, a file with -p @FILE, or one on stdin")
+        raise RequestError("the prompt is empty: give a text, @FILE, or a text on stdin")
 
+    if system is not None:
+        system = read_text(system, "the system message")
     llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device)
     if text is None:
         from ..repl import Repl
@@ -87,29 +98,12 @@ def chat(
     messages: list[Message] = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    stream = llm.stream(
-        text if raw else messages, max_new_tokens=max_new_tokens or ONE_ANSWER_TOKENS, stop=stop, sampling=sampling
-    )
+    limit = max_new_tokens or ONE_ANSWER_TOKENS
+    stream = llm.stream(text if raw else messages, max_new_tokens=limit, stop=stop, sampling=sampling)
     if as_json:
         print(render.as_json(stream.finish(), model))
     else:
         render.write_stream(stream)
     if stats:
+        render.note_cut(stream.completion, limit, llm.max_seq_len)
         render.note(render.stats_line(stream.completion))
-
-
-def _read_prompt(prompt: str | None) -> str | None:
-    """The prompt's text; None where a conversation is wanted."""
-    if prompt is None and sys.stdin.isatty():
-        return None
-    if prompt is None or prompt == "-":
-        source, data = "stdin", sys.stdin.buffer.read()
-    elif prompt.startswith("@"):
-        path = Path(prompt[1:])
-        try:
-            source, data = str(path), path.read_bytes()
-        except OSError as e:
-            raise RequestError(f"cannot read the prompt from {path}: {e.strerror}") from None
-    else:
-        source, data = "the prompt", prompt.encode("utf-8", "surrogateescape")
-    return from_utf8(data, source)

@@ -41,7 +41,8 @@ def test_the_answer_goes_to_stdout_and_the_stats_to_stderr(story: Finished) -> N
     assert story.code == 0
     assert len(story.stdout.split()) > 5
     assert story.stdout.endswith("\n") and not story.stdout.endswith("\n\n")
-    [line] = story.notes
+    cut, line = story.notes
+    assert cut == "(cut off: -n 20)"
     stats = STATS.fullmatch(line)
     assert stats
     assert (stats["generated"], stats["reason"], stats["cached"]) == ("20", "length", None)
@@ -51,13 +52,13 @@ def test_json_is_the_same_answer_with_the_documented_defaults(story: Finished, t
     file = tmp_path / "prompt.txt"
     file.write_text(STORY)
     defaults = ("--seed", "42", "--temperature", "0.6", "--top-p", "0.9")
-    told = answer("-p", f"@{file}", "-n", "20", *defaults, stdin="What is read when there is no -p.")
+    told = answer(f"@{file}", "-n", "20", *defaults)
     assert set(told) == {"model", "text", "token_ids", "finish_reason", "usage", "timings"}
     assert told["model"] == "smollm2-135m-instruct"
     assert told["text"] == story.stdout.removesuffix("\n")
     assert told["finish_reason"] == "length"
     assert len(told["token_ids"]) == 20
-    [line] = story.notes
+    *_, line = story.notes
     stats = STATS.fullmatch(line)
     assert stats
     prompt_tokens = int(stats["prompt"])
@@ -90,6 +91,11 @@ def test_a_system_message_changes_the_answer(greedy_story: dict[str, Any]) -> No
     french = answer("-p", STORY, "-n", "20", "--temperature", "0", "--system", "Always answer in French.")
     assert french["text"] != greedy_story["text"]
     assert french["usage"]["prompt_tokens"] != greedy_story["usage"]["prompt_tokens"]
+
+
+def test_what_is_piped_into_stdin_comes_before_the_prompt(greedy_story: dict[str, Any]) -> None:
+    first, _, rest = STORY.partition(" ")
+    assert answer(rest, "-n", "20", "--temperature", "0", stdin=first)["text"] == greedy_story["text"]
 
 
 # Everything else can be seen on a model that babbles.
@@ -161,7 +167,7 @@ def test_without_a_home_a_file_still_answers_and_nothing_is_said_of_it(shallow_m
     done = run("chat", "-m", shallow_model, "-p", "Hi", "-n", "3", LLAMAJAX_HOME="/proc/nope")
     assert done.code == 0
     assert done.stdout.endswith("\n")
-    [line] = done.notes
+    *_, line = done.notes
     assert STATS.fullmatch(line)
 
 
@@ -185,7 +191,8 @@ def test_no_color_leaves_a_terminal_without_styles(shallow_model: str) -> None:
     ("arguments", "says"),
     [
         (["--colour"], "No such option: --colour"),
-        (["Hi"], "Got unexpected extra argument(s) (Hi)"),
+        (["Hi", "there"], "Got unexpected extra argument(s) (there)"),
+        (["Hi", "-p", "there"], "give the prompt once: as an argument or with -p"),
         (["-p"], "Option '-p' requires an argument"),
         (["-n", "0"], "'-n' / '--max-new-tokens': Input should be greater than or equal to 1"),
         (["-n", "many"], "'-n' / '--max-new-tokens'"),
@@ -229,6 +236,31 @@ def test_a_missing_prompt_file_is_named(tmp_path: Path) -> None:
     done = run("chat", "-p", f"@{tmp_path}/none")
     assert done.code == 1
     assert done.error == f"cannot read the prompt from {tmp_path}/none: No such file or directory"
+
+
+def test_a_system_message_may_be_a_file(shallow_model: str, tmp_path: Path) -> None:
+    file = tmp_path / "system.txt"
+    file.write_bytes("\ufeffBe brief.".encode())
+    options = ("-m", shallow_model, "Hi", "-n", "3", "--temperature", "0")
+    assert answer(*options, "-s", f"@{file}")["usage"] == answer(*options, "-s", "Be brief.")["usage"]
+    assert run("chat", *options, "-s", "@none").error.startswith("cannot read the system message from none: ")
+
+
+def test_an_answer_that_the_context_ends_says_so(shallow_model: str) -> None:
+    done = run("chat", "-m", shallow_model, "Hi", "-n", "500", "--max-seq-len", "64", "--temperature", "0")
+    assert done.notes[0] == "(cut off: the context is full)"
+
+
+@pytest.mark.parametrize("control", ["\x1b]0;title\x07", "\x9b31m", "\u202e"])
+def test_no_control_character_reaches_stderr(tmp_path: Path, control: str) -> None:
+    """`run` asserts that there is no escape sequence."""
+    for arguments in (
+        ["-p", f"@{control}"],
+        ["Hi", "-m", control],
+        ["Hi", "-m", f"{tmp_path}/{control}.gguf"],
+        [control, control],
+    ):
+        assert control not in run("chat", *arguments).stderr
 
 
 @pytest.fixture(scope="module")
