@@ -56,8 +56,10 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         return _read_text(file)
     template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [
+            entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"
+        ]
+        template = named[-1] if named else None
     return template if isinstance(template, str) else None
 
 

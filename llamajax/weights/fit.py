@@ -55,8 +55,9 @@ def check_fit(plan: Mapping[str, list[Source]], tensors: Mapping[str, StoredTens
             + "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names)
         )
     if ignored:
-        message = f"{len(ignored)} tensors that are no weights: {_listed(ignored)}"
-        logging.getLogger("llamajax").warning("ignoring %s", one_line(message, longest=1000))
+        logging.getLogger("llamajax").warning(
+            "ignoring %d tensors that are no weights: %s", len(ignored), _listed(ignored)
+        )
 
 
 def _is_buffer(tensor: StoredTensor) -> bool:
@@ -70,4 +71,4 @@ def _is_readable(tensor: StoredTensor) -> bool:
 
 def _listed(names: Sequence[str]) -> str:
     more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return ", ".join(one_line(name, longest=150) for name in names[:_NAMED]) + more

@@ -79,7 +79,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     tensors: dict[str, StoredTensor] = {}
     for part in parts:
         if twice := tensors.keys() & part.tensors.keys():
-            raise CheckpointError(f"{path}: tensor {min(twice)!r} is in two of the {count} parts")
+            raise CheckpointError(f"{path}: tensor {min(twice)!r:.100} is in two of the {count} parts")
         tensors |= part.tensors
     return GGUFFile(parts[0].metadata, tensors)
 
@@ -106,7 +106,7 @@ def _read_part(path: Path) -> GGUFFile:
     for _ in range(metadata_count):
         key = reader.string()
         if key in metadata:
-            raise reader.error(f"corrupt: key {key!r} is there twice")
+            raise reader.error(f"corrupt: key {key!r:.100} is there twice")
         metadata[key] = reader.value(key)
 
     infos = [reader.tensor_info() for _ in range(tensor_count)]
@@ -125,21 +125,21 @@ def _map_tensors(reader: "_Reader", infos: list[_TensorInfo], alignment: int) ->
     expected = 0
     for name, shape, ggml_type, offset in infos:
         if name in tensors:
-            raise reader.error(f"corrupt: tensor {name!r} is there twice")
+            raise reader.error(f"corrupt: tensor {name!r:.100} is there twice")
         format, weights, size = _FORMATS.get(ggml_type, ("", 0, 0))
         if not format:
             raise reader.error(
-                f"tensor {name!r} has format number {ggml_type}, expected one of "
+                f"tensor {name!r:.100} has format number {ggml_type}, expected one of "
                 f"{', '.join(known for known, _, _ in _FORMATS.values())}; choose another quantization"
             )
         if shape[-1] % weights:
-            raise reader.error(f"corrupt: tensor {name!r} has rows of {shape[-1]}, not of {format}'s {weights}s")
+            raise reader.error(f"corrupt: tensor {name!r:.100} has rows of {shape[-1]}, not of {format}'s {weights}s")
         if offset != expected:
-            raise reader.error(f"corrupt: tensor {name!r} is at offset {offset}, expected {expected}")
+            raise reader.error(f"corrupt: tensor {name!r:.100} is at offset {offset}, expected {expected}")
         row = shape[-1] // weights * size
         begin, end = start + offset, start + offset + math.prod(shape[:-1]) * row
         if end > len(bytes_):
-            raise reader.truncated(end, f"tensor {name!r}")
+            raise reader.truncated(end, f"tensor {name!r:.100}")
         data = bytes_[begin:end].view(DENSE_DTYPES.get(format, np.uint8)).reshape(*shape[:-1], -1)
         tensors[name] = StoredTensor(name, shape, format, data)
         expected = _round_up(end - start, alignment)
@@ -203,7 +203,7 @@ class _Reader:
 
     def numbers(self, key: str, type_: int, count: int) -> np.ndarray:
         if type_ not in _NUMBERS:
-            raise self.error(f"corrupt: {key!r} holds values of unknown type {type_}")
+            raise self.error(f"corrupt: {key!r:.100} holds values of unknown type {type_}")
         dtype = np.dtype(_NUMBERS[type_])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
@@ -211,9 +211,9 @@ class _Reader:
         name = self.string()
         (num_dims,) = self.unpack("<I")
         if not 1 <= num_dims <= _MAX_DIMS:
-            raise self.error(f"corrupt: tensor {name!r} has {num_dims} dimensions, expected 1 to {_MAX_DIMS}")
+            raise self.error(f"corrupt: tensor {name!r:.100} has {num_dims} dimensions, expected 1 to {_MAX_DIMS}")
         # GGUF lists the fastest dimension first.
         shape = self.unpack(f"<{num_dims}Q")[::-1]
         if 0 in shape:
-            raise self.error(f"corrupt: tensor {name!r} has shape {shape}")
+            raise self.error(f"corrupt: tensor {name!r:.100} has shape {shape}")
         return _TensorInfo(name, shape, *self.unpack("<IQ"))

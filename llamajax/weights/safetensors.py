@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llamajax.errors import CheckpointError
+from llamajax.text import one_line
 from llamajax.weights.tensor import DENSE_DTYPES, StoredTensor, map_file
 
 
@@ -82,7 +83,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     try:
         safe_open(path, "numpy")
     except SafetensorError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, longest=200)
         raise CheckpointError(f"{path}: truncated or corrupt ({reason}); download it again") from None
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

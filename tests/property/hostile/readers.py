@@ -1,0 +1,161 @@
+"""Reads what may be broken as llamajax does: an answer, checked as far as it can be, or LlamaJaxError."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+
+import llamajax
+from llamajax import LLM, LlamaJaxError
+from llamajax.bench.saved_logits import SavedLogits
+from llamajax.config import LlamaConfig
+from llamajax.engine.runner import Runner
+from llamajax.llm import cache_dtype
+from llamajax.model.llama import Llama
+from llamajax.serve import batch_file
+from llamajax.text import printable, well_formed
+from llamajax.tokenizers.base import Tokenizer
+from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
+from llamajax.tokenizers.gguf import from_gguf
+from llamajax.tokenizers.load import load_directory
+from llamajax.weights.checkpoint import Checkpoint, open_checkpoint
+from llamajax.weights.gguf import read_gguf
+from llamajax.weights.load import load_weights
+
+from .subjects import MESSAGES, SAVED_IDS, SAVED_TEXT, TEXTS, directory
+
+BASE_CONFIGS: dict[str, LlamaConfig] = {}
+
+
+def read_all(*steps: Callable[[], Any]) -> None:
+    """Takes each step whatever came of the others; then raises the first error that llamajax told of."""
+    errors = []
+    for step in steps:
+        try:
+            step()
+        except LlamaJaxError as error:
+            check_message(error)
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def check_message(error: LlamaJaxError) -> None:
+    message = str(error)
+    assert message == printable(well_formed(message)) and 0 < len(message) < 20_000 and "\n" not in message, message[
+        :500
+    ]
+
+
+def read_gguf_model(path: Path, load: bool) -> None:
+    content = path.read_bytes()
+    file = read_gguf(path)
+    for tensor in file.tensors.values():
+        assert tensor.data.tobytes() in content
+
+    def tokenize() -> None:
+        tokenizer = from_gguf(file.metadata)
+        check_tokenizer(tokenizer)
+        check_chat(tokenizer, find_template(file.metadata) or builtin_template(tokenizer, [2], "x"))
+
+    read_all(tokenize, lambda: find_template(file.metadata), lambda: check_checkpoint(path, load))
+
+
+def read_directory(path: Path, load: bool) -> None:
+    def tokenize() -> None:
+        tokenizer = load_directory(path)
+        check_tokenizer(tokenizer)
+        check_chat(tokenizer, find_template(path) or builtin_template(tokenizer, [2], "x"))
+
+    read_all(tokenize, lambda: find_template(path), lambda: check_checkpoint(path, load))
+
+
+def check_checkpoint(path: Path, load: bool) -> None:
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    assert all(isinstance(i, int) for i in checkpoint.stop_ids)
+    assert config.num_parameters > 0
+    for tensor in checkpoint.tensors.values():
+        assert tensor.data.tobytes() is not None
+    if load:
+        _answer(checkpoint, runs=config == BASE_CONFIGS.setdefault(config_key(config), config))
+
+
+def config_key(config: LlamaConfig) -> str:
+    """Models of one width share compiled programs, if nothing else in their configurations differs."""
+    return f"{config.hidden_size} {config.vocab_size}"
+
+
+def _answer(checkpoint: Checkpoint, runs: bool) -> None:
+    model, device = Llama(checkpoint.config), jax.devices()[0]
+    load_weights(model, checkpoint.tensors, device)
+    if runs:
+        runner = Runner(model, device=device, max_seq_len=64, cache_dtype=cache_dtype(device, "auto"))
+        llm = LLM(runner, tiny_llm().tokenizer, None, checkpoint.stop_ids)
+        answer = llm.stream([1, 2, 3], max_new_tokens=2, temperature=0.0).finish()
+        assert all(0 <= i < checkpoint.config.vocab_size for i in answer.token_ids)
+        assert np.isfinite(llm.logits([1, 2, 3])).all()
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    special = set(tokenizer.special_tokens.values())
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids), (text, ids, tokenizer.vocab_size)
+        assert not special.intersection(ids) - unknown_ids(tokenizer), (text, ids)
+        assert isinstance(tokenizer.decode(ids), str)
+    for i in {*range(min(tokenizer.vocab_size, 600)), tokenizer.vocab_size - 1}:
+        assert isinstance(tokenizer.token_bytes(i), bytes)
+    for i in {*tokenizer.stop_ids, *([] if tokenizer.bos_id is None else [tokenizer.bos_id])}:
+        assert type(i) is int and 0 <= i < tokenizer.vocab_size, i
+
+
+def unknown_ids(tokenizer: Tokenizer) -> set[int]:
+    return {i for literal, i in tokenizer.special_tokens.items() if literal == "<unk>"}
+
+
+def check_chat(tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    if template is not None:
+        ids = encode_chat(tokenizer, template, MESSAGES)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@cache
+def tiny_llm() -> LLM:
+    with TemporaryDirectory() as folder:
+        for name, data in directory().items():
+            Path(folder, name).write_bytes(data)
+        return llamajax.load(folder, device="cpu")
+
+
+def read_line(path: Path, load: bool) -> None:
+    llm = tiny_llm()
+    fields = batch_file.read_fields(path.read_bytes(), as_json=True)
+    batch_file.read_source(1, fields)
+    prompt, options = batch_file.read_request(fields, batch_file.Defaults({"max_new_tokens": 2}))
+    request, _ = llm.prepare(prompt, **options)
+    assert all(0 <= i < llm.config.vocab_size for i in request.token_ids)
+    if load and request.max_new_tokens < 10:
+        for _, result in llm.stream_batch([(prompt, options)]):
+            if isinstance(result, LlamaJaxError):
+                raise result
+
+
+def read_template(path: Path, rng: Random) -> None:
+    template = ChatTemplate(path.read_bytes().decode("utf-8", "surrogatepass"), "<|im_start|>", "<|im_end|>")
+    text = template.render(MESSAGES, add_generation_prompt=rng.random() < 0.5)
+    assert isinstance(text, str)
+    assert all(i in range(tiny_llm().config.vocab_size) for i in encode_chat(tiny_llm().tokenizer, template, MESSAGES))
+
+
+def read_saved_logits(path: Path) -> None:
+    saved = SavedLogits(path)
+    saved.check(SAVED_TEXT, SAVED_IDS, 3, 16)
+    for window in range(len(SAVED_IDS)):
+        assert saved[window].shape == (3, 16)
+        assert saved[window].dtype == np.float16
