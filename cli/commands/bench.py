@@ -6,29 +6,31 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
-from llamajax.errors import RequestError
+from llamajax.errors import PromptTooLongError, RequestError
 from llamajax.hub.aliases import DEFAULT
-from llamajax.types import Device, DType
+from llamajax.types import Device, DType, SamplingParams
 
 from .. import loading, options
-from ..render import human_bytes, note
+from ..render import note
+from ..tables import print_tables
 
 if TYPE_CHECKING:
     from llamajax import LLM
-    from llamajax.bench.metrics import Result, Spread
+    from llamajax.bench.metrics import Result
     from llamajax.bench.run import Strategy
+    from llamajax.bench.session import Session
+    from llamajax.bench.workload import Workload
 
 _STRATEGIES: "tuple[Strategy, ...]" = ("sequential", "concurrent", "batched")
 _PLOTS = (".png", ".svg", ".html")
-
-_MICRO = "Alone, without a strategy"
 
 
 def bench(
@@ -39,7 +41,9 @@ def bench(
     new_tokens: Annotated[
         int, typer.Option("-n", "--new-tokens", min=1, help="Tokens that each request generates, exactly.")
     ] = 50,
-    prompt_len: Annotated[int, typer.Option("--prompt-len", min=1, help="Tokens of each prompt, drawn evenly.")] = 32,
+    prompt_len: Annotated[
+        str, typer.Option("--prompt-len", help="Tokens of a prompt: 32; one of 16,64,256; or from 16:512.")
+    ] = "32",
     arrival: Annotated[
         str, typer.Option("--arrival", help="When requests come: all, at once, or poisson:RATE, so many a second.")
     ] = "all",
@@ -47,17 +51,14 @@ def bench(
         int | None, typer.Option("--slots", min=1, help="Requests served at once; 16 concurrent, 32 batched.")
     ] = None,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs of each; medians and spread are shown.")] = 3,
-    pp: Annotated[
-        int | None,
-        typer.Option("--pp", min=1, help="Read prompts of so many tokens.", rich_help_panel=_MICRO),
-    ] = None,
-    tg: Annotated[
-        int | None,
-        typer.Option("--tg", min=1, help="Generate so many tokens.", rich_help_panel=_MICRO),
-    ] = None,
+    pp: Annotated[int | None, typer.Option("--pp", min=1, help="Alone: read prompts of so many tokens.")] = None,
+    tg: Annotated[int | None, typer.Option("--tg", min=1, help="Alone: generate so many tokens.")] = None,
     batch: Annotated[
+        str | None, typer.Option("--batch", help="Alone: so many sequences at once, as in 1,8,32; 1 if left out.")
+    ] = None,
+    depth: Annotated[
         str | None,
-        typer.Option("--batch", help="Sequences at once: 1,8,32. Alone: --pp 512 --tg 128.", rich_help_panel=_MICRO),
+        typer.Option("--depth", "-d", help="Alone: so many tokens in the cache before, as in 0,1024,4096."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
     csv_file: Annotated[str | None, typer.Option("--csv", help="Write CSV to a file; - prints it instead.")] = None,
@@ -70,7 +71,19 @@ def bench(
         str | None,
         typer.Option("--random-weights", help="Instead of a model: a name's size (llama3.2-1b), weights drawn here."),
     ] = None,
-    temperature: options.Temperature = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Measure only this sampling; 0 is greedy; the default is 0.6.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="And draw from the smallest set of this probability; 0.9.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="And from the k most probable tokens; 0: all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option("--min-p", help="And drop tokens less probable than this, of the first; 0.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="And, above 1, make repeats rarer; 1.")
+    ] = None,
     seed: options.Seed = 42,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
@@ -86,30 +99,58 @@ def bench(
 
     batched: all are known beforehand, and as many as fit run at once. The highest throughput, for offline work.
 
-    Or, with --pp, --tg or --batch, measure reading prompts and generating tokens alone.
+    With --pp, --tg, --batch or --depth: reading prompts and generating tokens alone, without a strategy; 512 and 128
+    tokens if neither --pp nor --tg is given.
 
-    Every request generates exactly -n tokens; they come in blocks.
+    Each is measured twice, greedily and with the default sampling, unless a sampling option is given.
 
-    TTFT is the time from a request's arrival to its first token, ITL that between two tokens.
+    Every request generates exactly -n tokens. Tokens reach the reader in blocks. The figures:
 
-    Compiling is measured apart; what was compiled for one strategy is there for the next.
+    tokens/s, requests/s: of all requests, by the time of the whole run, prompts and waiting included. Alone, by the
+    time of reading or of generating.
 
-    Peak memory is that of all so far: --mode tells a strategy's own.
+    TTFT: time to first token, from a request's arrival. E2E: end-to-end latency, from its arrival to its last token.
+
+    TPOT: time per output token, from a request's first token to its last, divided by the tokens after the first.
+
+    ITL: inter-token latency, for each token: the time from the block before to its own, divided by its block's tokens.
+
+    gaps: from one block to the next, as a reader of the stream waits.
+
+    of fastest read: the bytes a second that decoding has to read (the weights once a step, and the keys and values of
+    the active sequences), divided by the fastest that memory was read in this session. Before and after each run a
+    matrix is read, as large as the weights (at most 256 MiB on a CPU, 1 GiB elsewhere); decoding counts as reading too.
+
+    warm-up: what happens before the first run; programs compiled for one strategy are there for the next. A run in
+    which something was compiled is not to be trusted.
+
+    peak memory: of all so far, the matrix included. To see one strategy's own, give --mode.
     """
-    rate, batches = _rate(arrival), _batches("1" if batch is None else batch)
-    micro = pp is not None or tg is not None or batch is not None
-    if micro and mode != "all":
-        raise typer.BadParameter("--pp, --tg and --batch measure without a strategy: leave out --mode")
+    rate, prompt_lens = _rate(arrival), _prompt_lens(prompt_len)
+    batches = _numbers("1" if batch is None else batch, 1, "--batch")
+    depths = _numbers("0" if depth is None else depth, 0, "--depth")
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    samplings = _samplings({name: value for name, value in given.items() if value is not None}, seed)
+    alone = any(option is not None for option in (pp, tg, batch, depth))
+    if alone and mode != "all":
+        raise typer.BadParameter("--pp, --tg, --batch and --depth measure without a strategy: leave out --mode")
     if pp is None and tg is None:
-        pp, tg = (512, 128) if micro else (None, None)
+        pp, tg = 512, 128
     if as_json and csv_file == "-":
         raise typer.BadParameter("stdout takes either --json or --csv -: give --csv a file")
     if random_weights is not None and model != DEFAULT:
         raise typer.BadParameter("give either --model or --random-weights")
-    if not 0 <= seed < 2**32 or not 0 <= temperature <= 1e6:
-        raise typer.BadParameter("--seed must be in [0, 2**32), --temperature in [0, 1000000]")
     if plot is not None and plot.suffix not in _PLOTS:
         raise typer.BadParameter(f"must end in {', '.join(_PLOTS)}", param_hint="--plot")
+    for option, path in (("--csv", None if csv_file is None else Path(csv_file)), ("--plot", plot)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise typer.BadParameter(f"{path} is no file in a directory that exists", param_hint=option)
     if plot is not None and not find_spec("matplotlib"):
         raise RequestError("--plot needs matplotlib: pip install 'llamajax[plot]'")
 
@@ -117,52 +158,45 @@ def bench(
     # After the settings that jax reads when it is imported.
     import jax
 
-    from llamajax.bench.metrics import with_ratios
-    from llamajax.bench.run import generate, kept_dtype, memory_bandwidth, read_prompts, serve
+    from llamajax.bench.metrics import read_bandwidth, with_ratios
+    from llamajax.bench.session import Session, kept_dtype
     from llamajax.bench.workload import synthetic
-    from llamajax.llm import find_device
 
-    results: list[Result] = []
-    for name, measure, tokens in (("reading", read_prompts, pp), ("generating", generate, tg)):
-        if tokens is not None:
-            for size in batches:
-                note(f"({name}: {size} x {tokens} tokens)")
-                results.append(measure(llm, tokens, batch=size, repeat=repeat, seed=seed))
-    for strategy in () if micro else _STRATEGIES if mode == "all" else (mode,):
-        for count in _doubling(requests) if plot else [requests]:
-            note(f"({strategy}: {count} x {new_tokens} tokens)")
-            workload = synthetic(
-                count,
-                prompt_len,
-                new_tokens,
-                vocab_size=llm.config.vocab_size,
-                rate=rate,
-                temperature=temperature,
-                seed=seed,
-            )
-            at_once = slots or (16 if strategy == "concurrent" else 32)
-            results.append(serve(llm, strategy, workload, slots=at_once, repeat=repeat))
-    chosen = find_device(device)
-    bandwidth = memory_bandwidth(chosen)
-    results = with_ratios(results, bandwidth)
+    def workload(count: int, sampling: SamplingParams) -> "Workload":
+        vocab_size = llm.config.vocab_size
+        return synthetic(count, prompt_lens, new_tokens, vocab_size=vocab_size, rate=rate, sampling=sampling, seed=seed)
+
+    session = Session(llm, repeat)
+    if alone:
+        _check(session, "--depth and --pp", max(depths), pp or 0)
+        _check(session, "--depth and --tg", max(*depths, 1), tg or 0)
+        results = _alone(session, pp, tg, batches, depths, samplings, seed)
+    else:
+        _check(session, "--prompt-len and -n", max(prompt_lens), new_tokens)
+        strategies = _STRATEGIES if mode == "all" else (mode,)
+        workloads = [
+            workload(n, sampling) for n in (_doubling(requests) if plot else [requests]) for sampling in samplings
+        ]
+        results = _served(session, strategies, workloads, slots)
+    results = with_ratios(results)
     about: dict[str, Any] = {
         "model": f"{random_weights} (random weights)" if random_weights else model,
         "dtype": kept_dtype(llm),
-        "device": chosen.device_kind,
+        "device": llm._runner.device.device_kind,
         "jax": jax.__version__,
-        "memory_bandwidth": bandwidth,
+        "read_bandwidth": read_bandwidth(results),
         "repeat": repeat,
         "seed": seed,
     }
-    if not micro:
-        about |= {"new_tokens": new_tokens, "prompt_len": prompt_len, "arrival": arrival, "temperature": temperature}
+    if not alone:
+        about |= {"new_tokens": new_tokens, "prompt_len": prompt_len, "arrival": arrival}
 
     if as_json:
         print(json.dumps(about | {"results": [asdict(result) for result in results]}))
     elif csv_file == "-":
         _write_csv(sys.stdout, results)
     else:
-        _print_tables(about, results)
+        print_tables(about, results)
     if csv_file is not None and csv_file != "-":
         with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
             _write_csv(file, results)
@@ -172,25 +206,94 @@ def bench(
         write_plot(plot, results, f"{about['model']} on {about['device']}")
 
 
+def _served(
+    session: "Session", strategies: "Sequence[Strategy]", workloads: "Sequence[Workload]", slots: int | None
+) -> "list[Result]":
+    from llamajax.bench.run import serve
+    from llamajax.bench.workload import sampling_name
+
+    results: list[Result] = []
+    for strategy in strategies:
+        for work in workloads:
+            note(f"({strategy}: {len(work.prompts)} x {work.new_tokens} tokens, {sampling_name(work.sampling)})")
+            at_once = slots or (16 if strategy == "concurrent" else 32)
+            results.append(serve(session, strategy, work, slots=at_once))
+    return results
+
+
+def _alone(
+    session: "Session",
+    pp: int | None,
+    tg: int | None,
+    batches: Sequence[int],
+    depths: Sequence[int],
+    samplings: Sequence[SamplingParams],
+    seed: int,
+) -> "list[Result]":
+    from llamajax.bench.alone import generate, read_prompts
+    from llamajax.bench.workload import sampling_name
+
+    results: list[Result] = []
+    for depth, size in product(depths, batches):
+        if pp is not None:
+            note(f"(reading: {size} x {pp} tokens at depth {depth})")
+            results.append(read_prompts(session, pp, batch=size, depth=depth, seed=seed))
+        if tg is not None:
+            for sampling in samplings:
+                note(f"(generating: {size} x {tg} tokens at depth {depth}, {sampling_name(sampling)})")
+                results.append(generate(session, tg, batch=size, depth=depth, sampling=sampling, seed=seed))
+    return results
+
+
+def _check(session: "Session", option: str, num_tokens: int, more: int) -> None:
+    try:
+        session.check(num_tokens, more)
+    except PromptTooLongError as e:
+        raise typer.BadParameter(str(e), param_hint=option) from None
+
+
+def _samplings(given: dict[str, Any], seed: int) -> list[SamplingParams]:
+    """What was asked for, or else greedy and the default."""
+    try:
+        if given:
+            return [SamplingParams(**given, seed=seed)]
+        return [SamplingParams(temperature=0, seed=seed), SamplingParams(seed=seed)]
+    except RequestError as e:
+        raise typer.BadParameter(str(e)) from None
+
+
 def _rate(arrival: str) -> float | None:
     """Requests a second; None for all at once."""
     if arrival == "all":
         return None
     kind, _, rate = arrival.partition(":")
     with suppress(ValueError):
-        if kind == "poisson" and 0 < float(rate) < math.inf:
+        if kind == "poisson" and 0.001 <= float(rate) < math.inf:
             return float(rate)
     raise typer.BadParameter(
-        f"must be all, or poisson:RATE with a rate above 0, not {arrival!r}", param_hint="--arrival"
+        f"must be all, or poisson:RATE with a rate of at least 0.001, not {arrival!r}", param_hint="--arrival"
     )
 
 
-def _batches(batch: str) -> list[int]:
-    """The sizes of "1,8,32"."""
-    sizes = [int(size) if size.isdecimal() else 0 for size in batch.split(",")]
-    if min(sizes) < 1:
-        raise typer.BadParameter(f"must be numbers of at least 1, as in 1,8,32, not {batch!r}", param_hint="--batch")
-    return sizes
+def _numbers(numbers: str, at_least: int, option: str) -> list[int]:
+    """Those of "1,8,32"."""
+    found = [int(number) if number.isdecimal() and len(number) < 10 else -1 for number in numbers.split(",")]
+    if min(found) < at_least:
+        raise typer.BadParameter(
+            f"must be numbers of at least {at_least}, as in 1,8,32, not {numbers!r}", param_hint=option
+        )
+    return found
+
+
+def _prompt_lens(prompt_len: str) -> Sequence[int]:
+    """What "32", "16,64,256" or "16:512" allows."""
+    first, colon, last = prompt_len.partition(":")
+    if not colon:
+        return _numbers(prompt_len, 1, "--prompt-len")
+    ends = _numbers(f"{first},{last}", 1, "--prompt-len")
+    if ends[0] > ends[1]:
+        raise typer.BadParameter(f"must be from the fewest to the most, not {prompt_len!r}", param_hint="--prompt-len")
+    return range(ends[0], ends[1] + 1)
 
 
 def _doubling(last: int) -> list[int]:
@@ -213,51 +316,3 @@ def _write_csv(file: TextIO, results: "Sequence[Result]") -> None:
     writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-
-
-def _print_tables(about: dict[str, Any], results: "Sequence[Result]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    # Away from a terminal, a line is as long as it needs to be.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
-    console.print(
-        f"{about['model']}, {about['dtype']}, on {about['device']}, jax {about['jax']}; "
-        f"memory is read at {human_bytes(round(about['memory_bandwidth']))}/s; medians of {about['repeat']}"
-    )
-    for requests in dict.fromkeys(result.requests for result in results):
-        group = [result for result in results if result.requests == requests]
-        table = Table(f"{requests} request{'s' * (requests > 1)}", box=None, pad_edge=False)
-        for result in group:
-            table.add_column(result.name, justify="right")
-        columns = [_cells(result) for result in group]
-        for label in columns[0]:
-            table.add_row(label, *(cells[label] for cells in columns))
-        console.print()
-        console.print(table)
-
-
-def _cells(result: "Result") -> dict[str, str]:
-    from llamajax.bench.metrics import Served
-
-    cells = {"tokens/s": _spread(result.tokens_per_second, 1)}
-    if isinstance(result, Served):
-        cells = {"time, s": _spread(result.seconds, 2)} | cells
-        if result.speed_up is not None:
-            cells["over sequential"] = f"{result.speed_up:.2f}"
-        for name, times in (("TTFT", result.time_to_first_token), ("ITL", result.inter_token_latency)):
-            if times is not None:
-                cells[f"{name} p50/95/99, ms"] = "/".join(f"{1e3 * x:.0f}" for x in astuple(times))
-    if result.bandwidth_fraction is not None:
-        cells["of memory bandwidth"] = f"{result.bandwidth_fraction:.1%}"
-    return cells | {
-        "peak memory so far": human_bytes(result.peak_bytes),
-        "warm-up, s": f"{result.warm_up.seconds:.1f}",
-        "  compiling, s": f"{result.warm_up.compile_seconds:.1f}",
-        "  programs": str(result.warm_up.programs),
-        "compiled meanwhile": str(result.programs_while_measured),
-    }
-
-
-def _spread(figure: "Spread", digits: int) -> str:
-    return f"{figure.median:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"

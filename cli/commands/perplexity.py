@@ -67,7 +67,7 @@ def perplexity(
     saved = SavedLogits(compare) if compare else None
     llm = loading.load(model, max_seq_len=None, dtype=dtype, device=device)
     from llamajax.bench.perplexity import measure
-    from llamajax.bench.run import kept_dtype
+    from llamajax.bench.session import kept_dtype
     from llamajax.llm import find_device
 
     # Ctrl-C is raised, for half a file of logits is cleared away.

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from llamajax.bench.metrics import Percentiles, Result, Served
+from llamajax.bench.metrics import Alone, Percentiles, Result, Served
 
 
 def write_plot(path: Path, results: Sequence[Result], title: str) -> None:
@@ -19,19 +19,19 @@ def write_plot(path: Path, results: Sequence[Result], title: str) -> None:
     figure = Figure(figsize=(14 if served else 5 * len(names), 4.5), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 3 if served else len(names), squeeze=False)[0]
-    for i, name in enumerate(names):
+    for label in dict.fromkeys(map(_label, results)):
+        rows = [x for x in results if _label(x) == label]
         # Reading is so much faster than generating that each has a panel.
-        axes = panels[0] if served else panels[i]
-        _throughput(axes, [x for x in results if x.name == name])
+        axes = panels[0] if served else panels[names.index(rows[0].name)]
+        _throughput(axes, rows)
         axes.set(title="throughput, lowest to highest", ylabel="tokens/s")
         axes.legend(loc="upper left")
         if served:
-            rows = [x for x in served if x.name == name]
-            _latency(panels[1], [(x.requests, x.time_to_first_token) for x in rows], "p50", "p95")
-            # Tokens come in blocks: the median may be the nothing between two of one block.
-            _latency(panels[2], [(x.requests, x.inter_token_latency) for x in rows], "p95", "p99")
+            latencies = [x for x in served if _label(x) == label]
+            _latency(panels[1], [(x.requests, x.time_to_first_token) for x in latencies])
+            _latency(panels[2], [(x.requests, x.time_per_output_token) for x in latencies])
             panels[1].set(title="time to first token, p50 and p95 (dashed)", ylabel="ms", yscale="log")
-            panels[2].set(title="time between tokens, p95 and p99 (dashed)", ylabel="ms")
+            panels[2].set(title="time per output token, p50 and p95 (dashed)", ylabel="ms")
     for axes in panels:
         axes.set_xscale("log", base=2)
         axes.xaxis.set(major_locator=FixedLocator(sorted({x.requests for x in results})), minor_locator=NullLocator())
@@ -49,18 +49,23 @@ def write_plot(path: Path, results: Sequence[Result], title: str) -> None:
     path.write_text(_page(title, svg[svg.index("<svg") :], results), encoding="utf-8")
 
 
+def _label(result: Result) -> str:
+    depth = f"depth {result.depth}" if isinstance(result, Alone) else None
+    return ", ".join(filter(None, (result.name, depth, result.sampling)))
+
+
 def _throughput(axes: Axes, results: Sequence[Result]) -> None:
     speeds = [result.tokens_per_second for result in results]
     bars = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
     requests = [result.requests for result in results]
-    axes.errorbar(requests, [s.median for s in speeds], bars, marker="o", capsize=3, label=results[0].name)
+    axes.errorbar(requests, [s.median for s in speeds], bars, marker="o", capsize=3, label=_label(results[0]))
 
 
-def _latency(axes: Axes, results: Sequence[tuple[int, Percentiles | None]], solid: str, dashed: str) -> None:
+def _latency(axes: Axes, results: Sequence[tuple[int, Percentiles | None]]) -> None:
     known = [(requests, times) for requests, times in results if times is not None]
     requests = [requests for requests, _ in known]
-    [line] = axes.plot(requests, [1e3 * getattr(times, solid) for _, times in known], marker="o")
-    axes.plot(requests, [1e3 * getattr(times, dashed) for _, times in known], "--", marker=".", color=line.get_color())
+    [line] = axes.plot(requests, [1e3 * times.p50 for _, times in known], marker="o")
+    axes.plot(requests, [1e3 * times.p95 for _, times in known], "--", marker=".", color=line.get_color())
 
 
 _PAGE = """<!DOCTYPE html>

@@ -1,25 +1,26 @@
 """The work that is measured: synthetic prompts, when each arrives, and how much each asks for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from llamajax.types import SamplingParams
 
 
 @dataclass(frozen=True)
 class Workload:
-    """R requests of equal size.
+    """R requests.
 
     Attributes:
-      prompts: token ids.
+      prompts: token ids of each.
       arrivals: seconds from the start, ascending; the first request stands at 0.
       new_tokens: what each answer has, exactly.
       sampling: how they are drawn.
     """
 
-    prompts: Int64[np.ndarray, "R T"]
+    prompts: list[list[int]]
     arrivals: Float64[np.ndarray, "R"]
     new_tokens: int
     sampling: SamplingParams
@@ -27,21 +28,33 @@ class Workload:
 
 def synthetic(
     requests: int,
-    prompt_len: int,
+    prompt_lens: Sequence[int],
     new_tokens: int,
     *,
     vocab_size: int,
     rate: float | None = None,
-    temperature: float = 0.0,
+    sampling: SamplingParams,
     seed: int = 0,
 ) -> Workload:
     """Prompts of evenly drawn token ids, the same for the same seed; fewer requests are the first of more.
 
     Args:
+      prompt_lens: each prompt's length is one of these, evenly drawn.
       rate: requests a second of a Poisson process; None lets all arrive at once.
     """
-    prompts = np.random.default_rng((seed, 0)).integers(vocab_size, size=(requests, prompt_len))
-    gaps = np.random.default_rng((seed, 1)).exponential(1 / rate if rate else 0, requests - 1)
-    return Workload(
-        prompts, np.concatenate([[0.0], np.cumsum(gaps)]), new_tokens, SamplingParams(temperature, seed=seed)
-    )
+    tokens, gaps, lengths = (np.random.default_rng((seed % 2**64, stream)) for stream in range(3))
+    chosen = [prompt_lens[i] for i in lengths.integers(len(prompt_lens), size=requests)]
+    prompts = np.split(tokens.integers(vocab_size, size=sum(chosen)), np.cumsum(chosen)[:-1])
+    arrivals = np.cumsum(gaps.exponential(1 / rate if rate else 0, requests - 1))
+    return Workload([prompt.tolist() for prompt in prompts], np.append(0.0, arrivals), new_tokens, sampling)
+
+
+def sampling_name(sampling: SamplingParams) -> str:
+    """What results call it: "greedy", or "temperature 0.6, top-p 0.9 (default)", with all that is not off."""
+    options = [("top-p", sampling.top_p, 1), ("top-k", sampling.top_k, 0), ("min-p", sampling.min_p, 0)]
+    if sampling.temperature == 0:
+        options = []  # the most probable token is never cut
+    options.append(("repetition-penalty", sampling.repetition_penalty, 1))
+    how = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
+    named = ", ".join([how, *(f"{name} {value:g}" for name, value, off in options if value != off)])
+    return named + " (default)" * (sampling == SamplingParams(seed=sampling.seed))

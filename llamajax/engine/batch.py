@@ -40,17 +40,19 @@ class Prompts:
       left: how many chunks are still to be read.
     """
 
-    def __init__(self, requests: Sequence[Request], limits: Sequence[int], rows: Rows) -> None:
+    def __init__(self, requests: Sequence[Request], limits: Sequence[int], rows: Rows, *, start: int = 0) -> None:
+        """Of each prompt the rows hold the first `start` tokens."""
         self.rows = rows
         self._requests = requests
         self._limits = np.array(limits, np.int32)
-        self._chunks = chunk_lens(len(requests[0].token_ids))
+        self._start = start
+        self._chunks = chunk_lens(len(requests[0].token_ids) - start)
         self.left = len(self._chunks)
 
     def next_chunk(self) -> tuple[Int32[np.ndarray, "P T"], int, Int32[np.ndarray, "P"], Int32[np.ndarray, "P"]]:
         """Token ids, where they stand, how many they are, and how many tokens to draw after them."""
         number = len(self._chunks) - self.left
-        start, size = sum(self._chunks[:number]), self._chunks[number]
+        start, size = self._start + sum(self._chunks[:number]), self._chunks[number]
         token_ids = np.zeros((len(self._requests), size), np.int32)
         length = np.zeros(len(self._requests), np.int32)
         for row, request in enumerate(self._requests):

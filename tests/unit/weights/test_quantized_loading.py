@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 import llamajax
 from llamajax import ops
-from llamajax.bench.run import kept_dtype
+from llamajax.bench.session import kept_dtype
 from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
 from llamajax.model.llama import Llama

@@ -1,0 +1,126 @@
+"""Reads prompts and generates tokens alone, without a strategy, with so many tokens in the cache already.
+
+All sequences grow at once. They are copies of one: which tokens they are of takes no time.
+"""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from llamajax.bench.metrics import Alone, Spread
+from llamajax.bench.session import Session
+from llamajax.bench.workload import sampling_name, synthetic
+from llamajax.engine.batch import GROUP_LEN, Batch, Prompts
+from llamajax.engine.runner import MIN_CACHE_LEN, chunk_lens, power_of_two
+from llamajax.engine.steps import BLOCK_LEN, Drawn
+from llamajax.types import Request, SamplingParams
+
+_GREEDY = SamplingParams(temperature=0)
+
+
+def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, seed: int = 0) -> Alone:
+    """Prompt processing: `batch` sequences of `depth` tokens read so many more; prompt tokens a second.
+
+    Raises PromptTooLongError if they do not fit the context.
+    """
+    session.check(depth, tokens)
+    engine = Batch(session.llm._runner, batch)
+    token_ids = _token_ids(session, depth + tokens, seed)
+    whole, rest = divmod(batch, GROUP_LEN)
+    # As the scheduler does: a few are read one by one, since a group that is not full takes a full one's time.
+    sizes = [GROUP_LEN] * whole + ([GROUP_LEN] if 2 * rest > GROUP_LEN else [1] * rest)
+    length = depth + sum(chunk_lens(tokens))
+    groups = {size: _prompts(session, [Request(token_ids[:depth], 1, _GREEDY)] * size, length) for size in set(sizes)}
+
+    def warm_up() -> None:
+        for prompts in groups.values():
+            _read(engine, prompts)
+        run()
+
+    def run() -> float:
+        began = time.perf_counter()
+        for size in sizes:
+            requests = [Request(token_ids, 1, _GREEDY)] * size
+            groups[size] = Prompts(requests, [1] * size, groups[size].rows, start=depth)
+            _read(engine, groups[size])
+        jax.block_until_ready([prompts.rows for prompts in groups.values()])
+        return time.perf_counter() - began
+
+    runs, measured = session.measure(warm_up, run)
+    return Alone(
+        name=f"pp{tokens}",
+        sampling=None,
+        requests=batch,
+        depth=depth,
+        tokens_per_second=Spread.of(batch * tokens / seconds for seconds in runs),
+        decode_bandwidth=None,
+        **measured,
+    )
+
+
+def generate(
+    session: Session, tokens: int, *, batch: int, depth: int = 0, sampling: SamplingParams = _GREEDY, seed: int = 0
+) -> Alone:
+    """Token generation: `batch` sequences of `depth` tokens, or of one if that is 0, grow by so many; tokens a second.
+
+    Raises PromptTooLongError if they do not fit the context.
+    """
+    length = max(depth, 1) + tokens
+    session.check(length - tokens, tokens)
+    engine = Batch(session.llm._runner, batch)
+    # Its first token comes of reading the prompt, before the clock starts.
+    request = Request(_token_ids(session, length - tokens, seed), tokens + 1, sampling)
+    prompt = _prompts(session, [request], length)
+
+    def warm_up() -> None:
+        _read(engine, prompt)
+        num_rows, _ = engine.fitting(batch, length)
+        engine.start(num_rows, prompt.rows.cache[0].key.shape[-2])
+        run()
+
+    def run() -> float:
+        for row in range(batch):
+            engine.insert(prompt, [0], [row])
+        np.asarray(engine.decode(0, with_logprobs=False).tokens)  # the copies are made
+        began = time.perf_counter()
+        pending: list[Drawn] = []
+        for done in range(0, tokens, BLOCK_LEN):
+            pending.append(engine.decode(min(BLOCK_LEN, tokens - done), with_logprobs=False))
+            if done:
+                np.asarray(pending[-2].tokens)
+        last = np.asarray(pending[-1].tokens)
+        seconds = time.perf_counter() - began
+        assert (last[:batch, (tokens - 1) % BLOCK_LEN] >= 0).all()
+        return seconds
+
+    runs, measured = session.measure(warm_up, run)
+    step_bytes = session.weight_bytes + batch * session.kv_bytes(depth + tokens / 2)
+    return Alone(
+        name=f"tg{tokens}",
+        sampling=sampling_name(sampling),
+        requests=batch,
+        depth=depth,
+        tokens_per_second=Spread.of(batch * tokens / seconds for seconds in runs),
+        decode_bandwidth=float(np.median([step_bytes * tokens / seconds for seconds in runs])),
+        **measured,
+    )
+
+
+def _token_ids(session: Session, length: int, seed: int) -> list[int]:
+    vocab_size = session.llm.config.vocab_size
+    return synthetic(1, [length], 1, vocab_size=vocab_size, sampling=_GREEDY, seed=seed).prompts[0]
+
+
+def _prompts(session: Session, requests: Sequence[Request], length: int) -> Prompts:
+    """Requests that nothing was read of, with room for so many positions each."""
+    runner = session.llm._runner
+    rows = runner.empty_rows(len(requests), power_of_two(length, MIN_CACHE_LEN))
+    rows = rows._replace(requests=runner.device_requests(requests))
+    return Prompts(requests, [request.max_new_tokens for request in requests], rows)
+
+
+def _read(engine: Batch, prompts: Prompts) -> None:
+    while prompts.left:
+        engine.read(prompts, with_logprobs=False)

@@ -1,0 +1,139 @@
+"""What every measurement has around its runs: a warm-up, programs counted, memory's speed beside them."""
+
+import math
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.bench.metrics import WarmUp
+from llamajax.errors import PromptTooLongError
+from llamajax.llm import LLM
+from llamajax.ops import PackedWeight, Stacked
+
+R = TypeVar("R")
+
+_READS = 5
+# Rows of 32 kB in the matrix that is read. It has as many bytes as decoding reads, since caches may hold a small
+# model; beyond these sizes none does.
+_ROW_LEN = 2**13
+_MAX_MATRIX_BYTES = {"cpu": 2**28}
+_MAX_MATRIX_BYTES_ELSEWHERE = 2**30
+
+
+class Session:
+    """A model on a device, and how often each kind of work is done.
+
+    Attributes:
+      llm: the model.
+      repeat: runs of each kind of work.
+      weight_bytes: of the weights that a decode step reads.
+    """
+
+    def __init__(self, llm: LLM, repeat: int) -> None:
+        self.llm = llm
+        self.repeat = repeat
+        self.weight_bytes = _weight_bytes(llm)
+        self._read_bandwidth = _reader(llm._runner.device, self.weight_bytes)
+
+    def check(self, num_tokens: int, more: int) -> None:
+        """Raises PromptTooLongError if a sequence of so many tokens cannot grow by so many more."""
+        if num_tokens + more > self.llm.max_seq_len:
+            raise PromptTooLongError(
+                f"{num_tokens} tokens and {more} more are beyond the context of {self.llm.max_seq_len}: ask for fewer, "
+                "or raise max_seq_len"
+            )
+
+    def measure(self, warm_up: Callable[[], object], run: Callable[[], R]) -> tuple[list[R], dict[str, Any]]:
+        """The runs, and what every `Result` says of them but the bandwidth of decoding."""
+        with _compilations() as compiled:
+            began = time.perf_counter()
+            warm_up()
+            warmed = WarmUp(time.perf_counter() - began, len(compiled), sum(compiled))
+        runs, bandwidths = [], [self._read_bandwidth()]
+        with _compilations() as compiled:
+            for _ in range(self.repeat):
+                runs.append(run())
+                bandwidths.append(self._read_bandwidth())
+        return runs, {
+            "read_bandwidth": max(bandwidths),
+            "peak_bytes": _peak_bytes(self.llm._runner.device),
+            "warm_up": warmed,
+            "programs_while_measured": len(compiled),
+        }
+
+    def kv_bytes(self, positions: float) -> int:
+        """Of one sequence's keys and values."""
+        cache = jnp.dtype(self.llm._runner.cache_dtype)
+        return round(positions * self.llm.config.kv_bytes_per_token(cache.itemsize))
+
+
+def kept_dtype(llm: LLM) -> str:
+    """What the weight matrices are kept in, joined by "+", that of the most bytes first."""
+    sizes: Counter[str] = Counter()
+    weights = llm._runner.model.llama().weights()
+    for weight in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, PackedWeight | Stacked)):
+        if isinstance(weight, PackedWeight):
+            sizes[weight.name] += math.prod(weight.data.shape)
+        elif len(weight.shape) > 1:
+            sizes[weight.dtype.name] += weight.nbytes
+    return "+".join(name for name, _ in sizes.most_common())
+
+
+def _reader(device: jax.Device, nbytes: int) -> Callable[[], float]:
+    """Gives the bytes a second of the row-wise maximum of a float32 matrix: it only reads, as decoding does.
+
+    The fastest of a few; a matrix of so many bytes, up to what no cache holds.
+    """
+    nbytes = min(nbytes, _MAX_MATRIX_BYTES.get(device.platform, _MAX_MATRIX_BYTES_ELSEWHERE))
+    with jax.default_device(device):
+        matrix = jnp.zeros((max(1, nbytes // (4 * _ROW_LEN)), _ROW_LEN), jnp.float32)
+    reduce = jax.jit(lambda x: x.max(axis=1))
+    reduce(matrix).block_until_ready()  # compiles
+
+    def read() -> float:
+        seconds = []
+        for _ in range(_READS):
+            began = time.perf_counter()
+            reduce(matrix).block_until_ready()
+            seconds.append(time.perf_counter() - began)
+        return matrix.nbytes / min(seconds)
+
+    return read
+
+
+@contextmanager
+def _compilations() -> Iterator[list[float]]:
+    """Seconds of each program that XLA has compiled since, or read from its cache on disk."""
+    compiled: list[float] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _weight_bytes(llm: LLM) -> int:
+    model = llm._runner.model
+    nbytes = sum(x.nbytes for x in model.arrays)
+    if not llm.config.tie_word_embeddings:  # one row of the table is read
+        nbytes -= sum(x.nbytes for x in jax.tree.leaves(model.llama().embed_tokens.weight.get_value()))
+    return nbytes
+
+
+def _peak_bytes(device: jax.Device) -> int:
+    statistics = device.memory_stats()  # a CPU has none
+    if statistics:
+        return statistics["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
