@@ -24,7 +24,8 @@ Model = Annotated[
         "-m",
         "--model",
         autocompletion=_names,
-        help="A name ('llamajax models' lists them), a directory, a .gguf file, or a hub id: org/repo[:file.gguf].",
+        help="A name ('llamajax models' lists them), a directory, a .gguf file, or a repository on the hub: "
+        "its address, org/repo, or one of its GGUF files, org/repo:Q4_K_M or org/repo:file.gguf.",
     ),
 ]
 MaxSeqLen = Annotated[

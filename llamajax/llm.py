@@ -339,7 +339,7 @@ def load(
     """Loads a model, fetching it first if it is not on disk.
 
     Args:
-      name: a directory, a .gguf file, an alias, or a hub id `org/repo` or `org/repo:file.gguf`.
+      name: a directory, a .gguf file, an alias, or a repository on the hub, as `hub.resolve` reads them.
       max_seq_len: tokens that a prompt and its answer may take; the model's context if None.
       dtype: "auto" keeps dense weights as they were shipped, and quantized ones in their blocks on a CPU with native
         kernels, elsewhere in bf16; "int8" takes half of bf16's memory, for a perplexity that is 0.6 % higher (the

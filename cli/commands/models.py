@@ -23,4 +23,7 @@ def models() -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("\n* the default. -m also takes a directory, a .gguf file, or a hub id: org/repo or org/repo:file.gguf")
+    print(
+        "\n* the default. -m also takes a directory, a .gguf file, or a repository on the hub:\n"
+        "org/repo, org/repo:Q4_K_M, or its address"
+    )

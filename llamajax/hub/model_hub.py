@@ -1,112 +1,137 @@
-"""Fetches a repository or a single file from the model hub, through huggingface_hub.
+"""Fetches a repository's model from the model hub, through huggingface_hub.
 
 Tokens, cache, offline mode and progress bars are huggingface_hub's own and follow its settings. Ours is what
-to ask for, and saying in one line what went wrong. It is imported when first needed, for that takes longer
-than all else here.
+to ask for, in which order, and saying in one line what went wrong. It is imported when first needed, for that takes
+longer than all else here.
 """
 
-import logging
+import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llamajax.errors import LlamaJaxError, RequestError
+from llamajax.errors import ConfigError, LlamaJaxError, RequestError
 from llamajax.hub.cache import write_error
+from llamajax.hub.choice import SMALL, choose, parts, weights
+from llamajax.hub.local import adapter_error, indexed_shards, whole_model
+from llamajax.hub.names import HubName
 
 if TYPE_CHECKING:
-    from huggingface_hub import DryRunFileInfo
-
-_WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+    from huggingface_hub.hf_api import ModelInfo
 
 
-def cached(repo: str) -> Path | None:
-    """The repository's snapshot in huggingface_hub's cache, or None. Never touches the network."""
+def cached(name: HubName) -> Path | None:
+    """The model in huggingface_hub's cache, if all of it is there. Never touches the network."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(_snapshot(repo)(local_files_only=True))
-    except LocalEntryNotFoundError:
+        snapshot = snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=[])
+    except (LocalEntryNotFoundError, ValueError):  # not there, or no possible name
         return None
-    return folder if any(folder.glob("*.safetensors")) else None
+    return whole_model(Path(snapshot), name.wanted, name.folder)
 
 
-def fetch(repo: str, *, revision: str | None = None, progress: bool = True) -> Path:
-    """A folder with the repository's safetensors, configuration and tokenizer.
+def fetch(name: HubName, *, progress: bool = True) -> Path:
+    """The .gguf file, or a folder with safetensors, configuration and tokenizer, fetched unless it is on disk.
 
-    They are looked for at the top level, then in `original/` (the layout Meta ships).
+    The configuration comes first, and the rest only if it is a Llama's.
 
     Raises:
-      RequestError: the repository is missing, gated, unreachable, or has no safetensors.
+      RequestError: the repository is missing, gated, unreachable, or has no model that can be read.
+      ConfigError: its model is not a Llama.
       DiskFullError: the disk is full.
     """
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import HfApi
 
-    with _explained(repo, revision):
-        for inside in ("", "original/"):
-            folder = Path(_complete(repo, revision, inside, progress), inside)
-            if any(folder.glob("*.safetensors")):
-                return folder
-        files = list_repo_files(repo, revision=revision)
-    at = f"{repo}@{revision}" if revision else repo
-    if ggufs := [f"-m {at}:{file}" for file in files if file.endswith(".gguf")]:
-        raise RequestError(f"{at} has GGUF files only; choose one: {', '.join(ggufs)}")
-    raise RequestError(f"{at} has neither safetensors nor GGUF files, the two formats that can be read")
-
-
-def fetch_file(repo: str, file: str, *, revision: str | None = None, progress: bool = True) -> Path:
-    """One file of a repository. Raises as `fetch` does."""
-    from huggingface_hub import hf_hub_download
-
-    with _explained(repo, revision, file):
-        _announce(repo, [hf_hub_download(repo, file, revision=revision, dry_run=True)], progress)
-        return Path(hf_hub_download(repo, file, revision=revision, tqdm_class=_bars(progress)))
-
-
-def _snapshot(repo: str, revision: str | None = None, inside: str = "") -> "partial[Any]":
-    """snapshot_download of what we want from one folder of a repository."""
-    from huggingface_hub import snapshot_download
-
-    # It warns when no file matches: that is ours to judge, once we have looked everywhere.
-    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
-    return partial(
-        snapshot_download,
-        repo,
-        revision=revision,
-        allow_patterns=[inside + pattern for pattern in _WANTED],
-        # A pattern's * matches slashes too. What is consolidated is there a second time.
-        ignore_patterns=[f"{inside}*/*", "consolidated*"],
-    )
-
-
-def _complete(repo: str, revision: str | None, inside: str, progress: bool) -> str:
-    """The snapshot on disk: brought up to date, or as it is if the hub is out of reach."""
-    from huggingface_hub import errors, hf_hub_download
-
-    snapshot = partial(_snapshot(repo, revision, inside), tqdm_class=_bars(False))
     try:
-        files = snapshot(dry_run=True)
-    except errors.DryRunError:
-        with suppress(errors.LocalEntryNotFoundError):
-            return snapshot(local_files_only=True)
+        with _explained(name):
+            info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+    except RequestError:
+        # Out of reach, or it refuses: what was fetched before is still a model.
+        if found := cached(name):
+            return found
         raise
-    # Asked for no file, it records which ones there are: an interrupted snapshot is then known to be incomplete.
-    folder = snapshot(revision=files[0].commit_hash if files else revision, allow_patterns=[])
-    # Its threads would not heed Ctrl-C until their files are done, which may take an hour.
-    for file in _announce(repo, files, progress):
-        hf_hub_download(repo, file.filename, revision=file.commit_hash, tqdm_class=_bars(progress))
-    return folder
+    return _Repository(name, info, progress).fetch()
 
 
-def _announce(repo: str, files: "list[DryRunFileInfo]", progress: bool) -> "list[DryRunFileInfo]":
-    """Those of the files that are not on disk, after telling how much will travel."""
-    missing = [file for file in files if file.will_download]
-    if missing and progress:
-        size = sum(file.file_size or 0 for file in missing)
-        print(f"fetching {repo} ({size / 1e6:,.0f} MB)", file=sys.stderr, flush=True)
-    return missing
+class _Repository:
+    """A repository, or a folder of it, at a commit."""
+
+    def __init__(self, name: HubName, info: "ModelInfo", progress: bool) -> None:
+        self._name, self._commit, self._progress = name, info.sha, progress
+        self._gguf_architecture = (info.gguf or {}).get("architecture", "llama")
+        self._prefix = f"{name.folder}/" if name.folder else ""
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        self._sizes = {
+            path.removeprefix(self._prefix): size for path, size in sizes.items() if path.startswith(self._prefix)
+        }
+
+    def fetch(self) -> Path:
+        where = self._name.repo if self._name.revision is None else f"{self._name.repo}@{self._name.revision}"
+        names = self._sizes.keys()
+        if "adapter_config.json" in names and "config.json" not in names:
+            raise adapter_error(where, self._download("adapter_config.json"))
+        chosen = choose(names, self._name.wanted, where, lambda file: f"{where}:{self._prefix}{file}")
+        if chosen.endswith(".gguf"):
+            if self._gguf_architecture != "llama":
+                raise ConfigError(
+                    f"{where}: architecture {self._gguf_architecture!r:.80} is not supported, only 'llama'"
+                )
+            if self._name.wanted is None and self._progress:
+                print(f"{where} has GGUF files only: taking {chosen}", file=sys.stderr, flush=True)
+            return self._download_all(parts(chosen))
+        inside = f"{chosen}/" if chosen else ""
+        small = [inside + file for file in SMALL if inside + file in names]
+        config = next((name for name in (f"{inside}config.json", f"{inside}params.json") if name in names), None)
+        if config is None:
+            raise RequestError(f"{where} has no config.json, so its safetensors are not a model that can be read")
+        _check_config(where, self._download(config))
+        folder = self._download_all(small).parent
+        self._download_all(weights(names, chosen, indexed_shards(folder)))
+        return folder
+
+    def _download_all(self, files: Sequence[str]) -> Path:
+        """Returns the first of them."""
+        missing = sum(self._sizes.get(file, 0) for file in files if self._on_disk(file) is None)
+        if self._progress and missing >= 1e6:
+            print(f"fetching {self._name.repo} ({missing / 1e6:,.0f} MB)", file=sys.stderr, flush=True)
+        # One by one: the client's threads would not heed Ctrl-C until their files are done, which may take an hour.
+        first, *_ = [self._download(file) for file in files]
+        return first
+
+    def _download(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        if found := self._on_disk(file):
+            return found
+        path = self._prefix + file
+        # The client remembers which commit a revision stands for if it is asked for the revision.
+        is_first = file.endswith(("config.json", "params.json", ".gguf"))
+        with _explained(self._name, path):
+            revision = self._name.revision if is_first else self._commit
+            return Path(hf_hub_download(self._name.repo, path, revision=revision, tqdm_class=_bars(self._progress)))
+
+    def _on_disk(self, file: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self._name.repo, self._prefix + file, revision=self._commit)
+        return Path(found) if isinstance(found, str) else None
+
+
+def _check_config(where: str, path: Path) -> None:
+    from llamajax.config import LlamaConfig
+
+    make = LlamaConfig.from_hf if path.name == "config.json" else LlamaConfig.from_meta
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ConfigError("expected a JSON object")
+        make(content)
+    except (ConfigError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: {path.name}: {error}") from error
 
 
 def _bars(progress: bool) -> type:
@@ -123,17 +148,18 @@ def _bars(progress: bool) -> type:
 
 
 @contextmanager
-def _explained(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+def _explained(name: HubName, file: str | None = None) -> Iterator[None]:
     try:
         yield
     # The client raises its own errors, its HTTP library's and the system's: for us, all are a failed fetch.
     except Exception as error:
-        raise _explain(error, repo, revision, file) from error
+        raise _explain(error, name, file) from error
 
 
-def _explain(error: Exception, repo: str, revision: str | None, file: str | None) -> LlamaJaxError:
+def _explain(error: Exception, name: HubName, file: str | None) -> LlamaJaxError:
     from huggingface_hub import constants, errors
 
+    repo, revision = name.repo, name.revision
     # "Not on this disk" and "no dry run" only follow from the cause: the hub is out of reach or refuses.
     consequence = isinstance(error, errors.LocalEntryNotFoundError | errors.DryRunError)
     cause = (consequence and error.__cause__) or error

@@ -97,29 +97,36 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class HubServer(_Server):
-    """What huggingface_hub needs in order to download: a repository's facts, its tree and its files.
+    """What huggingface_hub needs in order to download: a repository's facts and its files.
 
     Args:
       repos: each repository's files, by path.
       gated: the repositories whose files need a token; any will do. Their listing is public, as on the hub.
+      architectures: what the hub has read of repositories' GGUF files.
     """
 
-    _FACTS = re.compile(r"api/models/(?P<repo>[^/]+/[^/]+)(/(?P<kind>revision|tree)/(?P<revision>[^/]+))?")
-    _FILE = re.compile(r"(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+    _FACTS = re.compile(r"api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>refs/pr/\d+|[^/]+))?")
+    _FILE = re.compile(r"(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>refs/pr/\d+|[^/]+)/(?P<file>.+)")
 
     def __init__(
         self,
         repos: Mapping[str, Mapping[str, bytes]],
         gated: frozenset[str] = frozenset(),
         hold: str | None = None,
+        architectures: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(hold)
-        self.repos, self.gated = repos, gated
+        self.repos, self.gated, self.architectures = repos, gated, architectures or {}
 
     def env(self, hf_home: Path) -> dict[str, str]:
         """The environment that sends huggingface_hub here, without a token, and its cache to `hf_home`."""
         offline = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(hf_home), **offline, **_DIRECT}
+
+    def fetched(self, repo: str) -> set[str]:
+        """The files of a repository that were asked for so far."""
+        paths = (re.fullmatch(self._FILE, path) for method, path in self.requests if method == "GET")
+        return {path["file"] for path in paths if path and path["repo"] == repo}
 
     @staticmethod
     def commit(repo: str) -> str:
@@ -134,7 +141,7 @@ class HubServer(_Server):
         if revision not in (None, "main", self.commit(repo)):
             return self._refuse(request, 404, "RevisionNotFound")
         if asked.re is self._FACTS:
-            return self._facts(request, repo, tree=asked["kind"] == "tree")
+            return self._facts(request, repo)
         if repo in self.gated and not request.headers["Authorization"]:
             return self._refuse(request, 401, "GatedRepo")
         if asked["file"] not in self.repos[repo]:
@@ -144,18 +151,14 @@ class HubServer(_Server):
     def _refuse(self, request: _Handler, status: int, code: str) -> None:
         request.reply(b"", {"X-Error-Code": code}, status)
 
-    def _facts(self, request: _Handler, repo: str, tree: bool) -> None:
-        files = self.repos[repo]
-        facts: object = {
+    def _facts(self, request: _Handler, repo: str) -> None:
+        facts: dict[str, Any] = {
             "id": repo,
             "sha": self.commit(repo),
-            "siblings": [{"rfilename": path} for path in files],
+            "siblings": [{"rfilename": path, "size": len(body)} for path, body in self.repos[repo].items()],
         }
-        if tree:
-            facts = [
-                {"type": "file", "path": path, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                for path, body in files.items()
-            ]
+        if repo in self.architectures:
+            facts["gguf"] = {"architecture": self.architectures[repo]}
         request.reply(json.dumps(facts).encode(), {"Content-Type": "application/json"})
 
     def _file(self, request: _Handler, repo: str, body: bytes) -> None:

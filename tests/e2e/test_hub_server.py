@@ -53,34 +53,76 @@ def resolve(names: list[str], env: Mapping[str, str]) -> dict[str, tuple[str, st
 # The model hub.
 
 LICENCE_PAGE = "https://huggingface.co/org/gated"
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+META = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "norm_eps": 1e-5, "ffn_dim_multiplier": 1.0}
+CONFIG = json.dumps(LLAMA).encode()
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
+WHOLE = {"config.json": CONFIG, "model.safetensors": b"weights"}
+QUANTS = ["Q2_K", "Q4_K_S", "Q4_K_M", "Q8_0"]
+
+
+def config_with(**changes: object) -> dict[str, bytes]:
+    return WHOLE | {"config.json": json.dumps(LLAMA | changes).encode()}
+
+
 REPOS = {
     "org/sharded": {
-        "config.json": b"{}",
-        "model.safetensors.index.json": b"{}",
-        "model-00001-of-00002.safetensors": b"first" * 1000,
-        "model-00002-of-00002.safetensors": b"second" * 1000,
+        "config.json": CONFIG,
+        "model.safetensors.index.json": INDEX,
+        SHARDS[0]: b"first" * 1000,
+        SHARDS[1]: b"second" * 1000,
         "tokenizer.json": b"{}",
         "tokenizer.model": b"pieces",
         "chat_template.jinja": b"{{ messages }}",
         "README.md": b"words",
+        "trainer_state.json": b"{}",
         "pytorch_model.bin": b"the same weights",
         "consolidated.safetensors": b"the same weights",
+        "model.fp16-00001-of-00001.safetensors": b"the same weights",
+        "adapter_model.safetensors": b"other weights",
+        "adapter_config.json": b"{}",
         "onnx/model.onnx": b"the same weights",
         "onnx/config.json": b"{}",
         "original/params.json": b"{}",
     },
+    "org/variants": WHOLE | {"model.fp16.safetensors": b"the same weights", "model-Q4_K_M.gguf": b"GGUF"},
     "org/meta": {
         "README.md": b"words",
         "original/consolidated.safetensors": b"weights",
-        "original/params.json": b"{}",
+        "original/params.json": json.dumps(META).encode(),
         "original/tokenizer.model": b"ranks",
         "original/old/params.json": b"{}",
     },
     "org/ggufs": {"README.md": b"words", "tiny-Q4_0.gguf": b"GGUF4", "deep/tiny-Q8_0.gguf": b"GGUF8"},
-    "org/pickles": {"config.json": b"{}", "pytorch_model.bin": b"weights"},
-    "org/gated": {"config.json": b"{}", "model.safetensors": b"weights"},
-    ALIASES["tinyllama-1.1b-chat"].repo: {"config.json": b"{}", "model.safetensors": b"weights"},
-    ALIASES[DEFAULT].repo: {"config.json": b"{}", "model.safetensors": b"weights"},
+    "org/quants": {f"tiny.{quant}.gguf": quant.encode() for quant in QUANTS} | {"mmproj-tiny.gguf": b"an eye"},
+    "org/one-gguf": {"config.json": b'{"model_type": "llama"}', "tiny.gguf": b"GGUF", "imatrix.gguf": b"counts"},
+    "org/split": {f"Q8_0/tiny-{part:05}-of-00003.gguf": b"part %d" % part for part in (1, 2, 3)}
+    | {f"Q4_0/tiny-{part:05}-of-00002.gguf": b"4: part %d" % part for part in (1, 2)},
+    "org/qwen-gguf": {"tiny.gguf": b"GGUF"},
+    "org/qwen": config_with(architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+    "org/fp8": config_with(quantization_config={"quant_method": "fp8"}),
+    "org/gptq": config_with(quantization_config={"quant_method": "gptq", "bits": 4}),
+    "org/broken": WHOLE | {"config.json": b"<html>"},
+    "org/list": WHOLE | {"config.json": b"[]"},
+    "org/without-config": {"model.safetensors": b"weights", "generation_config.json": b"{}"},
+    "org/in-a-folder": {"README.md": b"", **{f"BF16/{name}": body for name, body in WHOLE.items()}},
+    "org/adapter": {
+        "adapter_config.json": b'{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}',
+        "adapter_model.safetensors": b"weights",
+    },
+    "org/pickles": {"config.json": CONFIG, "pytorch_model.bin": b"weights"},
+    "org/gated": WHOLE,
+    ALIASES["tinyllama-1.1b-chat"].repo: WHOLE,
+    ALIASES[DEFAULT].repo: WHOLE,
 }
 
 
@@ -90,7 +132,7 @@ def files_in(folder: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[HubServer]:
-    with HubServer(REPOS, gated=frozenset({"org/gated"})) as server:
+    with HubServer(REPOS, gated=frozenset({"org/gated"}), architectures={"org/qwen-gguf": "qwen2"}) as server:
         yield server
 
 
@@ -114,6 +156,26 @@ def online(hub: HubServer, hf_home: Path) -> dict[str, tuple[str, str]]:
         "org/gated",
         "org/missing",
         "TinyLlama-1.1B-chat",
+        "https://huggingface.co/org/variants/tree/main?library=transformers",
+        "hf.co/org/quants:q8_0",
+        "https://huggingface.co/org/quants/blob/main/tiny.Q2_K.gguf?download=true",
+        "org/quants:Q4_K",
+        "org/quants",
+        "org/one-gguf",
+        "org/split",
+        "org/split:q8_0",
+        "org/split:Q4_0/tiny-00002-of-00002.gguf",
+        "org/qwen-gguf",
+        "org/qwen",
+        "org/fp8",
+        "org/gptq",
+        "org/broken",
+        "org/list",
+        "org/without-config",
+        "org/in-a-folder",
+        "https://huggingface.co/org/in-a-folder/tree/main/BF16",
+        "org/adapter",
+        "org/variants@refs/pr/1",
     ]
     return resolve(names, hub.env(hf_home))
 
@@ -124,8 +186,7 @@ def test_a_sharded_repository_comes_without_what_is_not_needed(online: dict[str,
     assert files_in(folder) == {
         "config.json",
         "model.safetensors.index.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
+        *SHARDS,
         "tokenizer.json",
         "tokenizer.model",
         "chat_template.jinja",
@@ -170,6 +231,12 @@ def test_a_repository_of_ggufs_lists_what_to_type(online: dict[str, tuple[str, s
     ("name", "expected"),
     [
         ("org/ggufs:tiny-Q5_0.gguf", "org/ggufs has no file 'tiny-Q5_0.gguf'"),
+        ("org/quants:Q4_K", "has no 'Q4_K'; choose one: -m org/quants:tiny.Q2_K.gguf, -m org/quants:tiny.Q4_K_S.gguf"),
+        ("org/split", "several GGUF files; choose one: -m org/split:Q8_0/tiny-00001-of-00003.gguf, -m org/split:Q4_0"),
+        ("org/in-a-folder", "there are safetensors in BF16"),
+        ("org/without-config", "org/without-config has no config.json"),
+        ("org/adapter", "org/adapter is an adapter of meta-llama/Llama-3.2-1B"),
+        ("org/variants@refs/pr/1", "org/variants has no revision 'refs/pr/1'"),
         ("org/pickles", "org/pickles has neither safetensors nor GGUF files"),
         ("org/missing", "no repository org/missing, or it is private"),
         ("org/gated", f"org/gated is gated: accept its licence at {LICENCE_PAGE}, then `hf auth login`"),
@@ -180,6 +247,79 @@ def test_what_the_hub_refuses_is_one_line(online: dict[str, tuple[str, str]], na
     assert kind == "RequestError"
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/qwen", "architecture 'Qwen2ForCausalLM' is not supported"),
+        ("org/fp8", "quantized by 'fp8'"),
+        ("org/gptq", "quantized by 'gptq'"),
+        ("org/broken", "config.json: Expecting value"),
+        ("org/list", "config.json: expected a JSON object"),
+        ("org/qwen-gguf", "architecture 'qwen2' is not supported"),
+    ],
+)
+def test_what_is_no_llama_is_refused_before_its_weights_are_fetched(
+    online: dict[str, tuple[str, str]], hub: HubServer, name: str, expected: str
+) -> None:
+    kind, message = online[name]
+    assert kind == "ConfigError"
+    assert message.startswith(f"{name}: ")
+    assert expected in message
+    assert hub.fetched(name) <= {"config.json"}
+
+
+def test_other_variants_are_not_fetched(online: dict[str, tuple[str, str]], hub: HubServer) -> None:
+    kind, folder = online["https://huggingface.co/org/variants/tree/main?library=transformers"]
+    assert kind == "path"
+    assert files_in(folder) == hub.fetched("org/variants") == WHOLE.keys()
+    assert hub.fetched("org/adapter") == {"adapter_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("hf.co/org/quants:q8_0", "tiny.Q8_0.gguf"),
+        ("https://huggingface.co/org/quants/blob/main/tiny.Q2_K.gguf?download=true", "tiny.Q2_K.gguf"),
+        ("org/quants", "tiny.Q4_K_M.gguf"),
+        ("org/one-gguf", "tiny.gguf"),
+    ],
+)
+def test_one_gguf_of_several_is_chosen(
+    online: dict[str, tuple[str, str]], hub: HubServer, name: str, file: str
+) -> None:
+    kind, path = online[name]
+    assert (kind, Path(path).name) == ("path", file)
+    assert hub.fetched("org/quants") == {"tiny.Q8_0.gguf", "tiny.Q2_K.gguf", "tiny.Q4_K_M.gguf"}
+
+
+def test_all_parts_of_a_split_gguf_are_fetched(online: dict[str, tuple[str, str]]) -> None:
+    for name, count in (("org/split:q8_0", 3), ("org/split:Q4_0/tiny-00002-of-00002.gguf", 2)):
+        kind, path = online[name]
+        assert (kind, Path(path).name) == ("path", f"tiny-00001-of-{count:05}.gguf")
+        assert len(files_in(str(Path(path).parent))) == count
+
+
+def test_a_folder_of_a_repository_may_be_the_model(online: dict[str, tuple[str, str]]) -> None:
+    kind, folder = online["https://huggingface.co/org/in-a-folder/tree/main/BF16"]
+    assert (kind, Path(folder).name) == ("path", "BF16")
+    assert files_in(folder) == WHOLE.keys()
+
+
+def test_the_hubs_own_cache_is_a_model(online: dict[str, tuple[str, str]], hf_home: Path) -> None:
+    """Its folder for a repository, and a snapshot in there."""
+    cache = hf_home / "hub"
+    names = [
+        f"{cache}/models--org--sharded",
+        f"{cache}/models--org--one-gguf",
+        online["org/sharded"][1],
+        str(Path(online["org/split:q8_0"][1]).parent),
+    ]
+    found = resolve(names, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(hf_home)})
+    assert found[names[0]] == found[names[2]] == online["org/sharded"]
+    assert found[names[1]] == online["org/one-gguf"]
+    assert found[names[3]] == online["org/split:q8_0"]
 
 
 def test_an_alias_in_any_case_is_its_repository(online: dict[str, tuple[str, str]]) -> None:
@@ -201,15 +341,17 @@ def test_without_the_hub_its_cache_still_serves(
 ) -> None:
     with HubServer({}) as gone:
         env = gone.env(hf_home) | {"HF_HUB_OFFLINE": str(int(offline))}
-    cached = ["org/sharded", "tinyllama-1.1b-chat"] + ["org/ggufs:tiny-Q4_0.gguf"] * offline
+    cached = ["org/sharded", "tinyllama-1.1b-chat", "org/ggufs:tiny-Q4_0.gguf", "org/quants:Q8_0", "org/split:Q8_0"]
     found = resolve([*cached, "org/missing"], env)
     assert found["org/sharded"] == online["org/sharded"]
     assert found["tinyllama-1.1b-chat"] == online["TinyLlama-1.1B-chat"]
     kind, message = found["org/missing"]
     assert kind == "RequestError"
     assert "\n" not in message
+    assert found["org/ggufs:tiny-Q4_0.gguf"] == online["org/ggufs:tiny-Q4_0.gguf"]
+    assert found["org/quants:Q8_0"] == online["hf.co/org/quants:q8_0"]
+    assert found["org/split:Q8_0"] == online["org/split:q8_0"]
     if offline:
-        assert found["org/ggufs:tiny-Q4_0.gguf"] == online["org/ggufs:tiny-Q4_0.gguf"]
         assert f"not wholly, in {hf_home}" in message
         assert "HF_HUB_OFFLINE" in message
     else:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from llamajax.errors import CheckpointError, RequestError
 from llamajax.hub import ALIASES, DEFAULT, Alias, Wheel, home, on_disk, package_index, resolve
+from llamajax.hub.choice import choose
+from llamajax.hub.names import parse
 
 [DEFAULT_WHEEL] = [alias.wheel for alias in ALIASES.values() if alias.wheel]
 
@@ -75,7 +78,6 @@ def test_a_directory_and_a_gguf_file_stand_for_themselves(tmp_path: Path, monkey
     file = tmp_path / "m.GGUF"
     file.touch()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve(str(tmp_path)) == tmp_path
     assert resolve(str(file)) == file
     assert resolve("~/m.GGUF") == file
     monkeypatch.chdir(tmp_path)
@@ -97,13 +99,152 @@ def test_a_directory_and_a_gguf_file_stand_for_themselves(tmp_path: Path, monkey
         ("some/deep/folder", "no such file or directory: 'some/deep/folder'"),
         (__file__, "expected a .gguf file or a directory"),
         ("x" * 300, "File name too long"),
-        ("org/model:weights.bin", "only a .gguf file can be chosen from org/model"),
+        ("https://example.com/org/model", "cannot fetch a model from example.com, only from huggingface.co"),
+        ("https://huggingface.co/docs", "not the address of a repository"),
     ],
 )
 def test_a_path_that_is_no_model(name: str, expected: str) -> None:
     with pytest.raises(RequestError) as error:
         resolve(name)
     assert expected in str(error.value)
+
+
+LLAMA = {"config.json": "{}", "model.safetensors": "weights"}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000000000\n"
+
+
+def folder_of(folder: Path, files: Mapping[str, str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "model"),
+    [
+        ({}, ""),
+        (LLAMA, ""),
+        (LLAMA | {"model-Q4_K_M.gguf": "GGUF"}, ""),
+        (LLAMA | {"adapter_config.json": "{}", "adapter_model.safetensors": "x"}, ""),
+        ({"original/params.json": "{}", "original/consolidated.safetensors": "x", "x.gguf": "GGUF"}, ""),
+        ({"config.json": "{}", "model.GGUF": "GGUF", "mmproj-model.gguf": "GGUF", "README.md": ""}, "model.GGUF"),
+        ({f"m-{part:05}-of-00002.gguf": "GGUF" for part in (1, 2)}, "m-00001-of-00002.gguf"),
+        ({"a.Q4_K_M.gguf": "GGUF", "a.Q8_0.gguf": "GGUF"}, "a.Q4_K_M.gguf"),
+    ],
+)
+def test_a_folder_stands_for_its_model(tmp_path: Path, files: dict[str, str], model: str) -> None:
+    assert resolve(str(folder_of(tmp_path / "m", files))) == tmp_path / "m" / model
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "expected"),
+    [
+        ({"a.Q8_0.gguf": "", "a.Q2_K.gguf": ""}, RequestError, "several GGUF files; choose one: -m {0}/a.Q"),
+        ({"adapter_config.json": "{"}, RequestError, "{0} is an adapter of another model"),
+        (LLAMA | {"model.safetensors": POINTER}, CheckpointError, "model.safetensors is a git-lfs pointer"),
+        (LLAMA | {"tokenizer.json": POINTER}, CheckpointError, "run `git lfs pull` in {0}"),
+        ({"a.gguf": POINTER}, CheckpointError, "a.gguf is a git-lfs pointer"),
+        ({"snapshots/.gitkeep": ""}, RequestError, "{0} has no snapshot"),
+    ],
+)
+def test_a_folder_without_a_model_says_why(
+    tmp_path: Path, files: dict[str, str], error: type[Exception], expected: str
+) -> None:
+    folder = folder_of(tmp_path / "m", files)
+    with pytest.raises(error) as raised:
+        resolve(str(folder))
+    assert expected.format(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"m.gguf": POINTER})
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        resolve(str(tmp_path / "m.gguf"))
+
+
+def test_the_hubs_cache_stands_for_what_main_is(tmp_path: Path) -> None:
+    cache = folder_of(tmp_path / "models--org--m", {f"snapshots/{commit}/config.json": "{}" for commit in "abc"})
+    folder_of(cache, {"refs/main": "b"})
+    assert resolve(str(cache)) == cache / "snapshots" / "b"
+    os.utime(cache / "snapshots" / "c", (2e9, 2e9))
+    (cache / "refs" / "main").unlink()
+    assert resolve(str(cache)) == cache / "snapshots" / "c"
+
+
+# Names of repositories.
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("org/repo", ("org/repo", None, None, "")),
+        ("org/repo/", ("org/repo", None, None, "")),
+        ("hf:org/repo", ("org/repo", None, None, "")),
+        ("hf://org/repo", ("org/repo", None, None, "")),
+        ("org/repo@v1.0", ("org/repo", "v1.0", None, "")),
+        ("org/repo@refs/pr/2:Q8_0", ("org/repo", "refs/pr/2", "Q8_0", "")),
+        ("org/repo:deep/x.gguf", ("org/repo", None, "deep/x.gguf", "")),
+        ("hf.co/org/repo:Q4_K_M", ("org/repo", None, "Q4_K_M", "")),
+        ("huggingface.co/org/repo", ("org/repo", None, None, "")),
+        ("https://huggingface.co/org/repo/", ("org/repo", None, None, "")),
+        ("http://www.huggingface.co/org/repo?library=x#files", ("org/repo", None, None, "")),
+        ("https://hf.co/org/repo:Q4_0", ("org/repo", None, "Q4_0", "")),
+        ("https://huggingface.co/org/repo/tree/main", ("org/repo", "main", None, "")),
+        ("https://huggingface.co/org/repo/tree/refs%2Fpr%2F3", ("org/repo", "refs/pr/3", None, "")),
+        ("https://huggingface.co/org/repo/tree/main/original", ("org/repo", "main", None, "original")),
+        ("https://huggingface.co/org/repo/blob/v2/a%20b/x.GGUF", ("org/repo", "v2", "a b/x.GGUF", "")),
+        ("https://huggingface.co/org/repo/resolve/main/x.gguf?download=true", ("org/repo", "main", "x.gguf", "")),
+        ("https://huggingface.co/org/repo/blob/main/model.safetensors", ("org/repo", "main", None, "")),
+        ("https://huggingface.co/org/repo/raw/main/BF16/config.json", ("org/repo", "main", None, "BF16")),
+        ("org/repo/resolve/main/x.gguf", ("org/repo", "main", "x.gguf", "")),
+    ],
+)
+def test_what_may_be_typed_for_a_repository(typed: str, meant: tuple[str, ...]) -> None:
+    assert parse(typed) == meant
+
+
+@pytest.mark.parametrize(
+    "typed", ["repo", "a/b/c", "https://huggingface.co/repo", "hf.co/org", "/org/repo", "org\\repo"]
+)
+def test_what_is_no_repository(typed: str) -> None:
+    assert parse(typed) is None
+
+
+QUANTS = ["m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m_q4_0.gguf", "Q8_0/m-00001-of-00002.gguf", "Q8_0/m-00002-of-00002.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        ("q4_k_m", "m-Q4_K_M.gguf"),
+        ("Q4_0", "m_q4_0.gguf"),
+        ("Q8_0", "Q8_0/m-00001-of-00002.gguf"),
+        ("m-Q4_K_S", "m-Q4_K_S.gguf"),
+        ("Q8_0/m-00002-of-00002.gguf", "Q8_0/m-00001-of-00002.gguf"),
+        (None, "m-Q4_K_M.gguf"),
+    ],
+)
+def test_a_quantization_names_a_file(wanted: str | None, chosen: str) -> None:
+    assert choose(QUANTS, wanted, "here", str) == chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("Q4_K", "here has no 'Q4_K'; choose one: -m m-Q4_K_M.gguf, "),
+        ("m", "here has several files in m; choose one: "),
+        ("x.gguf", "here has no file 'x.gguf'; choose one: "),
+        ("(", "here has no '('; choose one: "),
+    ],
+)
+def test_no_quantization_or_several(wanted: str, expected: str) -> None:
+    with pytest.raises(RequestError) as error:
+        choose(QUANTS, wanted, "here", str)
+    assert str(error.value).startswith(expected)
+    assert "00002-of" not in str(error.value)
 
 
 @pytest.mark.parametrize(
