@@ -2,7 +2,6 @@
 
 import _thread
 import json
-import resource
 import subprocess
 import sys
 import threading
@@ -264,8 +263,27 @@ def test_slow_templates(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_templates(source: str) -> None:
     with pytest.raises(TokenizerError, match=r"^the chat template failed: (Memory|Overflow|Recursion)Error"):
         ChatTemplate(source).render([user("Hi")])
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert children.ru_maxrss * 1024 < 1.1 * sandbox.MAX_BYTES
+
+
+def test_a_template_takes_no_more_memory_than_it_may() -> None:
+    code = """if True:
+        import resource
+        from llamajax import TokenizerError
+        from llamajax.tokenizers import sandbox
+
+        for source in ("{{ ['a' * 10**8] | map('upper') | list * 9 }}", "{% set n = namespace(x=[]) %}"
+                       "{% for i in range(99999) %}{% set n.x = [n.x, (i ~ 'a') * 10**6] %}{% endfor %}"):
+            try:
+                sandbox.render(source, {})
+            except TokenizerError as error:
+                print(error)
+        sandbox._process.end()
+        print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *errors, peak = done.stdout.splitlines()
+    assert errors[-1].startswith("the chat template failed: MemoryError")
+    assert 0.5 * sandbox.MAX_BYTES < int(peak) < 1.1 * sandbox.MAX_BYTES
 
 
 def test_templates_still_run_after_one_that_was_ended(monkeypatch: pytest.MonkeyPatch) -> None:
