@@ -7,14 +7,20 @@ know any file format, model or library.
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Protocol
 
 from llamajax.errors import TokenizerError
+from llamajax.text import one_line
 
 # Put inside a literal, it keeps the literal from being read as a special token, and is itself dropped. A lone
 # surrogate, because no well-formed text contains one.
 BREAK = "\ud800"
+
+# How SentencePiece writes a space, and a byte that is not a piece.
+SPACE = "▁"
+BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 _END_TOKENS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>")
 
@@ -73,6 +79,17 @@ class Tokenizer(Protocol):
         if self.strips_leading_space:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", errors="replace")
+
+
+@contextmanager
+def refused(problem: str) -> Iterator[None]:
+    """Whatever a library raises while it uses a file becomes a TokenizerError: `problem` and the library's words."""
+    try:
+        yield
+    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
+        raise TokenizerError(f"{problem}: {one_line(error)}") from error
 
 
 def looks_special(literal: str) -> bool:

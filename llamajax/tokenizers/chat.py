@@ -6,15 +6,16 @@ Jinja is contained (sandbox.py) nor any template's text (templates.py).
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamajax.errors import RequestError, TokenizerError
-from llamajax.text import one_line, well_formed
+from llamajax.errors import RequestError
+from llamajax.text import well_formed
 from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
+from llamajax.tokenizers.gguf import template_of
 from llamajax.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -30,11 +31,13 @@ class ChatTemplate:
     Attributes:
       source: Jinja. It is compiled when it is rendered, so a broken one does no harm to raw completions.
       bos_token, eos_token: literals that the template may write; "" for none.
+      special_tokens: other literals that it may write, by name: pad_token, unk_token and so on.
     """
 
     source: str
     bos_token: str = ""
     eos_token: str = ""
+    special_tokens: Mapping[str, str | list[str]] = field(default_factory=dict)
 
     def render(
         self,
@@ -60,6 +63,7 @@ class ChatTemplate:
         return sandbox.render(
             self.source,
             {
+                **self.special_tokens,
                 "messages": [dict(message) for message in _checked(messages)],
                 "tools": None,
                 "documents": None,
@@ -124,10 +128,12 @@ def find_template(source: Path | Mapping[str, Any]) -> ChatTemplate | None:
     if isinstance(source, Path):
         config = read_config(source)
         text, bos_token, eos_token = config.chat_template, config.bos_token, config.eos_token
+        special_tokens = config.special_tokens
     else:
-        text = _gguf_template(source)
-        bos_token, eos_token = (_gguf_literal(source, name) for name in ("bos", "eos"))
-    return ChatTemplate(text, bos_token or "", eos_token or "") if text else None
+        text, tokens = template_of(source)
+        bos_token, eos_token = tokens.pop("bos_token", None), tokens.pop("eos_token", None)
+        special_tokens = dict(tokens)
+    return ChatTemplate(text, bos_token or "", eos_token or "", special_tokens) if text else None
 
 
 def builtin_template(tokenizer: Tokenizer, eos_ids: Collection[int], name: str = "") -> ChatTemplate | None:
@@ -168,20 +174,3 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
         if not isinstance(message["content"], str):
             raise RequestError(f"a message's content must be a string, not {message['content']!r:.80}")
     return messages
-
-
-def _gguf_template(metadata: Mapping[str, Any]) -> str | None:
-    template = metadata.get("tokenizer.chat_template", metadata.get("tokenizer.chat_template.default"))
-    if not isinstance(template, str | None):
-        raise TokenizerError(
-            f"GGUF metadata: expected a text as tokenizer.chat_template, found {one_line(repr(template), 80)}: convert "
-            "the model again"
-        )
-    return template
-
-
-def _gguf_literal(metadata: Mapping[str, Any], name: str) -> str | None:
-    token_id, tokens = metadata.get(f"tokenizer.ggml.{name}_token_id"), metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list) and isinstance(token_id, int) and 0 <= token_id < len(tokens):
-        return tokens[token_id]
-    return None

@@ -1,27 +1,51 @@
 """The tokenizer inside a GGUF file, from its metadata.
 
-Knows the `tokenizer.ggml.*` keys of the kinds `gpt2` (byte-level BPE) and `llama` (SentencePiece), and which split
-pattern a `tokenizer.ggml.pre` names. Does not know how the file is read. Sources: ggml's docs/gguf.md, and
-llama.cpp's src/llama-vocab.cpp for the names of patterns and the defaults.
+Knows the `tokenizer.ggml.*` keys of the kinds `gpt2` (byte-level BPE) and `llama` (SentencePiece). Does not know how
+the file is read. Sources: ggml's docs/gguf.md, and llama.cpp's src/llama-vocab.cpp for what a missing key means.
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from llamajax.errors import TokenizerError
-from llamajax.text import one_line
-from llamajax.tokenizers.base import Tokenizer, looks_special
+from llamajax.text import well_formed
+from llamajax.tokenizers.base import BYTE, Tokenizer, looks_special, refused
+from llamajax.tokenizers.metadata import Metadata
+from llamajax.tokenizers.splits import SPLITS, Split
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece numbers them so too
+_UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(7)  # from 1 on as SentencePiece's
 
-_LLAMA3 = {"llama-bpe", "llama3", "llama-v3", "falcon3"}
-_PATTERN_OF_PRE = {
-    **dict.fromkeys((*_LLAMA3, "smaug-bpe", "dbrx"), "llama3"),
-    **dict.fromkeys(("smollm", "refact", "starcoder", "minerva-7b"), "smollm"),
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "trillion", "mellum"), "gpt-2"),
+# Ids that mean "none", as converters in C and Python write them.
+_NO_ID = (-1, 2**32 - 1)
+_DEFAULT_IDS: dict[str, dict[str, int]] = {"llama": {"unknown": 0, "bos": 1, "eos": 2}, "gpt2": {}}
+_ENDS = ("eos", "eot", "eom")
+
+# Hugging Face's names of the tokens that a chat template may write, and GGUF's.
+_TEMPLATE_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # sic
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
 }
+
+
+class _Vocabulary(NamedTuple):
+    """Tokens and their types, by id; ids of named tokens by GGUF's names: "bos", "eos" and so on."""
+
+    tokens: list[str]
+    types: list[int]
+    ids: dict[str, int]
+
+    def of_types(self, *types: int) -> dict[str, int]:
+        """Tokens of some types; of equal ones, the first."""
+        found: dict[str, int] = {}
+        for i, (token, token_type) in enumerate(zip(self.tokens, self.types, strict=True)):
+            if token and token_type in types:
+                found.setdefault(token, i)
+        return found
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -31,114 +55,144 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
       metadata: keys as in the file; arrays are lists or numpy arrays.
 
     Raises:
-      TokenizerError: keys are missing, contradict each other or name a kind that the Llama family does not use.
+      TokenizerError: keys are missing, of the wrong kind, contradict each other, or name a kind of tokenizer or a split
+        that we do not know.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"GGUF metadata: expected a tokenizer of kind gpt2 or llama, found {kind!r}")
-    try:
-        tokens = _list(metadata, "tokens")
-        types = _token_types(metadata, tokens)
-        return (_byte_level if kind == "gpt2" else _sentencepiece)(metadata, tokens, types)
-    except TokenizerError:
-        raise
-    except Exception as error:  # the `tokenizers` library raises nothing more specific
-        raise TokenizerError(f"GGUF metadata: the {kind} tokenizer cannot be built: {one_line(error)}") from error
+    values = Metadata(metadata)
+    kind = values.text("tokenizer.ggml.model")
+    if kind not in _DEFAULT_IDS:
+        raise TokenizerError(f"GGUF metadata: expected a tokenizer of kind gpt2 or llama, found {kind!r:.80}")
+    with refused(f"GGUF metadata: the {kind} tokenizer cannot be built"):
+        return (_byte_level if kind == "gpt2" else _sentencepiece)(values, _vocabulary(values, kind))
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    from tokenizers import AddedToken, decoders, models
+def template_of(metadata: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """The file's chat template, and the literals that it may write, by Hugging Face's names of them.
+
+    Raises:
+      TokenizerError: keys are of the wrong kind.
+    """
+    values = Metadata(metadata)
+    template = values.text("tokenizer.chat_template") or values.text("tokenizer.chat_template.default")
+    tokens = values.texts("tokenizer.ggml.tokens") or []
+    ids = _ids(values, len(tokens), values.text("tokenizer.ggml.model") or "")
+    return template, {name: tokens[ids[key]] for name, key in _TEMPLATE_TOKENS.items() if key in ids}
+
+
+def _vocabulary(metadata: Metadata, kind: str) -> _Vocabulary:
+    tokens = metadata.texts("tokenizer.ggml.tokens")
+    if tokens is None:
+        raise TokenizerError("GGUF metadata: tokenizer.ggml.tokens is missing")
+    tokens = list(map(well_formed, tokens))
+    ids = _ids(metadata, len(tokens), kind)
+    declared = metadata.integers("tokenizer.ggml.token_type") or [_UNDEFINED] * len(tokens)
+    if len(declared) < len(tokens):
+        raise TokenizerError(f"GGUF metadata: {len(tokens)} tokens, but {len(declared)} token types")
+    for name in ("bos", *_ENDS):
+        token_id = metadata.integer(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None and token_id not in _NO_ID and ids.get(name) != token_id:
+            raise TokenizerError(f"GGUF metadata: {name}_token_id {token_id} is not among {len(tokens)} tokens")
+    control = {i for name, i in ids.items() if name in ("bos", *_ENDS)}
+    types = [
+        _type(token, token_type, i in control)
+        for i, (token, token_type) in enumerate(zip(tokens, declared, strict=False))
+    ]
+    if _UNKNOWN not in types and "unknown" in ids and kind == "llama":
+        types[ids["unknown"]] = _UNKNOWN  # sentencepiece needs one
+    return _Vocabulary(tokens, types, ids)
+
+
+def _type(token: str, declared: int, is_control: bool) -> int:
+    if declared == _USER_DEFINED and looks_special(token):
+        return _CONTROL
+    if _UNDEFINED < declared <= _BYTE:
+        return declared
+    if is_control or looks_special(token):
+        return _CONTROL
+    return _BYTE if BYTE.fullmatch(token) else _NORMAL
+
+
+def _ids(metadata: Metadata, num_tokens: int, kind: str) -> dict[str, int]:
+    """The ids of the tokens with names, as far as they are ids."""
+    ids = _DEFAULT_IDS.get(kind, {})
+    for name in ("bos", *_ENDS, *_TEMPLATE_TOKENS.values()):
+        token_id = metadata.integer(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None and token_id not in _NO_ID:
+            ids = ids | {name: token_id}
+    return {name: i for name, i in ids.items() if 0 <= i < num_tokens}
+
+
+def _bos_id(metadata: Metadata, vocabulary: _Vocabulary, *, default: bool) -> int | None:
+    add_bos = metadata.flag("tokenizer.ggml.add_bos_token")
+    return vocabulary.ids.get("bos") if (default if add_bos is None else add_bos) else None
+
+
+def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     from llamajax.tokenizers.hf import HFTokenizer
 
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre == "default":  # what early conversions wrote, or nothing, of Llama 3 too
-        pre = "llama-bpe" if "<|begin_of_text|>" in tokens else "gpt-2"
-    vocab = {token: i for i, token in enumerate(tokens) if types[i] in (_NORMAL, _USER_DEFINED)}
-    merges = [tuple(merge.split(" ")) for merge in _list(metadata, "merges")]
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _LLAMA3))
-    backend.pre_tokenizer = _pre_tokenizer(pre)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_tokens(
-        [AddedToken(token, normalized=False) for i, token in enumerate(tokens) if types[i] == _USER_DEFINED]
+    split = _split(metadata, vocabulary.tokens)
+    vocab = vocabulary.of_types(_NORMAL, _USER_DEFINED, _UNUSED, _BYTE)
+    merges = metadata.texts("tokenizer.ggml.merges")
+    if merges is None:
+        raise TokenizerError("GGUF metadata: tokenizer.ggml.merges is missing")
+    pairs = (merge.split(" ") for merge in merges)
+    # As llama.cpp, which finds no use for others either.
+    known = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys()]
+    backend = Backend(models.BPE(vocab=vocab, merges=known, ignore_merges=split.ignore_merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(token, normalized=False) for token in vocabulary.of_types(_USER_DEFINED)])
+    special = {i for i, token_type in enumerate(vocabulary.types) if token_type in (_CONTROL, _UNKNOWN)}
     return HFTokenizer(
         backend,
-        {i: AddedToken(token) for i, token in enumerate(tokens) if types[i] in (_CONTROL, _UNKNOWN)},
-        vocab_size=len(tokens),
-        bos_id=_bos_id(metadata, tokens, default=pre in _LLAMA3),
-        eos_ids=_eos_ids(metadata, tokens),
+        {i: AddedToken(vocabulary.tokens[i]) for i in sorted(special, reverse=True)},  # of equal ones, the first stays
+        tokens=dict(enumerate(vocabulary.tokens)),
+        bos_id=_bos_id(metadata, vocabulary, default=split.adds_bos),
+        eos_ids=[vocabulary.ids.get(name) for name in _ENDS],
     )
 
 
-def _pre_tokenizer(pre: str) -> Any:
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-
-    from llamajax.tokenizers.tiktoken import SPLIT_PATTERN
-
-    match _PATTERN_OF_PRE.get(pre):
-        case "llama3":
-            split = Split(Regex(SPLIT_PATTERN), "isolated")
-            return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
-        case "smollm":
-            return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-        case "gpt-2":
-            return ByteLevel(add_prefix_space=False)
-    known = ", ".join(_PATTERN_OF_PRE)
-    raise TokenizerError(f"GGUF metadata: unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre): expected {known}")
+def _split(metadata: Metadata, tokens: list[str]) -> Split:
+    pre = metadata.text("tokenizer.ggml.pre") or "default"
+    if pre == "default" and "<|begin_of_text|>" in tokens:
+        pre = "llama-bpe"  # early conversions named no split, of Llama 3 too
+    if pre not in SPLITS:
+        raise TokenizerError(
+            f"GGUF metadata: unknown pre-tokenizer {pre!r:.80} (tokenizer.ggml.pre): expected "
+            f"one of {', '.join(SPLITS)}"
+        )
+    return SPLITS[pre]
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
+def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     from llamajax.tokenizers.sentencepiece import SentencePieceTokenizer
 
+    tokens, types = vocabulary.tokens, vocabulary.types
+    scores = metadata.numbers("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    if len(scores) < len(tokens):
+        raise TokenizerError(f"GGUF metadata: {len(tokens)} tokens, but {len(scores)} scores")
     model = ModelProto()
-    for token, score, token_type in zip(tokens, _list(metadata, "scores"), types, strict=True):
+    for token, score, token_type in zip(tokens, scores, types, strict=False):
         model.pieces.add(piece=token, score=score, type=token_type)
     model.trainer_spec.model_type = model.trainer_spec.BPE
-    model.trainer_spec.byte_fallback = _BYTE in types
+    model.trainer_spec.byte_fallback = len(vocabulary.of_types(_BYTE)) == 256
     model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    model.normalizer_spec.add_dummy_prefix = metadata.flag("tokenizer.ggml.add_space_prefix") is not False
     model.normalizer_spec.remove_extra_whitespaces = False
     return SentencePieceTokenizer(
-        model, bos_id=_bos_id(metadata, tokens, default=True), eos_ids=_eos_ids(metadata, tokens)
+        model,
+        special={},
+        added=vocabulary.of_types(_USER_DEFINED),
+        bos_id=_bos_id(metadata, vocabulary, default=True),
+        eos_ids=[vocabulary.ids.get(name) for name in _ENDS],
     )
-
-
-def _list(metadata: Mapping[str, Any], name: str) -> list[Any]:
-    value = metadata.get(f"tokenizer.ggml.{name}")
-    if value is None:
-        raise TokenizerError(f"GGUF metadata: tokenizer.ggml.{name} is missing")
-    return value.tolist() if isinstance(value, np.ndarray) else list(value)
-
-
-def _token_types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
-    if "tokenizer.ggml.token_type" in metadata:
-        types = _list(metadata, "token_type")
-    else:
-        types = [_USER_DEFINED if looks_special(token) else _NORMAL for token in tokens]
-    if len(types) != len(tokens):
-        raise TokenizerError(f"GGUF metadata: {len(tokens)} tokens, but {len(types)} token types")
-    return [
-        _CONTROL if token_type == _USER_DEFINED and looks_special(token) else token_type
-        for token, token_type in zip(tokens, types, strict=True)
-    ]
-
-
-def _token_id(metadata: Mapping[str, Any], tokens: list[str], name: str) -> int | None:
-    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if token_id is not None and not 0 <= token_id < len(tokens):
-        raise TokenizerError(f"GGUF metadata: {name}_token_id {token_id} is not among {len(tokens)} tokens")
-    return None if token_id is None else int(token_id)
-
-
-def _bos_id(metadata: Mapping[str, Any], tokens: list[str], *, default: bool) -> int | None:
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", default)
-    return _token_id(metadata, tokens, "bos") if add_bos else None
-
-
-def _eos_ids(metadata: Mapping[str, Any], tokens: list[str]) -> list[int | None]:
-    return [_token_id(metadata, tokens, name) for name in ("eos", "eot", "eom")]

@@ -5,17 +5,15 @@ Knows two ways of writing bytes as tokens: GPT-2's byte-level alphabet (Llama 3,
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from llamajax.errors import TokenizerError
-from llamajax.text import one_line, well_formed
-from llamajax.tokenizers.base import Tokenizer, check_id, looks_special, split_special, stop_ids
-from llamajax.tokenizers.config import TokenizerConfig
+from llamajax.text import well_formed
+from llamajax.tokenizers.base import BYTE, SPACE, Tokenizer, check_id, looks_special, refused, split_special, stop_ids
+from llamajax.tokenizers.config import AddedToken, TokenizerConfig
 
 _NO_CONFIG = TokenizerConfig()
 
@@ -28,7 +26,7 @@ class HFTokenizer(Tokenizer):
         backend: tokenizers.Tokenizer,
         special: Mapping[int, tokenizers.AddedToken],
         *,
-        vocab_size: int,
+        tokens: Mapping[int, str],
         bos_id: int | None,
         eos_ids: Iterable[int | None],
     ) -> None:
@@ -36,6 +34,7 @@ class HFTokenizer(Tokenizer):
         Args:
           backend: finds no token of `special` in text.
           special: the special tokens by id.
+          tokens: all tokens by id.
 
         Raises:
           ValueError: the backend writes bytes neither in the byte-level way nor in SentencePiece's.
@@ -44,9 +43,9 @@ class HFTokenizer(Tokenizer):
         self.special_tokens = {token.content: i for i, token in special.items()}
         self._lstrip = [token.content for token in special.values() if token.lstrip]
         self._rstrip = [token.content for token in special.values() if token.rstrip]
-        added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
-        self._fixed_bytes = added | dict.fromkeys(special, b"")
-        self.vocab_size = vocab_size
+        self._tokens = {**tokens, **dict.fromkeys(special, "")}
+        self._added = backend.get_added_tokens_decoder().keys()
+        self.vocab_size = 1 + max(tokens, default=-1)
         self.bos_id = bos_id
         self.stop_ids = stop_ids(self.special_tokens, *eos_ids)
         decoders = _decoders(backend)
@@ -69,16 +68,13 @@ class HFTokenizer(Tokenizer):
 
     def token_bytes(self, token_id: int) -> bytes:
         check_id(token_id, self.vocab_size)
-        if token_id in self._fixed_bytes:
-            return self._fixed_bytes[token_id]
-        token = self._first.id_to_token(token_id)
-        if token is None:  # a hole in the numbering
-            return b""
-        if self._is_byte_level:
-            return b"".join(_BYTES_OF.get(letter, letter.encode()) for letter in token)
-        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
-            return bytes.fromhex(byte[1])
-        return token.replace("▁", " ").encode()
+        token = self._tokens.get(token_id, "")  # "" for a hole in the numbering
+        if not self._is_byte_level:
+            byte = BYTE.fullmatch(token)
+            return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
+        if token_id in self._added:
+            return token.encode()
+        return b"".join(_BYTES_OF.get(letter, letter.encode()) for letter in token)
 
 
 def load_hf(path: Path, config: TokenizerConfig = _NO_CONFIG) -> HFTokenizer:
@@ -87,10 +83,11 @@ def load_hf(path: Path, config: TokenizerConfig = _NO_CONFIG) -> HFTokenizer:
     Raises:
       TokenizerError: the file is missing, broken or of a kind that we do not read.
     """
-    try:
+    with refused(f"{path}: cannot be used as a tokenizer.json"):
         backend = tokenizers.Tokenizer.from_file(str(path))
         backend.no_padding()
         backend.no_truncation()
+        _add_missing(backend, config.added_tokens)
         special = _hide_special(backend)
         if config.add_bos is None:
             bos_id = _prefixed_id(backend)
@@ -99,12 +96,10 @@ def load_hf(path: Path, config: TokenizerConfig = _NO_CONFIG) -> HFTokenizer:
         return HFTokenizer(
             backend,
             special,
-            vocab_size=1 + max(backend.get_vocab().values(), default=-1),
+            tokens={i: token for token, i in backend.get_vocab().items()},
             bos_id=bos_id,
             eos_ids=[backend.token_to_id(config.eos_token or "")],
         )
-    except Exception as error:  # the library raises nothing more specific
-        raise TokenizerError(f"{path}: cannot be used as a tokenizer.json: {one_line(error)}") from error
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -121,7 +116,21 @@ _BYTES_OF = {letter: bytes([byte]) for letter, byte in byte_alphabet().items()}
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    return backend.encode(well_formed(text), add_special_tokens=False).ids
+    with refused("the tokenizer's file is broken: a text cannot be encoded"):
+        return backend.encode(well_formed(text), add_special_tokens=False).ids
+
+
+def _add_missing(backend: tokenizers.Tokenizer, tokens: Mapping[str, AddedToken]) -> None:
+    """Adds tokens that tokenizer_config.json names and tokenizer.json lacks."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for literal, token in tokens.items():
+        if literal in known:
+            continue
+        content = tokenizers.AddedToken(literal, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([content])
+        found = backend.token_to_id(literal)
+        if found != token.id:
+            raise ValueError(f"it lacks {literal!r:.80}, whose id is {token.id}, and tokens before it: found {found}")
 
 
 def _hide_special(backend: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:

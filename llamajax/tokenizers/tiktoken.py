@@ -1,7 +1,6 @@
 """Llama 3's own tokenizer file: byte pairs with their ranks, in tiktoken's format.
 
-Knows the split pattern and the table of special tokens, which the file does not hold. Source: Meta's
-llama-models, models/llama3/tokenizer.py.
+Knows the table of special tokens, which the file lacks. Source: Meta's llama-models, models/llama3/tokenizer.py.
 """
 
 import re
@@ -13,13 +12,9 @@ import tiktoken
 
 from llamajax.errors import TokenizerError
 from llamajax.text import well_formed
-from llamajax.tokenizers.base import Tokenizer, check_id, stop_ids
+from llamajax.tokenizers.base import Tokenizer, check_id, refused, stop_ids
 from llamajax.tokenizers.config import TokenizerConfig
-
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from llamajax.tokenizers.splits import LLAMA3
 
 _NUM_RANKS = 128_000
 _NUM_SPECIAL = 256
@@ -58,7 +53,7 @@ class TiktokenTokenizer(Tokenizer):
         self.bos_id = self.special_tokens["<|begin_of_text|>"] if add_bos else None
         self.stop_ids = stop_ids(self.special_tokens)
         self._bytes = sorted(ranks, key=ranks.__getitem__)
-        self._encoding = tiktoken.Encoding("llama3", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
         return [i for chunk in _chunks(well_formed(text)) for i in self._encoding.encode_ordinary(chunk)]
@@ -74,17 +69,16 @@ def load_tiktoken(path: Path, config: TokenizerConfig = _NO_CONFIG) -> TiktokenT
     Raises:
       TokenizerError: the file is not that, or not Llama 3's.
     """
-    try:
+    with refused(f"{path}: cannot be read as a tiktoken file"):
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         ranks = {b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: cannot be read as a tiktoken file: {error}") from error
     dense = set(ranks.values()) == set(range(_NUM_RANKS))
     if not dense or len(ranks) != _NUM_RANKS or any(bytes([b]) not in ranks for b in range(256)):
         raise TokenizerError(
             f"{path}: expected Llama 3's {_NUM_RANKS} ranks, found {len(ranks)}: download the file again"
         )
-    return TiktokenTokenizer(ranks, add_bos=config.add_bos is not False)
+    with refused(f"{path}: cannot be used as a tiktoken file"):
+        return TiktokenTokenizer(ranks, add_bos=config.add_bos is not False)
 
 
 def _chunks(text: str) -> Iterator[str]:

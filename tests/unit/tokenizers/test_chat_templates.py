@@ -520,19 +520,46 @@ def test_named_templates_of_gguf_metadata() -> None:
 
 @pytest.mark.parametrize("template", [["a", "b"], np.arange(3), 7, 1.5, True])
 def test_templates_of_gguf_metadata_that_are_not_text(template: Any) -> None:
-    with pytest.raises(TokenizerError, match=r"^GGUF metadata: expected a text as tokenizer\.chat_template, found .*"):
+    with pytest.raises(TokenizerError, match=r"^GGUF metadata: expected text for tokenizer\.chat_template, found .*"):
         find_template({"tokenizer.chat_template": template})
 
 
-@pytest.mark.parametrize("token_id", ["0", 0.0, -1, 2, [0], np.arange(2), None])
-@pytest.mark.parametrize("tokens", [["<s>", "</s>"], 7, None, "<s>", np.arange(2)])
-def test_odd_token_ids_of_gguf_metadata_have_no_literal(token_id: Any, tokens: Any) -> None:
+@pytest.mark.parametrize("token_id", [-1, 2, 2**32 - 1, None])
+@pytest.mark.parametrize("tokens", [["<s>", "</s>"], [], None])
+def test_ids_of_gguf_metadata_without_a_token_have_no_literal(token_id: Any, tokens: Any) -> None:
     metadata = {
         "tokenizer.chat_template": "a",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.bos_token_id": token_id,
     }
     assert find_template(metadata) == ChatTemplate("a")
+
+
+SPECIAL = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ additional_special_tokens | join('+') }}"
+
+
+def test_templates_get_all_special_tokens(tmp_path: Path) -> None:
+    tokens: dict[str, Any] = {"bos_token": "<s>", "pad_token": {"content": "<pad>"}, "additional_special_tokens": ["a"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens | {"unk_token": "<unk>", "pad_token": "x"}))
+    image = {"extra_special_tokens": {"image_token": "<img>"}}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(tokens | image | {"chat_template": SPECIAL + "|{{ image_token }}"})
+    )
+    template = find_template(tmp_path)
+    assert template is not None
+    assert template.render([user("Hi")]) == "<s>||<pad>|<unk>|a|<img>"
+
+
+def test_templates_of_gguf_get_all_special_tokens() -> None:
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<pad>"],
+        "tokenizer.ggml.padding_token_id": 3,
+        "tokenizer.chat_template": SPECIAL,
+    }
+    template = find_template(metadata)
+    assert template is not None
+    assert template.render([user("Hi")]) == "<s>|</s>|<pad>|<unk>|"
 
 
 @pytest.mark.parametrize(

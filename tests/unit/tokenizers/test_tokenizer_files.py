@@ -1,17 +1,23 @@
 """Which files of a checkpoint are read, what they decide, and how broken ones are reported."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llamajax.errors import TokenizerError
+from llamajax.tokenizers.base import refused
+from llamajax.tokenizers.chat import find_template
 from llamajax.tokenizers.gguf import from_gguf
-from llamajax.tokenizers.hf import byte_alphabet
+from llamajax.tokenizers.hf import HFTokenizer, byte_alphabet
 from llamajax.tokenizers.load import load_directory
 
 
@@ -127,6 +133,72 @@ def test_special_tokens_take_the_whitespace_they_ask_for(tmp_path: Path, lstrip:
         assert tokenizer.encode_template(text) == backend.encode(text).ids
 
 
+def test_added_tokens_that_only_tokenizer_config_json_has(tmp_path: Path) -> None:
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    added: dict[str, Any] = {
+        "256": {"content": "<s>", "special": True},
+        "258": {"content": "<think>", "special": False},
+        "259": {"content": "[INST]", "special": True, "lstrip": True},
+        "260": {"content": "<|role|>", "special": False},
+    }
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added})
+    tokenizer = load_directory(tmp_path)
+    assert tokenizer.special_tokens == {"<s>": 256, "</s>": 257, "[INST]": 259, "<|role|>": 260}
+    assert tokenizer.encode("a<think>") == [97, 258]
+    assert tokenizer.encode_template("a [INST]<|role|>") == [97, 259, 260]
+    assert tokenizer.decode([97, 258, 259, 260]) == "a<think>"
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<think>"}}})
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .* lacks '<think>', whose id is 300"):
+        load_directory(tmp_path)
+
+
+def test_added_tokens_decoder_beside_a_sentencepiece_model(tmp_path: Path, spm_model: Path) -> None:
+    shutil.copy(spm_model, tmp_path / "tokenizer.model")
+    write_json(tmp_path / "added_tokens.json", {"<think>": 32_001, "[INST]": 32_005})
+    added = {"2": {"content": "</s>"}, "32000": {"content": "[END]", "special": True}, "32005": {"content": "[INST]"}}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added, "eos_token": "[END]"})
+    tokenizer = load_directory(tmp_path)
+    assert tokenizer.special_tokens["[END]"] == 32_000
+    assert tokenizer.stop_ids == {2, 32_000}
+    assert tokenizer.vocab_size == 32_006
+    x = tokenizer.encode("x")
+    assert tokenizer.encode("<think>x") == [32_001, *x]
+    assert tokenizer.encode("x<think>[INST]") == [*x, 32_001, 32_005]
+    assert tokenizer.decode([32_000, 32_001, 32_003, 32_005]) == "<think>[INST]"
+
+
+def test_spaces_of_ordinary_added_tokens(tmp_path: Path) -> None:
+    """A "▁" is a space in them too, as the `tokenizers` library decodes them."""
+    backend = Tokenizer(models.BPE({"<unk>": 0, "▁a": 1, "▁": 2}, [], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_tokens([AddedToken("▁<think>", normalized=False), AddedToken(" b", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_directory(tmp_path)
+    for ids in ([1, 3, 1], [3], [1, 4], [1, 2, 3]):
+        assert tokenizer.decode(ids) == backend.decode(ids)
+
+
+def test_panics_of_the_library_are_errors(tmp_path: Path) -> None:
+    """Its panics are no `Exception`s: here when the file is read, and when a text is encoded."""
+    path = tmp_path / "tokenizer.json"
+    byte_tokenizer().save(str(path))
+    good = json.loads(path.read_text())
+    write_json(path, good | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}})
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot be used as a tokenizer\.json"):
+        load_directory(tmp_path)
+    backend = byte_tokenizer()
+    backend.normalizer = normalizers.Prepend("")
+    tokenizer = HFTokenizer(backend, {}, tokens={}, bos_id=None, eos_ids=[])
+    with pytest.raises(TokenizerError, match="a text cannot be encoded"):
+        tokenizer.encode("hello")
+
+
+def test_interrupts_are_not_a_files_fault() -> None:
+    for interrupt in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(interrupt), refused("broken"):
+            raise interrupt
+
+
 def test_tokenizer_json_never_truncates_or_pads(tmp_path: Path) -> None:
     backend = byte_tokenizer()
     backend.enable_truncation(4)
@@ -165,6 +237,11 @@ def truncated(path: Path, size: int) -> bytes:
         ("tokenizer_config.json", b"[1]", "expected a JSON object, found a list"),
         ("tokenizer_config.json", b'{"bos_token": 7}', "expected a token's text, found 7"),
         ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", b'{"pad_token": [1]}', "expected a token's text, found [1]"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "expected an object for added_tokens_decoder"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"1": 1}}', "expected a token's text, found 1"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "a"}}', "expected an added token's id, found 'x'"),
+        ("added_tokens.json", b'{"a": -1}', "added_tokens.json: expected an added token's id, found -1"),
         ("special_tokens_map.json", b"\xff", "special_tokens_map.json: cannot be read as text"),
         ("unrelated.txt", b"", "expected tokenizer.json or tokenizer.model"),
     ],
@@ -272,22 +349,29 @@ def test_gguf_old_conversions() -> None:
     [
         ({"model": None}, "expected a tokenizer of kind gpt2 or llama, found None"),
         ({"model": "bert"}, "found 'bert'"),
-        ({"pre": "qwen2"}, "unknown pre-tokenizer 'qwen2'"),
+        ({"model": ["gpt2"]}, "expected text for tokenizer.ggml.model, found ['gpt2']"),
+        ({"pre": "kimi-k2"}, "unknown pre-tokenizer 'kimi-k2'"),
+        ({"pre": ["a"]}, "expected text for tokenizer.ggml.pre, found ['a']"),
         ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
+        ({"tokens": 5}, "expected a list of texts for tokenizer.ggml.tokens, found 5"),
+        ({"tokens": np.arange(259)}, "expected a list of texts for tokenizer.ggml.tokens"),
+        ({"tokens": [None] * 259}, "expected a list of texts for tokenizer.ggml.tokens"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
+        ({"merges": "a b"}, "expected a list of texts for tokenizer.ggml.merges, found 'a b'"),
         ({"token_type": [1]}, "259 tokens, but 1 token types"),
+        ({"token_type": ["1"] * 259}, "expected a list of integers for tokenizer.ggml.token_type"),
+        ({"token_type": np.ones(259)}, "expected a list of integers for tokenizer.ggml.token_type"),
         ({"eos_token_id": 259}, "eos_token_id 259 is not among 259 tokens"),
-        ({"bos_token_id": -1, "add_bos_token": True}, "bos_token_id -1 is not among"),
-        ({"merges": ["a b c"]}, "the gpt2 tokenizer cannot be built"),
-        ({"merges": ["a zz"]}, "the gpt2 tokenizer cannot be built"),
-        ({"tokens": 5}, "the gpt2 tokenizer cannot be built"),
-        ({"tokens": [None] * 259}, "the gpt2 tokenizer cannot be built"),
-        ({"pre": ["a"]}, "the gpt2 tokenizer cannot be built"),
-        ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
-        ({"model": "llama", "scores": [0.0]}, "the llama tokenizer cannot be built"),
-        ({"model": "llama", "scores": ["x"] * 259}, "the llama tokenizer cannot be built"),
-        ({"model": "llama", "scores": [0.0] * 259, "token_type": [2] * 259}, "the llama tokenizer cannot be built"),
-        ({"model": "llama", "scores": [0.0] * 259, "tokens": ["a"] * 259}, "the llama tokenizer cannot be built"),
+        ({"eot_token_id": -2}, "eot_token_id -2 is not among 259 tokens"),
+        ({"bos_token_id": "1"}, "expected an integer for tokenizer.ggml.bos_token_id, found '1'"),
+        ({"bos_token_id": 1.0}, "expected an integer for tokenizer.ggml.bos_token_id, found 1.0"),
+        ({"bos_token_id": True}, "expected an integer for tokenizer.ggml.bos_token_id, found True"),
+        ({"padding_token_id": np.arange(2)}, "expected an integer for tokenizer.ggml.padding_token_id"),
+        ({"add_bos_token": "false"}, "expected true or false for tokenizer.ggml.add_bos_token, found 'false'"),
+        ({"model": "llama", "scores": [0.0]}, "259 tokens, but 1 scores"),
+        ({"model": "llama", "scores": ["x"] * 259}, "expected a list of numbers for tokenizer.ggml.scores"),
+        ({"model": "llama", "scores": [math.nan] * 259}, "expected a list of numbers for tokenizer.ggml.scores"),
+        ({"model": "llama", "token_type": [2] * 259}, "the llama tokenizer cannot be built"),
     ],
 )
 def test_gguf_broken_metadata(changes: dict[str, Any], message: str) -> None:
@@ -295,6 +379,104 @@ def test_gguf_broken_metadata(changes: dict[str, Any], message: str) -> None:
         from_gguf(gguf_bytes(**changes))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(np.arange(3)),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.sampled_from(["gpt2", "llama"]))
+def test_gguf_metadata_of_any_kind(data: st.DataObject, kind: str) -> None:
+    """It makes a tokenizer or is refused, whatever stands under whichever key."""
+    metadata = gguf_bytes(model=kind, add_bos_token=True, add_space_prefix=True, scores=[0.0] * 259, bos_token_id=1)
+    metadata |= {"tokenizer.chat_template": "", "tokenizer.ggml.padding_token_id": 2}
+    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=2)):
+        metadata[key] = data.draw(_ANYTHING)
+    try:
+        find_template(metadata)
+        tokenizer = from_gguf(metadata)
+    except TokenizerError as error:
+        assert "\n" not in str(error)
+    else:
+        tokenizer.decode(tokenizer.encode("ab <think>"))
+
+
+@pytest.mark.parametrize("none", [-1, 2**32 - 1])
+def test_gguf_ids_that_mean_none(none: int) -> None:
+    ids = {f"{name}_token_id": none for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
+    tokenizer = from_gguf(gguf_bytes(add_bos_token=True, **ids))
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (None, {257})
+    # A SentencePiece file then has the ids of Llama's.
+    assert from_gguf(spm_metadata(**ids)).bos_id == 1
+
+
+def test_gguf_merges_of_no_use_are_passed_over() -> None:
+    """llama.cpp's files have them: of tokens that were renamed or removed, or no pair at all."""
+    merges = ["a b c", "nospace", "", "a zz", "zz a", "b c", "a b"]
+    assert from_gguf(gguf_bytes(merges=merges)).encode("abc") == [256, 99]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_gguf_empty_and_equal_tokens(kind: str) -> None:
+    """The first of equal tokens is the one in text; each is decoded."""
+    tokens = [*gguf_bytes()["tokenizer.ggml.tokens"], "", "", "ab", "<think>", "<|im_end|>"]
+    types = [1] * 257 + [3, 4, 1, 5, 1, 4, 3]
+    tokenizer = from_gguf(gguf_bytes(model=kind, tokens=tokens, token_type=types))
+    assert [i for i in tokenizer.encode("ab<think>") if tokenizer.token_bytes(i) in (b"ab", b"<think>")] == [256, 258]
+    assert tokenizer.encode_template("<|im_end|>") == [257]
+    assert tokenizer.decode([259, 260, 261, 262, 263]) == "ab<think>"
+
+
+def test_gguf_bytes_that_are_no_text() -> None:
+    tokens = [*gguf_bytes()["tokenizer.ggml.tokens"][:-1], "\udcff"]
+    for kind in ("gpt2", "llama"):
+        assert from_gguf(gguf_bytes(model=kind, tokens=tokens)).vocab_size == 259
+
+
+def spm_metadata(**changes: Any) -> dict[str, Any]:
+    """A SentencePiece vocabulary of a few letters; None removes a key."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "<tool_call>", "  "]
+    metadata = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [2, 3, 3, *[6] * 256, 1, 1, 1, 4, 4],
+        "scores": [0.0] * 259 + [-2.0, -3.0, -1.0, 0.0, 0.0],
+    }
+    return {f"tokenizer.ggml.{key}": v for key, v in (metadata | changes).items() if v is not None}
+
+
+def test_gguf_sentencepiece_defaults() -> None:
+    """What llama.cpp takes for missing keys."""
+    whole, bare = from_gguf(spm_metadata()), from_gguf(spm_metadata(token_type=None, scores=None))
+    for tokenizer in (whole, bare):
+        assert (tokenizer.bos_id, tokenizer.stop_ids) == (1, {2})
+        assert tokenizer.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+        assert tokenizer.encode("a\x07") == [261, 3 + 7]
+        assert tokenizer.decode([1, 261, 3 + 7]) == "a\x07"
+    undefined = spm_metadata()["tokenizer.ggml.token_type"]
+    undefined = [0 if token_type == 1 else token_type for token_type in undefined]
+    assert from_gguf(spm_metadata(token_type=undefined)).encode("a") == [261]
+
+
+def test_gguf_user_defined_tokens_of_sentencepiece() -> None:
+    """As llama.cpp: found first, and what follows is encoded as if it stood alone."""
+    tokenizer = from_gguf(spm_metadata())
+    for text, ids in (
+        ("<tool_call>a", [262, 261]),
+        ("<tool_call>", [262]),
+        ("a<tool_call>", [261, 262]),
+        ("<tool_call><tool_call> <tool_call>", [262, 262, 259, 259, 262]),
+        ("a  a", [261, 263, 261]),
+        (" <tool_call>", [259, 259, 262]),
+    ):
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.encode_template(f"<s>{text}</s>") == [1, *ids, 2]
+    assert tokenizer.decode([262, 261]) == "<tool_call> a"
+    assert tokenizer.decode([261, 259, 262]) == "a <tool_call>"
 
 
 def test_gguf_sentencepiece_flags(spm_model: Path) -> None:
