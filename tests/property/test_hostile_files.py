@@ -26,7 +26,6 @@ def test_broken_files_and_requests(kind: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cases, "LOADED", 0)
     outcomes = {cases.run(kind, seed, _empty(tmp_path / str(seed))) for seed in range(20)}
     assert outcomes <= {"answered", "refused"}
-    assert "refused" in outcomes
 
 
 def _empty(folder: Path) -> Path:

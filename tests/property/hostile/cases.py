@@ -47,7 +47,7 @@ def _gguf(format: str) -> tuple[subjects.GGUF, bytes]:
 
 def directory(rng: Random, folder: Path, name: str) -> None:
     """A checkpoint directory, one file of which is broken."""
-    files = dict(subjects.directory())
+    files = dict(subjects.other_layouts().get(name, subjects.directory()))
     data = files[name]
     if name.endswith(".json"):
         files[name] = _mutated_json(rng, json.loads(data))
@@ -183,6 +183,7 @@ Case = Callable[[Random, Path], None]
 CASES: dict[str, tuple[int, Case]] = {
     **{f"gguf {format}": (1, partial(gguf, format)) for format in ("f32", "f16", "bf16", *llamajax.ops.quants.FORMATS)},
     **{name: (2, partial(directory, name=name)) for name in subjects.directory()},
+    **{name: (1, partial(directory, name=name)) for name in subjects.other_layouts()},
     "tokenizer.model": (3, tokenizer_model),
     "tiktoken": (1, tiktoken),
     "template": (4, template),

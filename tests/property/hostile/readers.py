@@ -1,5 +1,6 @@
 """Reads what may be broken as llamajax does: an answer, checked as far as it can be, or LlamaJaxError."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -7,8 +8,12 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import gguf
 import jax
 import numpy as np
+import safetensors.numpy
+import sentencepiece
+import tokenizers
 
 import llamajax
 from llamajax import LLM, LlamaJaxError
@@ -26,6 +31,7 @@ from llamajax.tokenizers.load import load_directory
 from llamajax.weights.checkpoint import Checkpoint, open_checkpoint
 from llamajax.weights.gguf import read_gguf
 from llamajax.weights.load import load_weights
+from llamajax.weights.safetensors import read_safetensors
 
 from .subjects import MESSAGES, SAVED_IDS, SAVED_TEXT, TEXTS, directory
 
@@ -57,6 +63,8 @@ def read_gguf_model(path: Path, load: bool) -> None:
     file = read_gguf(path)
     for tensor in file.tensors.values():
         assert tensor.data.tobytes() in content
+    if load:
+        _compare({name: tensor.data.tobytes() for name, tensor in file.tensors.items()}, lambda: _other_gguf(path))
 
     def tokenize() -> None:
         tokenizer = from_gguf(file.metadata)
@@ -70,9 +78,49 @@ def read_directory(path: Path, load: bool) -> None:
     def tokenize() -> None:
         tokenizer = load_directory(path)
         check_tokenizer(tokenizer)
+        text = "Hi  a b"
+        if not any(literal in text for literal in _added_tokens(path)):
+            _compare(tokenizer.encode(text), lambda: _other_ids(path, text))
         check_chat(tokenizer, find_template(path) or builtin_template(tokenizer, [2], "x"))
 
-    read_all(tokenize, lambda: find_template(path), lambda: check_checkpoint(path, load))
+    def read() -> None:
+        check_checkpoint(path, load)
+        tensors = read_safetensors(path)
+        _compare({name: tensor.data.tobytes() for name, tensor in tensors.items()}, lambda: _other_tensors(path))
+
+    read_all(tokenize, lambda: find_template(path), read)
+
+
+def _compare(ours: Any, other: Callable[[], Any]) -> None:
+    """With what another reader makes of it; we may read what that one refuses."""
+    try:
+        theirs = other()
+    except BaseException as error:  # also a panic in Rust
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return
+    assert ours == theirs, (ours, theirs)
+
+
+def _other_gguf(path: Path) -> dict[str, bytes]:
+    return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
+
+
+def _other_tensors(path: Path) -> dict[str, bytes]:
+    return {name: x.tobytes() for name, x in safetensors.numpy.load_file(path / "model.safetensors").items()}
+
+
+def _other_ids(path: Path, text: str) -> list[int]:
+    if (path / "tokenizer.json").is_file():
+        other = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        return other.encode(text, add_special_tokens=False).ids
+    return sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model")).EncodeAsIds(text)
+
+
+def _added_tokens(path: Path) -> list[str]:
+    if (path / "tokenizer.json").is_file():
+        return [token["content"] for token in json.loads((path / "tokenizer.json").read_bytes())["added_tokens"]]
+    return list(json.loads((path / "added_tokens.json").read_bytes())) if (path / "added_tokens.json").is_file() else []
 
 
 def check_checkpoint(path: Path, load: bool) -> None:

@@ -189,3 +189,35 @@ def directory() -> dict[str, bytes]:
         "tokenizer_config.json": json_bytes(tokens),
         "model.safetensors": safetensors.numpy.save(weights, {"format": "pt"}),
     }
+
+
+@cache
+def other_layouts() -> dict[str, dict[str, bytes]]:
+    """Directories that have a certain file, and what goes with it."""
+    files = directory()
+    shard = "model-00001-of-00001.safetensors"
+    names = list(safetensors.numpy.load(files["model.safetensors"]))
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
+    params: dict[str, Any] = {
+        "dim": 32,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "vocab_size": 263,
+        "hidden_dim": 32,
+    }
+    params |= {"norm_eps": 1e-5, "rope_theta": 10000.0, "use_scaled_rope": True, "multiple_of": 32}
+    literals = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "unk_token": None}
+    return {
+        "model.safetensors.index.json": {
+            "model.safetensors.index.json": json_bytes(index),
+            shard: files["model.safetensors"],
+            **{name: data for name, data in files.items() if name != "model.safetensors"},
+        },
+        "params.json": {"params.json": json_bytes(params)}
+        | {name: data for name, data in files.items() if name != "config.json"},
+        "special_tokens_map.json": files | {"special_tokens_map.json": json_bytes(literals)},
+        "added_tokens.json": files | {"added_tokens.json": json_bytes({"<x>": 263, "<|y|>": 264})},
+        "chat_template.json": {"chat_template.json": json_bytes({"chat_template": CHATML})}
+        | {name: data for name, data in files.items() if name != "tokenizer_config.json"},
+    }
