@@ -41,7 +41,8 @@ class Answer:
         """Adds a token. Returns the text that is certain now."""
         self._times.append(token.time - self._began)
         self._drawn.append(token)
-        return self._add(self._stops.push(self._decoder.push(token.id)))
+        may_end = len(self._drawn) > self.request.min_tokens
+        return self._add(self._stops.push(self._decoder.push(token.id), may_end=may_end))
 
     def finish(self, reason: FinishReason) -> str:
         """Ends the answer. Returns the rest of the text."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast, get_args
+from typing import Any, Self, TypeVar, Unpack, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Float32
 
 from llamajax import hub
 from llamajax.answer import Answer, Inbox, ServedStream, Stream
+from llamajax.checks import flag, integer, is_whole, shown
 from llamajax.config import LlamaConfig
 from llamajax.engine.ahead import AheadCompiler
 from llamajax.engine.concurrent import Concurrent
@@ -27,6 +28,15 @@ from llamajax.errors import LlamaJaxError, PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
 from llamajax.model.llama import Llama
 from llamajax.ops import native
+from llamajax.options import (
+    Options,
+    check_names,
+    generation_prompt,
+    max_new_tokens,
+    sampling_params,
+    stop_strings,
+    stop_token_ids,
+)
 from llamajax.tokenizers import sandbox
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
@@ -35,19 +45,18 @@ from llamajax.tokenizers.load import load_directory
 from llamajax.tokenizers.stream import StopStrings, StreamDecoder
 from llamajax.types import (
     MAX_THREADS,
+    AnyMessage,
     Completion,
     Device,
     DType,
     FinishReason,
-    Message,
     Request,
-    SamplingParams,
     Token,
-    is_integer,
 )
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
+Prompt = str | Sequence[int] | Sequence[AnyMessage]
 T = TypeVar("T")
 
 
@@ -71,22 +80,22 @@ class LLM:
         self._runner = runner
         self._stop_ids = stop_ids
 
-    def generate(self, prompt: str, **options: Any) -> Completion:
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continues a text as it stands, without a chat template. Options as in `stream`."""
         return self.stream(prompt, **options).finish()
 
-    def chat(self, messages: str | Sequence[Message], **options: Any) -> Completion:
+    def chat(self, messages: str | Sequence[AnyMessage], **options: Unpack[Options]) -> Completion:
         """Answers a conversation, or one message of a user, through the chat template. Options as in `stream`."""
-        asked: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        asked: Sequence[AnyMessage] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         return self.stream(asked, **options).finish()
 
     def stream(
         self,
-        prompt: str | Sequence[int] | Sequence[Message],
+        prompt: Prompt,
         *,
         verbatim: Mapping[int, Sequence[int]] | None = None,
         reuse_cache: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Stream:
         """Starts an answer and returns its text piece by piece: the sequential strategy.
 
@@ -96,7 +105,7 @@ class LLM:
             answer's: text encoded anew need not give the ids that were drawn.
           reuse_cache: leave unread what the KV cache still holds of the prompt. Off, the same request gives the
             same answer whatever was asked before.
-          options: as in `prepare`.
+          options: `Options` documents them.
 
         Raises RequestError for a bad option or a model without a chat template, PromptTooLongError for a prompt
         that leaves no room for an answer.
@@ -106,42 +115,46 @@ class LLM:
 
     def prepare(
         self,
-        prompt: str | Sequence[int] | Sequence[Message],
+        prompt: Prompt,
         *,
-        max_new_tokens: int = 50,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        sampling: SamplingParams | None = None,
         verbatim: Mapping[int, Sequence[int]] | None = None,
         reuse_cache: bool = False,
-        **sampling_options: Any,
+        **options: Unpack[Options],
     ) -> tuple[Request, Answer]:
         """What all strategies make of a prompt and its options: a request, and its answer that is still to come.
 
-        Args:
-          prompt: as in `stream`; so are verbatim and reuse_cache.
-          max_new_tokens: at least 1; the context may end the answer sooner.
-          stop: strings that end the answer and are not part of it.
-          ignore_eos: go on after tokens that end a text or a turn.
-          sampling: how tokens are drawn; or give its fields (temperature, top_p, top_k, seed, ...) themselves.
+        Arguments and errors as in `stream`.
         """
-        if sampling is not None and sampling_options:
-            raise RequestError(f"give either sampling or its fields, not both: {', '.join(sampling_options)}")
-        try:
-            params = sampling or SamplingParams(**sampling_options)
-        except TypeError as e:
-            raise RequestError(f"unknown option: {e}") from None
+        check_names(options, "verbatim", "reuse_cache")
+        ids = self._encode(prompt, options, verbatim)
+        eos = frozenset() if flag("ignore_eos", options.get("ignore_eos", False)) else self._stop_ids
+        request = Request(
+            ids,
+            max_new_tokens(options, self.max_seq_len),
+            sampling_params(options),
+            eos | stop_token_ids(options, self.config.vocab_size),
+            flag("reuse_cache", reuse_cache),
+            integer("min_tokens", options.get("min_tokens", 0), 0),
+        )
+        self._runner.check(request)
+        # The text goes on from something: a space at its start belongs to it.
+        continues = isinstance(prompt, str) or options.get("continue_final_message", False)
+        return request, Answer(
+            request, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop_strings(options))
+        )
+
+    def _encode(self, prompt: Prompt, options: Options, verbatim: Mapping[int, Sequence[int]] | None) -> list[int]:
         if isinstance(prompt, str):
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            ids = bos + self.tokenizer.encode(prompt)
-        elif prompt and all(map(is_integer, prompt)):
-            ids = list(cast(Sequence[int], prompt))
-        else:
-            ids = self.encode_chat(cast(Sequence[Message], prompt), verbatim or {})
-        request = Request(ids, max_new_tokens, params, frozenset() if ignore_eos else self._stop_ids, reuse_cache)
-        self._runner.check(request)
-        decoder = StreamDecoder(self.tokenizer, continues=isinstance(prompt, str))
-        return request, Answer(request, decoder, StopStrings((stop,) if isinstance(stop, str) else stop))
+            return bos + self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
+            raise RequestError(f"a prompt must be a text, messages or token ids, not {shown(prompt)}")
+        if len(prompt) and all(map(is_whole, prompt)):
+            return [int(i) for i in cast(Sequence[int], prompt)]
+        begins, continues = generation_prompt(options)
+        return self.encode_chat(
+            cast(Sequence[AnyMessage], prompt), verbatim, add_generation_prompt=begins, continue_final_message=continues
+        )
 
     def serve_requests(self, *, slots: int = 16, max_waiting: int = 1024) -> "Server":
         """Starts a server of many requests at once: the concurrent strategy.
@@ -154,7 +167,7 @@ class LLM:
 
     def generate_batch(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[Message]] | Sequence[Sequence[int]],
+        prompts: Sequence[str] | Sequence[Sequence[AnyMessage]] | Sequence[Sequence[int]],
         *,
         slots: int = 32,
         on_result: Callable[[int, Completion], None] = lambda index, completion: None,
@@ -179,7 +192,7 @@ class LLM:
 
     def stream_batch(
         self,
-        prompts: Iterable[tuple[str | Sequence[int] | Sequence[Message], Mapping[str, Any]]],
+        prompts: Iterable[tuple[Prompt, Mapping[str, Any]]],
         *,
         slots: int = 32,
         ahead: int = 1024,
@@ -224,14 +237,26 @@ class LLM:
             engine.abort()
 
     def encode_chat(
-        self, messages: Sequence[Message], verbatim: Mapping[int, Sequence[int]] | None = None
+        self,
+        messages: Sequence[AnyMessage],
+        verbatim: Mapping[int, Sequence[int]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation, up to where its next answer begins."""
+        """Token ids of a conversation, up to where its next answer begins, or its last message goes on."""
         if self.template is None:
             raise RequestError(
                 "this model has no chat template, so it cannot chat: continue a text instead (--raw; generate())"
             )
-        return encode_chat(self.tokenizer, self.template, messages, verbatim=verbatim or {})
+        return encode_chat(
+            self.tokenizer,
+            self.template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            verbatim=verbatim,
+        )
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones.
@@ -275,7 +300,7 @@ class Server:
 
     def submit(
         self,
-        prompt: str | Sequence[int] | Sequence[Message],
+        prompt: Prompt,
         *,
         deadline: float | None = None,
         wait: bool = False,

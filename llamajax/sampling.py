@@ -1,11 +1,11 @@
 """Logits, a row's parameters and its randomness -> a token. Knows nothing of models, slots or text.
 
-The order is vLLM's: penalties, temperature, min-p, top-k, top-p. The vocabulary is never sorted: top-k and
+The order is vLLM's: logit bias, penalties, temperature, min-p, top-k, top-p. The vocabulary is never sorted: top-k and
 top-p keep the tokens above a threshold, which is found by bisection on the logits' bits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
 from llamajax.ops import threshold
-from llamajax.types import MAX_TOP_LOGPROBS, SamplingParams
+from llamajax.types import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 
 # Below this a temperature is 0: dividing by it would overflow.
 _GREEDY_TEMPERATURE = 1e-5
@@ -22,6 +22,7 @@ _GREEDY_TEMPERATURE = 1e-5
 _MASS_ROUNDING = 1e-6
 # The width of the blocks in which a draw walks through the vocabulary.
 _BLOCK = 128
+_LOW = 2**32 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,9 @@ class Sampling:
     repetition_penalty: Float32[Array, "B"]
     presence_penalty: Float32[Array, "B"]
     frequency_penalty: Float32[Array, "B"]
-    seed: UInt32[Array, "B"]
+    seed: UInt32[Array, "B 2"]  # the upper and the lower half of 64 bits
+    bias_ids: Int32[Array, "B N"]  # padded with 0
+    bias: Float32[Array, "B N"]  # padded with 0
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> "Sampling":
@@ -45,6 +48,11 @@ class Sampling:
         def column(name: str, dtype: type) -> Array:
             return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
 
+        bias_ids = np.zeros((len(rows), MAX_LOGIT_BIAS), np.int32)
+        bias = np.zeros((len(rows), MAX_LOGIT_BIAS), np.float32)
+        for at, row in enumerate(rows):
+            added = row.logit_bias or {}
+            bias_ids[at, : len(added)], bias[at, : len(added)] = list(added), list(added.values())
         return cls(
             temperature=column("temperature", np.float32),
             top_p=column("top_p", np.float32),
@@ -53,7 +61,18 @@ class Sampling:
             repetition_penalty=column("repetition_penalty", np.float32),
             presence_penalty=column("presence_penalty", np.float32),
             frequency_penalty=column("frequency_penalty", np.float32),
-            seed=column("seed", np.uint32),
+            seed=jnp.asarray(np.array([[row.seed >> 32 & _LOW, row.seed & _LOW] for row in rows], np.uint32)),
+            bias_ids=jnp.asarray(bias_ids),
+            bias=jnp.asarray(bias),
+        )
+
+    def forbidding(self, ids: Int32[Array, "B E"]) -> "Sampling":
+        """The same, but these tokens are never drawn; -1 is none."""
+        bias = jnp.where(ids >= 0, -jnp.inf, jnp.float32(0))
+        return replace(
+            self,
+            bias_ids=jnp.concatenate([self.bias_ids, ids], axis=1),
+            bias=jnp.concatenate([self.bias, bias], axis=1),
         )
 
 
@@ -83,7 +102,7 @@ def sample(
 
     Returns the tokens; V, which is none, where the scores are not numbers.
     """
-    logits = _penalize(logits, sampling, prompt_mask, counts)
+    logits = _penalize(_biased(logits, sampling), sampling, prompt_mask, counts)
     greedy = sampling.temperature < _GREEDY_TEMPERATURE
 
     def draw() -> Int32[Array, "B"]:
@@ -102,6 +121,13 @@ def top_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, "B"]) -> Top
     top, ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[1]))
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     return TopLogprobs(chosen, top, ids.astype(jnp.int32))
+
+
+def _biased(logits: Float32[Array, "B V"], sampling: Sampling) -> Float32[Array, "B V"]:
+    """With what the rows add to some tokens' logits. Few requests do, and then a loop of no turns costs nothing."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    turns = (sampling.bias != 0).any().astype(jnp.int32)
+    return jax.lax.fori_loop(0, turns, lambda _, x: x.at[rows, sampling.bias_ids].add(sampling.bias), logits)
 
 
 def _penalize(
@@ -153,8 +179,9 @@ def _heaviest(
     return above | jax.lax.cond((tied.sum(axis=-1) > 1).any(), first_tied, lambda: tied)
 
 
-def _uniform(seed: UInt32[Array, ""], position: Int[Array, ""]) -> Float32[Array, ""]:
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+def _uniform(seed: UInt32[Array, "2"], position: Int[Array, ""]) -> Float32[Array, ""]:
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")  # of a seed below 2**32, jax.random.key(seed)
+    return jax.random.uniform(jax.random.fold_in(key, position))
 
 
 def _inverse_cdf(probs: Float32[Array, "B V"], uniform: Float32[Array, "B"]) -> Int32[Array, "B"]:

@@ -1,10 +1,10 @@
-"""The values that pass between rooms. Knows the standard library only."""
+"""The values that pass between rooms."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
+from llamajax import checks
 from llamajax.errors import RequestError
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "q4_k"]
@@ -13,6 +13,7 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 MAX_TOP_LOGPROBS = 20
 MAX_THREADS = 1024
+MAX_LOGIT_BIAS = 300  # as OpenAI's API takes
 
 
 class Message(TypedDict):
@@ -22,22 +23,40 @@ class Message(TypedDict):
     content: str
 
 
+class TextPart(TypedDict):
+    """A part of a content in OpenAI's form."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MessageInParts(TypedDict):
+    """A message as OpenAI's clients may send it; newlines join its parts."""
+
+    role: str
+    content: Sequence[TextPart]
+
+
+AnyMessage = Message | MessageInParts
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are drawn. Order and ranges are vLLM's: penalties, temperature, min-p, top-k,
-    top-p.
+    """How one request's tokens are drawn. Order and ranges are vLLM's: logit bias, penalties, temperature, min-p,
+    top-k, top-p. Integers may be written as floats (1.0) and numbers as numpy's.
 
     Attributes:
       temperature: in [0, 1000000]; 0 is greedy.
       top_p: in (0, 1]; keeps the smallest set of tokens whose probability mass reaches it.
-      top_k: in [0, 2**31); keeps the k most probable tokens; 0 keeps all.
+      top_k: in [0, 2**31); keeps the k most probable tokens; 0 or -1 keeps all.
       min_p: in [0, 1]; drops tokens less probable than min_p times the most probable one.
       repetition_penalty: in [0.001, 1000000]; divides positive and multiplies negative logits of tokens seen in
         the prompt or the answer (Keskar et al. 2019, CTRL); 1 is off.
       presence_penalty: in [-2, 2]; subtracted once from the logit of each token of the answer so far.
       frequency_penalty: in [-2, 2]; subtracted once for each time the token occurs in the answer so far.
-      seed: in [0, 2**32); with the position it decides each token.
+      seed: in [-2**63, 2**63); with the position it decides each token.
       logprobs: None, or how many of the most probable tokens to report beside the chosen one (0 to 20).
+      logit_bias: None, or token id -> what is added to its logit, in [-100, 100]; at most 300 ids.
     """
 
     temperature: float = 0.6
@@ -49,35 +68,44 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 42
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for parameter in fields(self):
-            value = getattr(self, parameter.name)
-            optional = value is None and parameter.default is None
-            if not optional and (not isinstance(value, Real) or isinstance(value, bool)):
-                raise RequestError(f"{parameter.name} must be a number, not {value!r}")
-        for name, ok, expected in (
-            ("temperature", 0 <= self.temperature <= 1e6, "in [0, 1000000]"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            (
-                "top_k",
-                is_integer(self.top_k) and 0 <= self.top_k < 2**31,
-                "an integer in [0, 2**31); 0 keeps all tokens",
-            ),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0.001 <= self.repetition_penalty <= 1e6, "in [0.001, 1000000]"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("seed", is_integer(self.seed) and 0 <= self.seed < 2**32, "an integer in [0, 2**32)"),
-            ("logprobs", self.logprobs is None or self.logprobs in range(MAX_TOP_LOGPROBS + 1), "None or 0 to 20"),
+        for name, low, high, expected in (
+            ("temperature", 0, 1e6, "in [0, 1000000]"),
+            ("top_p", 5e-324, 1, "in (0, 1]"),
+            ("min_p", 0, 1, "in [0, 1]"),
+            ("repetition_penalty", 0.001, 1e6, "in [0.001, 1000000]"),
+            ("presence_penalty", -2, 2, "in [-2, 2]"),
+            ("frequency_penalty", -2, 2, "in [-2, 2]"),
         ):
-            if not ok:
-                raise RequestError(f"{name} must be {expected}, not {getattr(self, name)}")
+            self._set(name, checks.number(name, getattr(self, name), low, high, expected))
+        for name, low, high, expected in (
+            ("top_k", -1, 2**31 - 1, "an integer in [-1, 2**31); 0 and -1 keep all tokens"),
+            ("seed", -(2**63), 2**63 - 1, "an integer in [-2**63, 2**63)"),
+            ("logprobs", 0, MAX_TOP_LOGPROBS, f"None or an integer from 0 to {MAX_TOP_LOGPROBS}"),
+        ):
+            value = getattr(self, name)
+            if value is not None or name != "logprobs":
+                self._set(name, checks.integer(name, value, low, high, expected))
+        self._set("top_k", max(self.top_k, 0))
+        self._set("logit_bias", None if self.logit_bias is None else _checked_bias(self.logit_bias))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
 
-def is_integer(value: object) -> bool:
-    """Whether a value is a whole number of Python or numpy, which booleans are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _checked_bias(bias: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias must be a mapping of token ids to numbers, not {checks.shown(bias)}")
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise RequestError(f"logit_bias may have {MAX_LOGIT_BIAS} token ids, not {len(bias)}")
+    return {
+        checks.integer("a token id of logit_bias", token_id, 0): checks.number(
+            f"logit_bias of token {token_id}", value, -100, 100, "in [-100, 100]"
+        )
+        for token_id, value in bias.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,7 @@ class Request:
       reuse_cache: whether tokens that the KV cache holds already may be left unread. An answer's tokens were
         computed one by one, whose last bits differ from those of a prompt read at once: with reuse, a request's
         answer may depend on what was asked before.
+      min_tokens: stop tokens cannot be drawn, and stop strings do not count, before the answer has so many.
     """
 
     token_ids: Sequence[int]
@@ -98,6 +127,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     stop_ids: frozenset[int] = frozenset()
     reuse_cache: bool = False
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True)

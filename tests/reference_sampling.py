@@ -11,8 +11,10 @@ def reference_probs(
     prompt_mask: np.ndarray | None = None,
     counts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Probabilities [V] with which a row's next token is drawn: penalties, temperature, min-p, top-k, top-p."""
+    """Probabilities [V] with which a row's next token is drawn: bias, penalties, temperature, min-p, top-k, top-p."""
     scores = logits.astype(np.float64)
+    for token_id, added in (params.logit_bias or {}).items():
+        scores[token_id] += added
     counts = np.zeros(scores.shape, int) if counts is None else counts
     seen = (counts > 0) if prompt_mask is None else prompt_mask | (counts > 0)
     repeated = np.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)

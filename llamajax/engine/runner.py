@@ -4,7 +4,7 @@ Knows token ids and slots; knows nothing of text, queues or strategies.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache as once
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
 
+from llamajax import checks
 from llamajax.engine import steps
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rows, Slots
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
@@ -22,7 +23,7 @@ from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
 from llamajax.ops import layers_share_arrays
 from llamajax.sampling import Sampling
-from llamajax.types import Request, Token, TokenLogprobs, is_integer
+from llamajax.types import Request, Token, TokenLogprobs
 
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
@@ -100,8 +101,17 @@ class Runner:
         """Raises PromptTooLongError if the prompt leaves no room for an answer, RequestError for what is invalid."""
         ids = request.token_ids
         self._check_ids(ids)
-        if not is_integer(request.max_new_tokens) or request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be an integer of at least 1, not {request.max_new_tokens!r}")
+        for name, number, least in (
+            ("max_new_tokens", request.max_new_tokens, 1),
+            ("min_tokens", request.min_tokens, 0),
+        ):
+            if type(number) is not int or number < least:
+                raise RequestError(f"{name} must be an integer of at least {least}, not {checks.shown(number)}")
+        if request.min_tokens > request.max_new_tokens:
+            raise RequestError(
+                f"min_tokens must be at most max_new_tokens, {request.max_new_tokens}, not {request.min_tokens}"
+            )
+        self._check_vocabulary("logit_bias has", request.sampling.logit_bias or ())
         if len(request.stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"at most {MAX_STOP_IDS} stop tokens, not {len(request.stop_ids)}")
         if len(ids) >= self.max_seq_len:
@@ -306,9 +316,13 @@ class Runner:
     def _check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:
             raise RequestError("the prompt is empty: it needs at least one token")
-        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+        self._check_vocabulary("found", ids)
+
+    def _check_vocabulary(self, where: str, ids: Collection[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise RequestError(
-                f"token ids must be from 0 to {self.config.vocab_size - 1}, found {min(ids)} to {max(ids)}"
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, {where} "
+                f"{checks.shown(min(ids))} to {checks.shown(max(ids))}"
             )
 
     def _read_chunk(self, ids: list[int], start: int, end: int, chunk_len: int, max_new_tokens: int) -> Drawn:
@@ -329,12 +343,14 @@ class Runner:
     def device_requests(self, requests: Sequence[Request]) -> Requests:
         """What rows are asked for, on the device."""
         stop_ids = np.full((len(requests), MAX_STOP_IDS), -1, np.int32)
+        first_stop = np.zeros(len(requests), np.int32)
         prompt_mask = np.zeros((len(requests), self.config.vocab_size), bool)
         for row, request in enumerate(requests):
             stop_ids[row, : len(request.stop_ids)] = sorted(request.stop_ids)
+            first_stop[row] = min(len(request.token_ids) + request.min_tokens, self.max_seq_len)
             prompt_mask[row, list(request.token_ids)] = True
         sampling = Sampling.of([request.sampling for request in requests])
-        return jax.device_put(Requests(sampling, jnp.asarray(stop_ids), jnp.asarray(prompt_mask)), self.device)
+        return jax.device_put(Requests(sampling, *map(jnp.asarray, (stop_ids, first_stop, prompt_mask))), self.device)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ from llamajax.types import SamplingParams
 
 # Tokens that one decode call returns at most.
 BLOCK_LEN = 16
-MAX_STOP_IDS = 16
+MAX_STOP_IDS = 128
 
 
 # XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
@@ -114,6 +114,7 @@ class Requests:
 
     sampling: Sampling
     stop_ids: Int32[Array, "B E"]  # padded with -1
+    first_stop: Int32[Array, "B"]  # the first position at which a stop token may be drawn
     prompt_mask: Bool[Array, "B V"]  # which tokens occur in the prompt
 
 
@@ -234,7 +235,7 @@ def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: 
     cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), one)
     slots = Slots(zeros(), zeros(), zeros(), jnp.zeros((B, V), jnp.int32))
     stop_ids, mask = jnp.full((B, MAX_STOP_IDS), -1, jnp.int32), jnp.zeros((B, V), bool)
-    return Rows(cache, slots, Requests(Sampling.of([SamplingParams(temperature=0)] * B), stop_ids, mask))
+    return Rows(cache, slots, Requests(Sampling.of([SamplingParams(temperature=0)] * B), stop_ids, zeros(), mask))
 
 
 @partial(jax.jit, donate_argnames=("rows",))
@@ -300,7 +301,9 @@ def _over_slots(
 
 def _draw(logits: Float32[Array, "B V"], slots: Slots, requests: Requests, with_logprobs: bool) -> tuple[Drawn, Slots]:
     """Draws a token for each slot that has any left; `slots.position` is where it will stand."""
-    token = sample(logits, requests.sampling, slots.position, requests.prompt_mask, slots.counts)
+    too_early = (slots.position < requests.first_stop)[:, None]
+    sampling = requests.sampling.forbidding(jnp.where(too_early, requests.stop_ids, -1))
+    token = sample(logits, sampling, slots.position, requests.prompt_mask, slots.counts)
     active = slots.left > 0
     stops = (token[:, None] == requests.stop_ids).any(axis=1)
     moved = Slots(

@@ -16,12 +16,14 @@ from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
 from llamajax.tokenizers.gguf import template_of
-from llamajax.types import Message
+from llamajax.types import AnyMessage, Message
 
 ROLES = ("system", "user", "assistant", "tool")
 
 # Stands around the index of a message whose ids are known. Like `BREAK` a lone surrogate, which no text contains.
 _VERBATIM = "\ud801"
+# Stands after the last message's content where the answer goes on with it.
+_END = "\ud802"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[AnyMessage],
         *,
         add_generation_prompt: bool = True,
         date_string: str | None = None,
@@ -64,7 +66,7 @@ class ChatTemplate:
             self.source,
             {
                 **self.special_tokens,
-                "messages": [dict(message) for message in _checked(messages)],
+                "messages": _checked(messages),
                 "tools": None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
@@ -79,9 +81,10 @@ class ChatTemplate:
 def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    messages: Sequence[Message],
+    messages: Sequence[AnyMessage],
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     verbatim: Mapping[int, Sequence[int]] | None = None,
     **variables: Any,
 ) -> list[int]:
@@ -92,20 +95,26 @@ def encode_chat(
     deleting or joining pieces), the conversation is rendered again with every word broken up.
 
     Args:
+      continue_final_message: end where the last message's content ends, so that the answer goes on with it. Spaces
+        at its end are dropped where the template drops them, as in transformers.
       verbatim: message index -> ids that stand for that message's content, such as an answer's own: encoding its
         text again need not give them.
       messages, add_generation_prompt, **variables: as for `ChatTemplate.render`, which says what is raised.
     """
     verbatim = verbatim or {}
+    checked = _checked(messages)
     literal = special_pattern(tuple(tokenizer.special_tokens))
 
     def render(broken_after: str) -> str:
         guarded: list[Message] = []
-        for i, message in enumerate(_checked(messages)):
+        for i, message in enumerate(checked):
             broken = re.sub(broken_after, rf"\g<0>{BREAK}", well_formed(message["content"]))
             content = f"{_VERBATIM}{i}{_VERBATIM}" if i in verbatim else broken
+            if continue_final_message and i == len(checked) - 1:
+                content += f"{_END} "
             guarded.append({"role": message["role"], "content": content})
-        return template.render(guarded, add_generation_prompt=add_generation_prompt, **variables)
+        text = template.render(guarded, add_generation_prompt=add_generation_prompt, **variables)
+        return _up_to_end(text) if continue_final_message else text
 
     text, safe_text = render(rf"(?={literal.pattern})[\s\S]"), render(r"\S(?=\S)")
     if literal.findall(text) != literal.findall(safe_text):
@@ -115,6 +124,13 @@ def encode_chat(
     for i, part in enumerate(re.split(f"{_VERBATIM}([0-9]+){_VERBATIM}", text)):
         ids += verbatim[int(part)] if i % 2 else tokenizer.encode_template(part)
     return ids
+
+
+def _up_to_end(text: str) -> str:
+    before, mark, after = text.rpartition(_END)
+    if not mark:
+        raise RequestError("the chat template leaves out the last message, so that it cannot be continued")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def find_template(source: Path | Mapping[str, Any]) -> ChatTemplate | None:
@@ -163,14 +179,24 @@ def builtin_template(tokenizer: Tokenizer, eos_ids: Collection[int], name: str =
     return None
 
 
-def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+def _checked(messages: Sequence[AnyMessage]) -> list[dict[str, str]]:
+    """The messages with each content as one string. Raises RequestError for what is none."""
     if not messages:
         raise RequestError("a conversation needs at least one message")
+    checked = []
     for message in messages:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise RequestError(f"a message must have a role and a content and nothing else, not {message!r:.200}")
         if message["role"] not in ROLES:
             raise RequestError(f"a message's role must be one of {', '.join(ROLES)}, not {message['role']!r:.80}")
-        if not isinstance(message["content"], str):
-            raise RequestError(f"a message's content must be a string, not {message['content']!r:.80}")
-    return messages
+        checked.append({"role": message["role"], "content": _text(message["content"])})
+    return checked
+
+
+def _text(content: object) -> str:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, Sequence) or not all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        raise RequestError(f"a message's content must be a string or a list of text parts, not {content!r:.80}")
+    return "\n".join(part["text"] for part in parts)

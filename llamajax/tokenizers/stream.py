@@ -6,7 +6,6 @@ Knows UTF-8 and string matching. Does not know the engine.
 import codecs
 from collections.abc import Sequence
 
-from llamajax.errors import RequestError
 from llamajax.tokenizers.base import Tokenizer
 
 
@@ -44,29 +43,29 @@ class StopStrings:
 
     Attributes:
       matched: a stop string was found; no more text comes out.
-
-    Raises:
-      RequestError: a stop string is empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if not all(isinstance(stop, str) for stop in stops):
-            raise RequestError(f"stop must be one string or several, not {stops!r}")
-        if not all(stops):
-            raise RequestError("a stop string must not be empty")
         self.matched = False
         self._stops = tuple(stops)
         self._held = ""
+        self._exempt = 0  # so much of what is held is of pieces in which no stop string may end
 
-    def push(self, text: str) -> str:
-        """The text that no stop string can claim any more; what could still begin one is held back."""
+    def push(self, text: str, *, may_end: bool = True) -> str:
+        """The text that no stop string can claim any more; what could still begin one is held back.
+
+        A stop string that is whole before the end of a piece that may not end the text does not count.
+        """
         if self.matched:
             return ""
         self._held += text
+        if not may_end:
+            self._exempt = len(self._held)
         match, partial = self._first_match(), self._first_partial()
         self.matched = match <= partial and match < len(self._held)
         end = min(match, partial)
         safe, self._held = self._held[:end], self._held[end:]
+        self._exempt = max(0, self._exempt - end)
         return safe
 
     def flush(self) -> str:
@@ -78,7 +77,7 @@ class StopStrings:
 
     def _first_match(self) -> int:
         """Where the first whole stop string begins in the held text; its length if there is none."""
-        found = (self._held.find(stop) for stop in self._stops)
+        found = (self._held.find(stop, max(0, self._exempt + 1 - len(stop))) for stop in self._stops)
         return min((start for start in found if start >= 0), default=len(self._held))
 
     def _first_partial(self) -> int:

@@ -39,6 +39,7 @@ exact_params = st.builds(
     repetition_penalty=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
     presence_penalty=st.sampled_from([-2.0, 0.0, 0.25]),
     frequency_penalty=st.sampled_from([-0.25, 0.0, 1.0]),
+    logit_bias=st.sampled_from([None, {0: -2.0}, {0: 100.0}]),
 )
 scores = st.one_of(
     _floats(-12, 12),
@@ -89,7 +90,7 @@ def assert_as_reference(found: np.ndarray, logits: np.ndarray, params: SamplingP
 def penalized_and_filtered(
     logits: np.ndarray, sampling_params: Sampling, mask: np.ndarray, counts: np.ndarray
 ) -> jax.Array:
-    penalized = sampling._penalize(logits, sampling_params, mask, counts)
+    penalized = sampling._penalize(sampling._biased(logits, sampling_params), sampling_params, mask, counts)
     return sampling._filtered_probs(penalized / sampling_params.temperature[:, None], sampling_params)
 
 

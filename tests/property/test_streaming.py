@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamajax.errors import RequestError
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.tokenizers.sentencepiece import load_sentencepiece
@@ -119,6 +118,23 @@ def test_stop_strings_cut_like_find(text: str, stops: list[str], seed: int) -> N
     assert matcher.matched == any(stop in text for stop in stops)
 
 
+@given(text=few_letters, stops=stop_strings, seed=st.integers(0, 2**32), exempt=st.integers(0, 8))
+def test_a_stop_string_counts_only_if_it_ends_after_the_pieces_that_may_not_end(
+    text: str, stops: list[str], seed: int, exempt: int
+) -> None:
+    matcher, pieces = StopStrings(stops), split(text, seed)
+    found = "".join([matcher.push(piece, may_end=i >= exempt) for i, piece in enumerate(pieces)]) + matcher.flush()
+    before = len("".join(pieces[:exempt]))
+    starts = [
+        start
+        for stop in stops
+        for start in range(len(text))
+        if text.startswith(stop, start) and start + len(stop) > before
+    ]
+    assert found == text[: min(starts, default=len(text))]
+    assert matcher.matched == bool(starts)
+
+
 def test_stop_strings_by_hand() -> None:
     matcher = StopStrings(["\n\n", "User:"])
     assert matcher.push("Hello\n") == "Hello"
@@ -157,8 +173,3 @@ def test_no_stop_strings() -> None:
     matcher = StopStrings([])
     assert matcher.push("text") == "text"
     assert matcher.flush() == ""
-
-
-def test_an_empty_stop_string_is_refused() -> None:
-    with pytest.raises(RequestError, match="must not be empty"):
-        StopStrings(["a", ""])

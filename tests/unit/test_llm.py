@@ -29,7 +29,7 @@ def tale(llama: LLM) -> Completion:
 
 def tell(llama: LLM, **options: Any) -> Completion:
     """As `tale`, but for what the options change."""
-    return llama.generate(START, **{"max_new_tokens": 24, "temperature": 0, **options})
+    return llama.generate(**{"prompt": START, "max_new_tokens": 24, "temperature": 0, **options})
 
 
 def test_a_warm_model_compiles_nothing(llama: LLM) -> None:
@@ -94,10 +94,28 @@ def test_emoji_are_never_cut(llama: LLM) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"max_tokens": 5}, "unknown option.*'max_tokens'"),
+        ({"max_tokens": 5}, "unknown option 'max_tokens': did you mean 'max_new_tokens'"),
+        ({"temprature": 1}, "unknown option 'temprature': did you mean 'temperature'"),
+        ({"verbatimm": {}}, "unknown option 'verbatimm': did you mean 'verbatim'"),
+        ({"zzz": 5}, "unknown option 'zzz': there are add_generation_prompt, .*temperature"),
         ({"temperature": -1}, r"temperature must be in \[0, 1000000\], not -1"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], not 0"),
-        ({"logprobs": 21}, "logprobs must be None or 0 to 20, not 21"),
+        ({"logprobs": 21}, "logprobs must be None or an integer from 0 to 20, not 21"),
+        ({"logprobs": True}, "logprobs must be None or an integer from 0 to 20, not True"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer of at least 1, not 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer of at least 1, not True"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens must be an integer of at least 1, not nan"),
+        ({"min_tokens": -1}, "min_tokens must be an integer of at least 0, not -1"),
+        ({"min_tokens": 51}, "min_tokens must be at most max_new_tokens, 50, not 51"),
+        ({"ignore_eos": "false"}, "ignore_eos must be true or false, not 'false'"),
+        ({"reuse_cache": 1}, "reuse_cache must be true or false, not 1"),
+        ({"sampling": {"seed": 1}}, "sampling must be SamplingParams, not {'seed': 1}"),
+        ({"logit_bias": {49152: 1}}, "token ids must be from 0 to 49151, logit_bias has 49152 to 49152"),
+        ({"stop_token_ids": [49152]}, "each of stop_token_ids must be an integer from 0 to 49151, not 49152"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, not 5"),
+        ({"stop_token_ids": range(200)}, "at most 128 stop tokens, not 20"),
+        ({"stop": 5}, "stop must be one string or several, not 5"),
+        ({"stop": {"a": 1}}, "stop must be one string or several, not {'a': 1}"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, not 0"),
         ({"max_new_tokens": "5"}, "max_new_tokens must be an integer of at least 1, not '5'"),
         ({"stop": [1]}, r"stop must be one string or several, not \[1\]"),
@@ -109,6 +127,64 @@ def test_emoji_are_never_cut(llama: LLM) -> None:
 def test_bad_options_are_named(llama: LLM, options: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         llama.stream(START, **options)
+
+
+@pytest.mark.parametrize("prompt", [5, None, b"text", {"role": "user", "content": "x"}, iter("ab")], ids=repr)
+def test_what_is_no_prompt_is_refused(llama: LLM, prompt: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt must be a text, messages or token ids, not"):
+        llama.stream(prompt)
+
+
+def test_token_ids_may_be_numpy_s(llama: LLM, tale: Completion) -> None:
+    ids = llama.tokenizer.encode(START)
+    for prompt in (np.array(ids), list(np.array(ids, np.uint16)), [float(i) for i in ids], tuple(ids)):
+        assert tell(llama, prompt=prompt).token_ids == tale.token_ids
+    with pytest.raises(RequestError, match="token ids must be from 0 to 49151"):
+        llama.stream([1, 10**5000])
+
+
+def test_a_stop_token_of_one_s_own_ends_an_answer(llama: LLM, tale: Completion) -> None:
+    end = tale.token_ids[9]
+    cut = tell(llama, stop_token_ids=[np.int64(end)])
+    assert (cut.token_ids, cut.finish_reason) == (tale.token_ids[: tale.token_ids.index(end)], "stop")
+    later = tell(llama, stop_token_ids=[end], min_tokens=15)
+    assert len(later.token_ids) >= 15 and end not in later.token_ids
+    assert later.token_ids[: len(cut.token_ids)] == cut.token_ids
+
+
+def test_stop_strings_do_not_count_before_min_tokens(llama: LLM, tale: Completion) -> None:
+    texts = [llama.tokenizer.decode([token]) for token in tale.token_ids]
+    third, sixth = "".join(texts[1:3]), "".join(texts[5:7])
+    assert tell(llama, stop=[third, sixth], min_tokens=3).text == "".join(texts[:5])
+    assert tell(llama, stop=[third, sixth], min_tokens=2).text == texts[0]
+    assert tell(llama, stop=[third], min_tokens=24).token_ids == tale.token_ids
+
+
+def test_a_bias_makes_a_token_certain_or_impossible(llama: LLM, tale: Completion) -> None:
+    assert tell(llama, logit_bias={777: 100}, max_new_tokens=3).token_ids == (777,) * 3
+    without = tell(llama, logit_bias=dict.fromkeys(tale.token_ids, -100.0))
+    assert set(without.token_ids).isdisjoint(tale.token_ids)
+
+
+def test_no_limit_is_the_context_s(llama: LLM) -> None:
+    answer = llama.generate("word " * 1000, max_new_tokens=None, ignore_eos=True)
+    assert (answer.prompt_tokens + len(answer.token_ids), answer.finish_reason) == (1024, "length")
+
+
+def test_an_answer_may_go_on_with_the_last_message(llama: LLM) -> None:
+    begun: list[Message] = [*FRANCE, {"role": "assistant", "content": "The capital of France is"}]
+    ids = llama.encode_chat(begun, add_generation_prompt=False, continue_final_message=True)
+    assert llama.tokenizer.decode(ids).endswith("assistant\nThe capital of France is")
+    assert llama.chat(begun, continue_final_message=True, max_new_tokens=1, temperature=0).text == " Paris"
+    assert len(llama.encode_chat(FRANCE)) > len(llama.encode_chat(FRANCE, add_generation_prompt=False))
+    with pytest.raises(RequestError, match="cannot both be true"):
+        llama.chat(begun, continue_final_message=True, add_generation_prompt=True)
+
+
+def test_a_content_may_be_parts(llama: LLM) -> None:
+    parts = [{"type": "text", "text": "Name the"}, {"type": "text", "text": "capital."}]
+    whole: list[Message] = [{"role": "user", "content": "Name the\ncapital."}]
+    assert llama.prepare([{"role": "user", "content": parts}])[0] == llama.prepare(whole)[0]  # type: ignore[list-item]
 
 
 def test_options_beside_sampling_are_refused_not_forgotten(llama: LLM) -> None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llamajax import sampling
 from llamajax.sampling import Sampling
@@ -244,6 +246,43 @@ def test_positions_and_seeds_draw_independently() -> None:
     # Neither is it their sum that decides.
     assert_frequencies(tokens[1:, :-1] * 4 + tokens[:-1, 1:], pairs)
     assert len(np.unique(tokens, axis=0)) == 128 and len(np.unique(tokens, axis=1).T) == 64
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**20))
+def test_a_seed_of_32_bits_draws_from_jax_s_own_key(seed: int, position: int) -> None:
+    [halves] = np.asarray(Sampling.of([replace(OFF, seed=seed)]).seed)
+    expected = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+    assert sampling._uniform(halves, np.int32(position)) == expected
+
+
+def test_all_64_bits_of_a_seed_count() -> None:
+    seeds = [7, 7 + 2**32, 7 - 2**63, -7, -1, 2**32 - 1, 2**63 - 1, -(2**63), *(7 + 2**bit for bit in range(33, 63))]
+    streams = draw(np.zeros(97), [replace(OFF, seed=seed) for seed in np.repeat(seeds, 12)], np.arange(38 * 12) % 12)
+    assert len(np.unique(streams.reshape(38, 12), axis=0)) == 38
+
+
+def test_a_bias_comes_before_penalties_and_other_rows_have_none() -> None:
+    logits, counts = np.array([-3.0, 0, 2, 2.5]), np.array([1, 0, 0, 0])
+    greedy = SamplingParams(temperature=0, repetition_penalty=2)
+    rows = [
+        replace(greedy, logit_bias={0: 7.9}),  # (-3 + 7.9) / 2 < 2.5; the other order gives -6 + 7.9, too
+        replace(greedy, logit_bias={0: 8.2}),  # (-3 + 8.2) / 2 > 2.5; the other order gives 2.2
+        greedy,
+        replace(greedy, logit_bias={3: -100, 2: -100}),
+    ]
+    assert draw(logits, rows, counts=counts).tolist() == [3, 0, 3, 1]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_forbidden_tokens_are_never_drawn(temperature: float) -> None:
+    """Whatever is added to their logits, and in their own row only."""
+    rows = [replace(OFF, temperature=temperature, seed=seed, logit_bias={5: 100}) for seed in range(64)]
+    forbidden = np.full((64, 3), -1, np.int32)
+    forbidden[::2] = [5, 96, -1]
+    params = Sampling.of(rows).forbidding(forbidden)
+    logits = np.zeros((64, 97), np.float32)
+    drawn = np.asarray(_sample(logits, params, np.zeros(64, np.int32), logits > 0, logits.astype(np.int32)))
+    assert not np.isin(drawn[::2], [5, 96]).any() and (drawn[1::2] == 5).all()
 
 
 def test_all_seeds_count() -> None:

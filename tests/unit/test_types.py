@@ -3,7 +3,9 @@
 import math
 import re
 from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,13 +17,49 @@ IN_RANGE = {
     "temperature": st.floats(0, 1e6),
     "top_p": st.floats(0, 1, exclude_min=True),
     "top_k": st.integers(0, 2**31 - 1),
+    "logit_bias": st.none() | st.dictionaries(st.integers(0, 2**31), st.floats(-100, 100), max_size=5),
     "min_p": st.floats(0, 1),
     "repetition_penalty": st.floats(1e-3, 1e3),
     "presence_penalty": st.floats(-2, 2),
     "frequency_penalty": st.floats(-2, 2),
-    "seed": st.integers(0, 2**32 - 1),
+    "seed": st.integers(-(2**63), 2**63 - 1),
     "logprobs": st.none() | st.integers(0, MAX_TOP_LOGPROBS),
 }
+
+
+def test_numbers_become_plain_ones() -> None:
+    """A float without a fraction, as JSON may write an integer, and numpy's numbers."""
+    params = SamplingParams(
+        temperature=np.float32(0.5), top_k=5.0, seed=np.int64(-3), logprobs=1.0, logit_bias={np.int32(7): 2, 8.0: -1}
+    )
+    assert params == SamplingParams(temperature=0.5, top_k=5, seed=-3, logprobs=1, logit_bias={7: 2.0, 8: -1.0})
+    values = [params.temperature, params.top_k, params.seed, params.logprobs, *(params.logit_bias or {})]
+    assert [type(value) for value in values] == [float, int, int, int, int, int]
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("bias", "says"),
+    [
+        ([1, 2], "must be a mapping of token ids to numbers, not [1, 2]"),
+        ({-1: 1}, "a token id of logit_bias must be an integer of at least 0, not -1"),
+        ({"the": 1}, "a token id of logit_bias must be an integer of at least 0, not 'the'"),
+        ({1: 101}, "logit_bias of token 1 must be in [-100, 100], not 101"),
+        ({1: math.nan}, "logit_bias of token 1 must be in [-100, 100], not nan"),
+        ({1: "x"}, "logit_bias of token 1 must be a number, not 'x'"),
+        (dict.fromkeys(range(301), 1), "logit_bias may have 300 token ids, not 301"),
+    ],
+    ids=["list", "negative", "name", "large", "nan", "text", "many"],
+)
+def test_a_bias_that_is_none_is_refused(bias: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(says)):
+        SamplingParams(logit_bias=bias)
+
+
+@pytest.mark.parametrize("name", ["temperature", "seed", "top_k", "logprobs"])
+def test_an_integer_that_python_does_not_print_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} must be"):
+        SamplingParams(**{name: 10**5000})
 
 
 @given(st.fixed_dictionaries({}, optional=IN_RANGE))
@@ -39,18 +77,18 @@ def test_every_parameter_is_checked() -> None:
     [
         ("temperature", (-0.1, math.inf, math.nan, -math.inf), "in [0, 1000000]"),
         ("top_p", (0, -0.5, 1.0001, math.nan), "in (0, 1]"),
-        ("top_k", (-1, 2**31, 2.5), "an integer in [0, 2**31); 0 keeps all tokens"),
+        ("top_k", (-2, 2**31, 2.5, [3], True), "an integer in [-1, 2**31); 0 and -1 keep all tokens"),
         ("min_p", (-0.1, 1.1, math.nan), "in [0, 1]"),
         ("repetition_penalty", (0, -1, 1e39, math.inf, math.nan), "in [0.001, 1000000]"),
         ("presence_penalty", (-2.1, 2.1, math.nan), "in [-2, 2]"),
         ("frequency_penalty", (-2.1, 2.1, math.nan), "in [-2, 2]"),
-        ("seed", (-1, 2**32, 1.5), "an integer in [0, 2**32)"),
-        ("logprobs", (-1, 21, 2.5), "None or 0 to 20"),
+        ("seed", (-(2**63) - 1, 2**63, 1.5, math.nan, None, "1"), "an integer in [-2**63, 2**63)"),
+        ("logprobs", (-1, 21, 2.5, True, math.inf, "5"), "None or an integer from 0 to 20"),
     ],
 )
 def test_parameters_out_of_range_are_named(name: str, values: tuple, expected: str) -> None:
     for value in values:
-        with pytest.raises(RequestError, match=re.escape(f"{name} must be {expected}, not {value}")) as raised:
+        with pytest.raises(RequestError, match=re.escape(f"{name} must be {expected}, not {value!r}")) as raised:
             SamplingParams(**{name: value})
         assert isinstance(raised.value, LlamaJaxError) and "\n" not in str(raised.value)
         with pytest.raises(RequestError):
@@ -89,7 +127,7 @@ def test_values_compare_by_what_they_hold() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", "hot"), ("top_p", None), ("top_k", [3]), ("seed", "1"), ("min_p", True), ("logprobs", "5")],
+    [("temperature", "hot"), ("top_p", None), ("min_p", True), ("presence_penalty", 1j), ("top_p", np.bool_(True))],
 )
 def test_a_parameter_of_another_type_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(RequestError, match=f"{name} must be a number, not {re.escape(repr(value))}"):

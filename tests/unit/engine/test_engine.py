@@ -60,6 +60,7 @@ KINDS = [
     SamplingParams(temperature=0),
     SamplingParams(temperature=1, top_p=0.95, seed=3),
     SamplingParams(temperature=0.7, top_k=9, min_p=0.02, repetition_penalty=1.2, presence_penalty=0.4, seed=4),
+    SamplingParams(temperature=1, top_p=1, seed=-(2**40), logit_bias={11: 6.5, 12: -100, 13: 5}),
 ]
 
 
@@ -70,7 +71,8 @@ def request(number: int, *, logprobs: int | None = None) -> Request:
     if logprobs is not None:
         sampling = SamplingParams(temperature=0, logprobs=logprobs)
     length = int(rng.choice([1, 5, 31, 33, 97, 150, 190]))
-    return Request(random_ids(length, number), int(rng.integers(1, 60)), sampling, frozenset([11]))
+    limit = int(rng.integers(1, 60))
+    return Request(random_ids(length, number), limit, sampling, frozenset([11]), min_tokens=limit * (number % 5) // 6)
 
 
 _alone: dict[int, list[Token]] = {}

@@ -158,7 +158,7 @@ def test_stop_ids_end_an_answer_without_being_part_of_it() -> None:
         tokens = Sequential(runner, Request(prompt, 40, GREEDY, frozenset([full[end]])))
         assert [token.id for token in tokens] == expected and tokens.stopped
         assert runner.cached_ids == prompt + expected
-    unused = sorted(set(range(V)) - set(full))
+    unused = sorted(set(range(2 * V)) - set(full))
     assert len(unused) > MAX_STOP_IDS
     tokens = Sequential(runner, Request(prompt, 40, GREEDY, frozenset(unused[:MAX_STOP_IDS])))
     assert [token.id for token in tokens] == full and not tokens.stopped
@@ -166,6 +166,15 @@ def test_stop_ids_end_an_answer_without_being_part_of_it() -> None:
     assert answer(runner, prompt, 40, stop_ids=many) == full[: full.index(full[9])]
     # A stop token among the prompt's is no reason to stop.
     assert answer(runner, prompt, 10, stop_ids=frozenset(set(prompt) - set(full[:10]))) == full[:10]
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 17, 40])
+def test_no_stop_token_is_drawn_before_there_are_so_many(min_tokens: int) -> None:
+    runner, prompt = tiny_runner(512), random_ids(6)
+    stops = frozenset(range(60))  # most tokens
+    asked = Request(prompt, 40, SamplingParams(temperature=1, top_p=1, seed=5), stops, min_tokens=min_tokens)
+    tokens = [token.id for token in Sequential(runner, asked)]
+    assert min_tokens <= len(tokens) < min_tokens + 10 and stops.isdisjoint(tokens)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +309,11 @@ def test_logprobs_are_given_when_asked_for() -> None:
         (Request([-1, 3], 5), RequestError, "found -1 to 3"),
         (Request([1], 0), RequestError, "at least 1, not 0"),
         (Request([1], -4), RequestError, "at least 1, not -4"),
-        (Request([1], 5, stop_ids=frozenset(range(MAX_STOP_IDS + 1))), RequestError, "at most 16"),
+        (Request([1], 5, stop_ids=frozenset(range(MAX_STOP_IDS + 1))), RequestError, "at most 128"),
+        (Request([1], 5.0), RequestError, "max_new_tokens must be an integer"),
+        (Request([1], 5, min_tokens=6), RequestError, "min_tokens must be at most max_new_tokens, 5, not 6"),
+        (Request([1], 5, min_tokens=-1), RequestError, "min_tokens must be an integer of at least 0, not -1"),
+        (Request([1], 5, SamplingParams(logit_bias={V: 1})), RequestError, f"logit_bias has {V} to {V}"),
         (Request([1] * 512, 5), PromptTooLongError, "512 tokens, the context 512"),
         (Request([1] * 1000, 5), PromptTooLongError, "1000 tokens, the context 512"),
     ],

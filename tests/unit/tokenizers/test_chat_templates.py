@@ -353,7 +353,7 @@ def test_a_template_may_refuse() -> None:
         ([{"role": "<|im_start|>", "content": "Hi"}], "one of system, user, assistant, tool, not '<|im_start|>'"),
         ([{"role": ["user"], "content": "Hi"}], "one of system, user, assistant, tool"),
         ([{"role": "user", "content": ["Hi"]}], "content must be a string"),
-        ([{"role": "user", "content": None}], "content must be a string, not None"),
+        ([{"role": "user", "content": None}], "content must be a string or a list of text parts, not None"),
     ],
 )
 def test_malformed_messages(messages: list[Any], expected: str, smollm2: Tokenizer) -> None:

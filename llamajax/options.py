@@ -1,0 +1,114 @@
+"""The options of an answer: their types, for editors and mypy, and what they mean for a request."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypedDict
+
+from llamajax import checks
+from llamajax.errors import RequestError
+from llamajax.types import SamplingParams
+
+DEFAULT_NEW_TOKENS = 50
+
+
+class AnswerOptions(TypedDict, total=False):
+    """How an answer is drawn and where it ends. `SamplingParams` documents those that it has, too.
+
+    Attributes:
+      min_tokens: stop tokens cannot be drawn, and stop strings do not count, before the answer has so many tokens.
+      stop: strings that end the answer and are not part of it.
+      stop_token_ids: token ids that end it, beside the model's own; they are not part of it either.
+      ignore_eos: go on after the model's own tokens that end a text or a turn.
+      sampling: how tokens are drawn; or give its fields themselves.
+    """
+
+    min_tokens: int
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool
+    sampling: SamplingParams | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    logprobs: int | None
+    logit_bias: Mapping[int, float] | None
+
+
+class Options(AnswerOptions, total=False):
+    """All options of one answer.
+
+    Attributes:
+      max_new_tokens: at least 1; the context may end the answer sooner. None: up to the context's end. 50 if it is
+        not given.
+      add_generation_prompt: end the messages with the header of the assistant's next one; True if it is not given.
+      continue_final_message: the answer goes on where the last message ends, instead of beginning a message.
+    """
+
+    max_new_tokens: int | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+
+
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
+
+
+def check_names(options: Mapping[str, Any], *others: str) -> None:
+    """Raises RequestError for an option that there is not, and tells the nearest one. `others` are the caller's own."""
+    checks.known_options(options, [*Options.__annotations__, *others])
+
+
+def sampling_params(options: Options) -> SamplingParams:
+    """How tokens are drawn. Raises RequestError."""
+    given = {name: value for name, value in options.items() if name in _SAMPLING}
+    sampling = options.get("sampling")
+    if sampling is None:
+        return SamplingParams(**given)  # type: ignore[arg-type]  # which checks them
+    if given:
+        raise RequestError(f"give either sampling or its fields, not both: {', '.join(given)}")
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling must be SamplingParams, not {checks.shown(sampling)}")
+    return sampling
+
+
+def max_new_tokens(options: Options, context: int) -> int:
+    """How many tokens an answer may have. Raises RequestError."""
+    wanted = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    return context if wanted is None else checks.integer("max_new_tokens", wanted, 1)
+
+
+def stop_strings(options: Options) -> tuple[str, ...]:
+    """The strings that end an answer. Raises RequestError."""
+    stop = options.get("stop")
+    stops = _items("stop", () if stop is None else [stop] if isinstance(stop, str) else stop, "one string or several")
+    if not all(isinstance(stop, str) for stop in stops):
+        raise RequestError(f"stop must be one string or several, not {checks.shown(stops)}")
+    if not all(stops):
+        raise RequestError("a stop string must not be empty")
+    return tuple(stops)
+
+
+def stop_token_ids(options: Options, vocab_size: int) -> frozenset[int]:
+    """The token ids that end an answer beside the model's own. Raises RequestError."""
+    ids = options.get("stop_token_ids")
+    ids = _items("stop_token_ids", () if ids is None else ids, "a list of token ids")
+    return frozenset(checks.integer("each of stop_token_ids", i, 0, vocab_size - 1) for i in ids)
+
+
+def generation_prompt(options: Options) -> tuple[bool, bool]:
+    """add_generation_prompt and continue_final_message. Raises RequestError if both are asked for, as vLLM does."""
+    continues = checks.flag("continue_final_message", options.get("continue_final_message", False))
+    begins = checks.flag("add_generation_prompt", options.get("add_generation_prompt", not continues))
+    if begins and continues:
+        raise RequestError("add_generation_prompt and continue_final_message cannot both be true: leave one out")
+    return begins, continues
+
+
+def _items(name: str, value: object, expected: str) -> list[Any]:
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        raise RequestError(f"{name} must be {expected}, not {checks.shown(value)}")
+    return list(value)
