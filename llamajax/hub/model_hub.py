@@ -17,6 +17,7 @@ from llamajax.hub.cache import write_error
 from llamajax.hub.choice import SMALL, choose, parts, weights
 from llamajax.hub.local import adapter_error, indexed_shards, whole_model
 from llamajax.hub.names import HubName
+from llamajax.text import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -160,9 +161,8 @@ def _explain(error: Exception, name: HubName, file: str | None) -> LlamaJaxError
     from huggingface_hub import constants, errors
 
     repo, revision = name.repo, name.revision
-    # "Not on this disk" and "no dry run" only follow from the cause: the hub is out of reach or refuses.
-    consequence = isinstance(error, errors.LocalEntryNotFoundError | errors.DryRunError)
-    cause = (consequence and error.__cause__) or error
+    # "Not on this disk" only follows from the cause: the hub is out of reach or refuses.
+    cause = (isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error
     page = f"https://huggingface.co/{repo}"
     match cause:
         case errors.GatedRepoError():
@@ -173,16 +173,22 @@ def _explain(error: Exception, name: HubName, file: str | None) -> LlamaJaxError
             message = f"{repo} has no revision {revision!r}: see {page}"
         case errors.EntryNotFoundError():
             message = f"{repo} has no file {file!r}: see {page}/tree/{revision or 'main'}"
+        case errors.HfHubHTTPError(response=object(status_code=401 | 403)):
+            message = (
+                f"the model hub does not let you read {repo}: `hf auth login`, or set HF_TOKEN to a token that may"
+            )
+        case errors.HfHubHTTPError(response=object(status_code=int(status), reason_phrase=str(reason))):
+            message = f"the model hub answers {status} ({reason}) for {repo}: try again later, or give a local path"
         case errors.OfflineModeIsEnabled():
             message = (
                 f"{repo} is not, or not wholly, in {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE forbids "
                 "fetching it: unset that variable, or give a local path"
             )
         case ValueError():
-            message = f"{repo}: {' '.join(str(cause).split())}"
+            message = f"{repo}: {one_line(cause)}"
         case OSError(errno=int()) if not isinstance(cause, ConnectionError | TimeoutError):
             return write_error(cause, Path(constants.HF_HUB_CACHE), "HF_HOME")
         case _:
-            reason = " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
+            reason = one_line(cause).rstrip(".") or type(cause).__name__
             message = f"cannot fetch {repo} from the model hub: {reason}; try again later, or give a local path"
     return RequestError(message)

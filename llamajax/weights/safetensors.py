@@ -54,10 +54,11 @@ def _read_sharded(index: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{index}: unreadable or not an index of shards; download it again") from None
     if outside:
         raise CheckpointError(f"{index}: expected files beside the index, found {outside[0]!r}")
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    # Looked for among the names there are, since the system refuses some names outright.
+    missing = sorted(set(shards) - {path.name for path in index.parent.iterdir()})
     if missing:
         raise CheckpointError(
-            f"{index}: {len(missing)} of {len(shards)} shards missing, first {missing[0]!r}; download them"
+            f"{index}: {len(missing)} of {len(shards)} shards missing, first {missing[0]!r:.200}; download them"
         )
     tensors = _read_files(index.parent / shard for shard in shards)
     absent = [name for name in weight_map if name not in tensors]

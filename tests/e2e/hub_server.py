@@ -103,6 +103,7 @@ class HubServer(_Server):
       repos: each repository's files, by path.
       gated: the repositories whose files need a token; any will do. Their listing is public, as on the hub.
       architectures: what the hub has read of repositories' GGUF files.
+      refusals: the status that a repository's name is answered with, instead of its facts.
     """
 
     _FACTS = re.compile(r"api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>refs/pr/\d+|[^/]+))?")
@@ -114,9 +115,11 @@ class HubServer(_Server):
         gated: frozenset[str] = frozenset(),
         hold: str | None = None,
         architectures: Mapping[str, str] | None = None,
+        refusals: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(hold)
-        self.repos, self.gated, self.architectures = repos, gated, architectures or {}
+        self.repos, self.gated = repos, gated
+        self.architectures, self.refusals = architectures or {}, refusals or {}
 
     def env(self, hf_home: Path) -> dict[str, str]:
         """The environment that sends huggingface_hub here, without a token, and its cache to `hf_home`."""
@@ -136,6 +139,8 @@ class HubServer(_Server):
     def respond(self, request: _Handler, path: str) -> None:
         asked = self._FACTS.fullmatch(path) or self._FILE.fullmatch(path)
         repo, revision = (asked["repo"], asked["revision"]) if asked else ("", None)
+        if repo in self.refusals:
+            return self._refuse(request, self.refusals[repo], "")
         if asked is None or repo not in self.repos:
             return self._refuse(request, 404, "RepoNotFound")
         if revision not in (None, "main", self.commit(repo)):

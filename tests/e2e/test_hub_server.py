@@ -126,13 +126,18 @@ REPOS = {
 }
 
 
+REFUSALS = {f"org/answers-{status}": status for status in (401, 403, 451, 503)}
+
+
 def files_in(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[HubServer]:
-    with HubServer(REPOS, gated=frozenset({"org/gated"}), architectures={"org/qwen-gguf": "qwen2"}) as server:
+    with HubServer(
+        REPOS, gated=frozenset({"org/gated"}), architectures={"org/qwen-gguf": "qwen2"}, refusals=REFUSALS
+    ) as server:
         yield server
 
 
@@ -176,6 +181,7 @@ def online(hub: HubServer, hf_home: Path) -> dict[str, tuple[str, str]]:
         "https://huggingface.co/org/in-a-folder/tree/main/BF16",
         "org/adapter",
         "org/variants@refs/pr/1",
+        *REFUSALS,
     ]
     return resolve(names, hub.env(hf_home))
 
@@ -237,6 +243,10 @@ def test_a_repository_of_ggufs_lists_what_to_type(online: dict[str, tuple[str, s
         ("org/without-config", "org/without-config has no config.json"),
         ("org/adapter", "org/adapter is an adapter of meta-llama/Llama-3.2-1B"),
         ("org/variants@refs/pr/1", "org/variants has no revision 'refs/pr/1'"),
+        ("org/answers-401", "does not let you read org/answers-401: `hf auth login`"),
+        ("org/answers-403", "does not let you read org/answers-403: `hf auth login`"),
+        ("org/answers-451", "answers 451 (Unavailable For Legal Reasons) for org/answers-451"),
+        ("org/answers-503", "answers 503 (Service Unavailable) for org/answers-503: try again later"),
         ("org/pickles", "org/pickles has neither safetensors nor GGUF files"),
         ("org/missing", "no repository org/missing, or it is private"),
         ("org/gated", f"org/gated is gated: accept its licence at {LICENCE_PAGE}, then `hf auth login`"),

@@ -139,7 +139,7 @@ def test_index_that_leaves_its_directory(tmp_path: Path, escape: str) -> None:
         read_safetensors(model)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a\0.safetensors"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a\0.safetensors", "x" * 300, "\ud800"])
 def test_index_of_odd_names(tmp_path: Path, name: str) -> None:
     index(tmp_path, {"t": name})
     with pytest.raises(CheckpointError, match=r"expected files beside|shards missing"):
