@@ -163,28 +163,34 @@ class LlamaConfig:
         cls,
         metadata: Mapping[str, Any],
         *,
+        vocab_size: int | None = None,
         tie_word_embeddings: bool = False,
         rope_divisors: tuple[float, ...] | None = None,
     ) -> "LlamaConfig":
-        """From a GGUF file's metadata, and two facts that only its tensors tell.
+        """From a GGUF file's metadata, and three facts that its tensors tell.
 
         Args:
           metadata: the key-value pairs of the file.
+          vocab_size: rows of the file's `token_embd.weight`; None if they are not known. Keys that differ are wrong.
           tie_word_embeddings: whether the file has no `output.weight`.
           rope_divisors: the file's `rope_freqs.weight`, where it has one.
 
         Raises ConfigError for a missing key, and for any architecture or option that is not a Llama's.
         """
         tokens = metadata.get("tokenizer.ggml.tokens")
-        # A Llama's are numbers and strings; arrays belong to architectures whose layers differ.
-        metadata = {key: value for key, value in metadata.items() if isinstance(value, str | int | float | np.number)}
+        metadata = _of_all_layers(metadata)
+        kind = metadata.get("general.type", "model")
+        if kind != "model":
+            raise ConfigError(f"the file holds {kind!r:.80} (general.type), expected a model")
         architecture = metadata.get("general.architecture")
         if architecture != "llama":
             raise ConfigError(
-                f"architecture {architecture!r} is not supported: llamajax runs Llama models (GGUF 'llama')"
+                f"architecture {architecture!r:.80} is not supported: llamajax runs Llama models (GGUF 'llama')"
             )
         hf = {name: metadata[key] for name, key in _GGUF_KEYS.items() if key in metadata}
-        if "vocab_size" not in hf and isinstance(tokens, list):
+        if vocab_size is not None:
+            hf["vocab_size"] = vocab_size
+        elif "vocab_size" not in hf and isinstance(tokens, list):
             hf["vocab_size"] = len(tokens)
         hf["tie_word_embeddings"] = tie_word_embeddings
         hf["rope_scaling"] = _gguf_rope_scaling(metadata)
@@ -252,6 +258,19 @@ _GGUF_YARN_KEYS = {
     "beta_slow": "llama.rope.scaling.yarn_beta_slow",
     "mscale_all_dim": "llama.rope.scaling.yarn_log_multiplier",
 }
+
+
+def _of_all_layers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and strings; also of arrays that say the same of each layer, as some converters write."""
+    values = {}
+    for key, value in metadata.items():
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()
+        if isinstance(value, str | int | float | np.number):
+            values[key] = value
+        elif key in _GGUF_KEYS.values():
+            raise ConfigError(f"expected one value of {key} for all layers, found {value!r:.80}: not a Llama")
+    return values
 
 
 def _gguf_rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ four of the next. Quants of 4 bits share a byte: its low half is of the block's 
 Scale and offset of 4 bits' quants are one beside the other instead, as int16, in units of a step (f32) that each row
 has before its first block: cpu/matmul.h tells why.
 
-Quants of 5 and 6 bits take 8 here, and those of 2 and 3 take 4. A K format's scale is a product of two numbers; where
-it is kept in f16, it is rounded to one part in 2048.
+Quants of 5 and 6 bits take 8 here, as IQ4_NL's values do, and those of 2 and 3 take 4. A K format's scale is a product
+of two numbers; where it is kept in f16, it is rounded to one part in 2048.
 """
 
 from dataclasses import dataclass, field
@@ -65,6 +65,7 @@ PACKED_FORMATS = {
     "q4_k": PackedFormat(4, 32, True, 8),
     "q5_k": PackedFormat(8, 32, True, 0),
     "q6_k": PackedFormat(8, 16, False, 32),
+    "iq4_nl": PackedFormat(8, 32, False, 128),
 }
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32, Int8, UInt8
 
@@ -40,7 +41,11 @@ FORMATS = {
     "q4_k": Format(12, 256, 144),
     "q5_k": Format(13, 256, 176),
     "q6_k": Format(14, 256, 210),
+    "iq4_nl": Format(20, 32, 18),
 }
+
+# IQ4_NL's quants are places in this list (ggml-common.h, `kvalues_iq4nl`).
+_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 
 
 class Parts(NamedTuple):
@@ -178,6 +183,12 @@ def _q6_k(block: Array) -> Parts:
     return Parts(quants.astype(jnp.int8) - 32, _f16(d) * scales)
 
 
+def _iq4_nl(block: Array) -> Parts:
+    """As Q8_0, of 16 values only."""
+    d, qs = _fields(block, 2)
+    return Parts(jnp.asarray(_IQ4_VALUES)[_unpack(qs, 4)], _f16(d))
+
+
 _SPLIT: dict[str, Callable[[Array], Parts]] = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
@@ -189,4 +200,5 @@ _SPLIT: dict[str, Callable[[Array], Parts]] = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+    "iq4_nl": _iq4_nl,
 }

@@ -15,7 +15,7 @@ from llamajax.weights.fit import check_fit
 from llamajax.weights.gguf import read_gguf
 from llamajax.weights.names import embedding_and_head, sources
 from llamajax.weights.safetensors import read_safetensors
-from llamajax.weights.tensor import StoredTensor
+from llamajax.weights.tensor import DENSE_DTYPES, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,31 @@ def open_checkpoint(path: Path, max_len: int | None = None) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = read_gguf(path)
-    frequencies = file.tensors.get("rope_freqs.weight")
+    embedding, frequencies = (file.tensors.get(f"{name}.weight") for name in ("token_embd", "rope_freqs"))
     try:
         config = LlamaConfig.from_gguf(
             file.metadata,
+            vocab_size=None if embedding is None else embedding.shape[0],
             tie_word_embeddings="output.weight" not in file.tensors,
-            rope_divisors=None if frequencies is None else tuple(frequencies.data.astype(float).ravel().tolist()),
+            rope_divisors=None if frequencies is None else _divisors(frequencies),
         )
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from e
-    return _checked(path, config, file.tensors, metadata=file.metadata)
+    tensors = {name: _without_ones(tensor) for name, tensor in file.tensors.items()}
+    return _checked(path, config, tensors, metadata=file.metadata)
+
+
+def _divisors(frequencies: StoredTensor) -> tuple[float, ...]:
+    if frequencies.format not in DENSE_DTYPES:
+        raise ConfigError(f"expected numbers as {frequencies.name}, found {frequencies.format} blocks")
+    return tuple(frequencies.data.astype(float).ravel().tolist())
+
+
+def _without_ones(tensor: StoredTensor) -> StoredTensor:
+    """A norm that is stored as a matrix of one row or column is a vector."""
+    if "norm" not in tensor.name or tensor.format not in DENSE_DTYPES or tensor.data.size != max(tensor.shape):
+        return tensor
+    return replace(tensor, shape=(tensor.data.size,), data=tensor.data.reshape(-1))
 
 
 def _open_directory(path: Path, max_len: int | None) -> Checkpoint:

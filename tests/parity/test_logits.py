@@ -72,6 +72,14 @@ def test_hugging_face_and_gguf(case: str, tmp_path: Path) -> None:
     assert relative_error(same, found) < 1e-5
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_norms_of_gguf_as_matrices(axis: int, tmp_path: Path) -> None:
+    case = "llama3-8b"
+    weights = {n: np.expand_dims(a, axis) if "norm" in n else a for n, a in state_dict(case).items()}
+    found = logits(write_gguf(tmp_path / "model.gguf", CASES[case], weights, None), case)
+    assert relative_error(found, GOLDENS[f"{case}/logits"]) < 1e-4
+
+
 @pytest.mark.parametrize(("case", "ffn_dim_multiplier"), [("llama3.2-1b", 0.5), ("llama3-8b", 0.5), ("tinyllama", 0.5)])
 def test_meta(case: str, ffn_dim_multiplier: float, tmp_path: Path) -> None:
     path = write_meta(tmp_path / "meta", CASES[case], state_dict(case), ffn_dim_multiplier=ffn_dim_multiplier)

@@ -281,6 +281,29 @@ def test_from_gguf_without_what_may_be_missing() -> None:
     assert LlamaConfig.from_gguf(metadata, tie_word_embeddings=True) == CONFIGS["smollm2-135m"]
 
 
+def test_from_gguf_with_a_number_for_each_layer() -> None:
+    metadata = gguf_metadata(HF["smollm2-135m"])
+    keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "rope.dimension_count")
+    metadata |= {f"llama.{key}": np.full(30, metadata[f"llama.{key}"], np.uint32) for key in keys}
+    metadata["llama.rope.dimension_sections"] = np.arange(4)  # of no use to a Llama
+    assert LlamaConfig.from_gguf(metadata, tie_word_embeddings=True) == CONFIGS["smollm2-135m"]
+    for layers in (np.array([9, 9, 3]), np.array([], np.uint32), ["9"]):
+        metadata["llama.attention.head_count"] = layers
+        with pytest.raises(ConfigError, match=r"expected one value of llama\.attention\.head_count for all layers"):
+            LlamaConfig.from_gguf(metadata)
+
+
+def test_vocab_size_of_gguf_is_that_of_the_embedding() -> None:
+    metadata = gguf_metadata(HF["smollm2-135m"]) | {"llama.vocab_size": 7}
+    found = LlamaConfig.from_gguf(metadata, vocab_size=49152, tie_word_embeddings=True)
+    assert found == CONFIGS["smollm2-135m"]
+
+
+def test_gguf_that_holds_no_model() -> None:
+    with pytest.raises(ConfigError, match=r"holds 'adapter' \(general\.type\), expected a model"):
+        LlamaConfig.from_gguf({"general.architecture": "llama", "general.type": "adapter"})
+
+
 def test_linear_scaling_in_gguf() -> None:
     metadata = gguf_metadata(HF["tinyllama-1.1b"])
     metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}

@@ -23,6 +23,7 @@ F16_FIELDS = {
     "q4_k": [0, 2],
     "q5_k": [0, 2],
     "q6_k": [208],
+    "iq4_nl": [0],
 }
 # The gguf package quantizes to these only.
 QUANTIZED = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
@@ -79,6 +80,14 @@ def test_leading_axes(format: str) -> None:
     assert whole.shape == (2, 3, 5 * FORMATS[format].weights)
     one_row = jax.vmap(jax.vmap(partial(dequantize, format=format)))(blocks)
     np.testing.assert_array_equal(whole, np.asarray(one_row))
+
+
+def test_iq4_nl_by_hand() -> None:
+    # Scale 0.5 (f16 0x3800); byte i holds weight i in its low half and weight i + 16 in its high half.
+    block = np.array([0x00, 0x38, *((15 - i) << 4 | i for i in range(16))], np.uint8)
+    values = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    expected = 0.5 * np.array([*values, *reversed(values)])
+    np.testing.assert_array_equal(np.asarray(dequantize(jnp.asarray(block), "iq4_nl")), expected.astype(np.float32))
 
 
 def test_q4_0_by_hand() -> None:

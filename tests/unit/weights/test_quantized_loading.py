@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -18,6 +19,8 @@ from llamajax.ops import native
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 from llamajax.weights.tensor import StoredTensor
+
+from ..ops.test_quants import random_blocks
 
 
 def log_probabilities(llm: llamajax.LLM) -> np.ndarray:
@@ -61,6 +64,22 @@ def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
     ids = plain.tokenizer.encode("The first of May is a holiday in many countries of the world.")
     scores = Runner(model, device=jax.devices()[0], cache_dtype=np.float32).logits(ids)
     assert np.abs(scores - plain.logits(ids)).mean() < 0.5
+
+
+def test_iq4_nl_is_kept_as_it_is(smollm2_gguf: Path) -> None:
+    """What files of smaller formats hold where rows are no multiples of 256; the loader stacks their layers."""
+    checkpoint = open_checkpoint(smollm2_gguf)
+    tensors = dict(checkpoint.tensors)
+    for layer in range(30):
+        name = f"blk.{layer}.attn_output.weight"
+        blocks = random_blocks("iq4_nl", 576, 18, seed=layer, small=True)
+        tensors[name] = StoredTensor(name, (576, 576), "iq4_nl", blocks)
+    model = Llama(checkpoint.config)
+    load_weights(model, tensors, jax.devices()[0])
+    for layer in (0, 29):
+        found = ops.embed(np.arange(576), model.layers[layer].self_attn.o_proj.weight.get_value())
+        stored = dequantized(tensors[f"blk.{layer}.attn_output.weight"])
+        np.testing.assert_array_equal(np.asarray(found), stored if native.available() else stored.astype(jnp.bfloat16))
 
 
 def dequantized(stored: StoredTensor) -> np.ndarray:
