@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from threading import Condition
+from threading import Condition, Lock
 from typing import Self
 
 from llamajax.engine.sequential import Sequential
@@ -86,12 +86,14 @@ class Stream(Iterator[str]):
         self._answer = answer
         self._cancelled = False
         self._pieces = self._run()
+        self._reading = Lock()  # a generator cannot be read by two threads at a time
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._reading:
+            return next(self._pieces)
 
     def cancel(self) -> None:
         """Ends the answer before its next token, or the next chunk of its prompt.
@@ -202,14 +204,18 @@ class Inbox:
         self._ended = False
         self._error: Exception | None = None
         self._changed = Condition()
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def token(self, token: Token) -> bool:
         self._put(self.answer.push(token))
         return not self.answer.stopped
 
     def end(self, reason: FinishReason, error: Exception | None) -> None:
-        rest = self.answer.finish(reason)
+        rest = ""
+        try:
+            rest = self.answer.finish(reason)
+        except Exception as failed:  # whoever reads must not wait for ever
+            error = error or failed
         self._error, self._ended = error, True
         self._put(rest)
 
@@ -226,7 +232,7 @@ class Inbox:
                 if self._pieces or self._ended:
                     return self._pop()
                 event = asyncio.Event()
-                self._waiter = asyncio.get_running_loop(), event
+                self._waiters.append((asyncio.get_running_loop(), event))
             await event.wait()
 
     def _pop(self) -> str | None:
@@ -241,7 +247,7 @@ class Inbox:
             if piece:
                 self._pieces.append(piece)
             self._changed.notify_all()
-            waiter, self._waiter = self._waiter, None
-        if waiter:
+            waiters, self._waiters = self._waiters, []
+        for loop, event in waiters:
             with suppress(RuntimeError):  # its event loop was closed
-                waiter[0].call_soon_threadsafe(waiter[1].set)
+                loop.call_soon_threadsafe(event.set)

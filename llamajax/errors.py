@@ -24,6 +24,10 @@ class RequestError(LlamaJaxError):
     """The caller asked for something invalid: a parameter out of range, a model that does not exist."""
 
 
+class InternalError(LlamaJaxError):
+    """A fault of llamajax itself in one request; `__cause__` is what was raised. Other requests went on."""
+
+
 class PlatformError(RequestError):
     """The machine or an environment variable does not allow it: no such device, a folder that cannot be written."""
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack, cast, get_args
+from typing import Any, Literal, Self, Unpack, cast, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ from jaxtyping import Float32
 
 from llamajax import hub
 from llamajax.answer import Answer, Inbox, ServedStream, Stream
-from llamajax.checks import flag, integer, is_whole, shown
+from llamajax.checks import flag, integer, is_whole, number, shown
 from llamajax.config import LlamaConfig
 from llamajax.engine.ahead import AheadCompiler
 from llamajax.engine.concurrent import Concurrent
 from llamajax.engine.engine import Engine
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
-from llamajax.errors import LlamaJaxError, PlatformError, RequestError
+from llamajax.errors import InternalError, LlamaJaxError, PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
 from llamajax.model.llama import Llama
 from llamajax.ops import native
@@ -37,6 +37,7 @@ from llamajax.options import (
     stop_strings,
     stop_token_ids,
 )
+from llamajax.text import one_line
 from llamajax.tokenizers import sandbox
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
@@ -57,7 +58,7 @@ from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
 Prompt = str | Sequence[int] | Sequence[AnyMessage]
-T = TypeVar("T")
+OnResult = Callable[[int, Completion | LlamaJaxError], None]
 
 
 class LLM:
@@ -81,13 +82,18 @@ class LLM:
         self._stop_ids = stop_ids
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Continues a text as it stands, without a chat template. Options as in `stream`."""
-        return self.stream(prompt, **options).finish()
+        """Continues a text as it stands, without a chat template. Options as in `stream`.
+
+        Several threads may call it: they take turns, as with `chat`. `serve_requests` answers them together.
+        """
+        stream = self.stream(prompt, **options)
+        with self._runner.turn:
+            return stream.finish()
 
     def chat(self, messages: str | Sequence[AnyMessage], **options: Unpack[Options]) -> Completion:
         """Answers a conversation, or one message of a user, through the chat template. Options as in `stream`."""
         asked: Sequence[AnyMessage] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        return self.stream(asked, **options).finish()
+        return self.generate(asked, **options)
 
     def stream(
         self,
@@ -116,6 +122,7 @@ class LLM:
     def prepare(
         self,
         prompt: Prompt,
+        /,
         *,
         verbatim: Mapping[int, Sequence[int]] | None = None,
         reuse_cache: bool = False,
@@ -149,8 +156,8 @@ class LLM:
             return bos + self.tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt must be a text, messages or token ids, not {shown(prompt)}")
-        if len(prompt) and all(map(is_whole, prompt)):
-            return [int(i) for i in cast(Sequence[int], prompt)]
+        if (ids := _token_ids(prompt)) is not None:
+            return ids
         begins, continues = generation_prompt(options)
         return self.encode_chat(
             cast(Sequence[AnyMessage], prompt), verbatim, add_generation_prompt=begins, continue_final_message=continues
@@ -165,30 +172,60 @@ class LLM:
         """
         return Server(self, Engine(self._runner, num_slots=slots, max_waiting=max_waiting))
 
+    @overload
     def generate_batch(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[AnyMessage]] | Sequence[Sequence[int]],
+        prompts: Iterable[Prompt],
         *,
         slots: int = 32,
-        on_result: Callable[[int, Completion], None] = lambda index, completion: None,
-        **options: Any,
-    ) -> list[Completion]:
+        on_result: OnResult = ...,
+        raise_errors: Literal[False] = ...,
+        **options: Unpack[Options],
+    ) -> list[Completion | LlamaJaxError]: ...
+
+    @overload
+    def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        slots: int = 32,
+        on_result: OnResult = ...,
+        raise_errors: Literal[True],
+        **options: Unpack[Options],
+    ) -> list[Completion]: ...
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        slots: int = 32,
+        on_result: OnResult = lambda index, result: None,
+        raise_errors: bool = False,
+        **options: Unpack[Options],
+    ) -> Sequence[Completion | LlamaJaxError]:
         """Answers any number of prompts, in their order: the batched strategy.
 
         Args:
           prompts: each as in `stream`; the options, as in `prepare`, are for all of them.
           slots: how many are answered at once.
-          on_result: called with the index and the answer of each prompt as soon as it is there.
+          on_result: called with the index and the answer, or the error, of each prompt as soon as it is there.
+          raise_errors: raise what went wrong with a prompt, and answer no more.
 
-        Raises what went wrong with the first prompt that failed.
+        Returns each prompt's answer, or the error of one that cannot be answered, such as a prompt that is too long.
+
+        Raises RequestError for options that no prompt could have.
         """
-        results: list[Completion | None] = [None] * len(prompts)
-        for index, result in self.stream_batch(((prompt, options) for prompt in prompts), slots=slots):
-            if isinstance(result, Exception):
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise RequestError(f"generate_batch takes a list of prompts, not {shown(prompts)}: for one, use generate")
+        check_names(options, "slots", "on_result", "raise_errors")
+        asked = [(prompt, options) for prompt in prompts]
+        results: dict[int, Completion | LlamaJaxError] = {}
+        for index, result in self.stream_batch(asked, slots=slots):
+            if raise_errors and isinstance(result, LlamaJaxError):
                 raise result
             results[index] = result
             on_result(index, result)
-        return cast(list[Completion], results)
+        return [results[index] for index in range(len(asked))]
 
     def stream_batch(
         self,
@@ -208,18 +245,17 @@ class LLM:
         """
         engine = Engine(self._runner, num_slots=slots, max_waiting=ahead)
         numbered = enumerate(prompts)
-        finished: list[tuple[int, Completion | LlamaJaxError]] = []
+        finished: list[tuple[int, Completion | Exception]] = []
 
         def collect(index: int, result: Completion | Exception) -> None:
-            if isinstance(result, Exception) and not isinstance(result, LlamaJaxError):
-                raise result
             finished.append((index, result))
 
         try:
             while taken := list(islice(numbered, ahead)):
                 jobs = []
-                for index, (prompt, options) in taken:
+                for index, pair in taken:
                     try:
+                        prompt, options = _pair(pair)
                         request, answer = self.prepare(prompt, **options)
                         jobs.append(engine.job(request, _Collector(answer, partial(collect, index))))
                     except LlamaJaxError as error:
@@ -259,15 +295,19 @@ class LLM:
         )
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
-        """Scores of the next token after each of the given ones.
+        """Scores of the next token after each of the given ones. A text is encoded by `tokenizer.encode` first.
 
         Raises RequestError for ids out of range, PromptTooLongError for more than `max_seq_len` of them.
         """
-        return self._runner.logits(token_ids)
+        ids = [] if isinstance(token_ids, Sequence) and not token_ids else _token_ids(token_ids)
+        if ids is None:
+            raise RequestError(f"logits takes token ids, not {shown(token_ids)}: encode a text with tokenizer.encode")
+        return self._runner.logits(ids)
 
     def warm_up(self, num_tokens: int = 1) -> None:
         """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""
-        self._runner.warm_up(num_tokens)
+        with self._runner.turn:
+            self._runner.warm_up(num_tokens)
 
     def compile_ahead(self, num_tokens: int) -> AheadCompiler:
         """Begins to compile, in a thread, what prompts and answers of up to this many tokens together need.
@@ -304,7 +344,7 @@ class Server:
         *,
         deadline: float | None = None,
         wait: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> ServedStream:
         """Asks for an answer. Returns at once; its text comes piece by piece.
 
@@ -316,10 +356,13 @@ class Server:
         Raises QueueFullError for a full queue, PromptTooLongError for a prompt that leaves no room for an answer,
         RequestError for a bad option or a closed server.
         """
+        check_names(options, "deadline", "wait")
         request, answer = self._llm.prepare(prompt, **options)
         inbox = Inbox(answer)
-        job = self._engine.job(request, inbox, None if deadline is None else time.monotonic() + deadline)
-        self._concurrent.submit(job, wait=wait)
+        if deadline is not None:
+            deadline = time.monotonic() + number("deadline", deadline, -1e12, 1e12, "a number of seconds, or None")
+        job = self._engine.job(request, inbox, deadline)
+        self._concurrent.submit(job, wait=flag("wait", wait))
         return ServedStream(inbox, job.cancel)
 
     def close(self) -> None:
@@ -327,9 +370,30 @@ class Server:
         self._concurrent.close()
 
 
-def _drained(items: list[T]) -> Iterator[T]:
+def _token_ids(value: object) -> list[int] | None:
+    """Token ids as plain integers; None for what is none or empty."""
+    if isinstance(value, Sequence | np.ndarray) and len(value) and all(map(is_whole, value)):
+        return [int(i) for i in value]
+    return None
+
+
+def _pair(item: object) -> tuple[Prompt, Mapping[str, Any]]:
+    if not isinstance(item, Sequence) or len(item) != 2 or not isinstance(item[1], Mapping):
+        raise RequestError(f"stream_batch takes pairs of a prompt and its options, not {shown(item)}")
+    return item[0], item[1]
+
+
+def _drained(items: list[tuple[int, Completion | Exception]]) -> Iterator[tuple[int, Completion | LlamaJaxError]]:
+    """Raises what failed on the device, for all prompts; what failed in one is that one's result."""
     while items:
-        yield items.pop(0)
+        index, result = items.pop(0)
+        if isinstance(result, jax.errors.JaxRuntimeError | MemoryError):
+            raise result
+        if isinstance(result, Exception) and not isinstance(result, LlamaJaxError):
+            failed = InternalError(f"internal error, {type(result).__name__}: {one_line(result)}")
+            failed.__cause__ = result
+            result = failed
+        yield index, result
 
 
 class _Collector:
@@ -344,13 +408,14 @@ class _Collector:
         return not self._answer.stopped
 
     def end(self, reason: FinishReason, error: Exception | None) -> None:
-        self._answer.finish(reason)
+        try:
+            self._answer.finish(reason)
+        except Exception as failed:
+            error = error or failed
         self._done(error or self._answer.completion)
 
 
-def generate_batch(llm: LLM, prompts: Sequence[str], **options: Any) -> list[Completion]:
-    """As `LLM.generate_batch`."""
-    return llm.generate_batch(prompts, **options)
+generate_batch = LLM.generate_batch
 
 
 def load(

@@ -88,7 +88,9 @@ def llamajax_round(llm: llamajax.LLM, prompt: list[int], long_prompt: list[int])
     options: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
     decoded = llm.stream(prompt, max_new_tokens=DECODE_TOKENS, **options).finish()
     began = time.perf_counter()
-    batch = llm.generate_batch([prompt] * STREAMS, slots=STREAMS, max_new_tokens=STREAM_TOKENS, **options)
+    batch = llm.generate_batch(
+        [prompt] * STREAMS, slots=STREAMS, max_new_tokens=STREAM_TOKENS, raise_errors=True, **options
+    )
     batched = sum(len(answer.token_ids) for answer in batch) / (time.perf_counter() - began)
     read = llm.stream(long_prompt, max_new_tokens=1, **options).finish()
     assert decoded.cached_tokens == read.cached_tokens == 0, "the prompts must not be in the cache"

@@ -56,6 +56,18 @@ class Concurrent:
         return len(self._inbox) + scheduler.num_waiting >= scheduler.max_waiting
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:  # nobody may wait for a thread that is gone
+            with self._changed:
+                self._closed = True
+                for job in self._inbox:
+                    self._engine.scheduler.submit(job)
+                self._inbox.clear()
+                self._changed.notify_all()
+            self._engine.abort()
+
+    def _serve(self) -> None:
         busy = False
         while True:
             with self._changed:
@@ -65,8 +77,7 @@ class Concurrent:
                     self._engine.scheduler.submit(job)
                 self._inbox.clear()
                 if self._closed:
-                    break
+                    return
             busy = self._engine.step()
             with self._changed:
                 self._changed.notify_all()  # there may be room in the queue
-        self._engine.abort()

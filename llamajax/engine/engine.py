@@ -12,11 +12,11 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from llamajax import checks
 from llamajax.engine.batch import GROUP_LEN, Batch, Prompts
 from llamajax.engine.runner import Runner, chunk_lens
 from llamajax.engine.scheduler import Job, Listener, Scheduler
 from llamajax.engine.steps import BLOCK_LEN, Drawn
-from llamajax.errors import RequestError
 from llamajax.types import FinishReason, Request
 
 # A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
@@ -33,9 +33,8 @@ class Engine:
     """
 
     def __init__(self, runner: Runner, *, num_slots: int, max_waiting: int = 1024) -> None:
-        if num_slots < 1 or max_waiting < 1:
-            raise RequestError(f"slots and max_waiting must be at least 1, not {num_slots} and {max_waiting}")
-        self.scheduler = Scheduler(num_slots, max_waiting)
+        num_slots = checks.integer("slots", num_slots, 1)
+        self.scheduler = Scheduler(num_slots, checks.integer("max_waiting", max_waiting, 1))
         self._runner = runner
         self._batch = Batch(runner, num_slots)
         self._prompts: Prompts | None = None

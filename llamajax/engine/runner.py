@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache as once
 from functools import partial
+from threading import RLock
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -68,6 +69,8 @@ class Runner:
       max_seq_len: positions that a prompt and its answer may take.
       cached_ids: the tokens whose keys and values the cache holds.
       current: the request that `decode` draws for: the last one that was prefilled.
+      turn: held by the thread that uses the cache: for a step of a stream, or for all of a request that nobody reads
+        along with.
       step_counts: the numbers from 0 to BLOCK_LEN, on the device.
     """
 
@@ -77,11 +80,12 @@ class Runner:
         self.config = model.config
         context = self.config.max_position_embeddings
         self.max_seq_len = context if max_seq_len is None else max_seq_len
-        if not 2 <= self.max_seq_len <= context:
-            raise RequestError(f"max_seq_len must be from 2 to the model's context, {context}, not {max_seq_len}")
+        expected = f"from 2 to the model's context, {context}"
+        self.max_seq_len = checks.integer("max_seq_len", self.max_seq_len, 2, context, expected)
         self.device = device
         self.cached_ids: list[int] = []
         self.current: Request | None = None
+        self.turn = RLock()
         self.model = FlatModel.of(model, device)
         # To bring a number there takes 0.05 ms of each call.
         self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], device)
@@ -89,7 +93,7 @@ class Runner:
         self._cache: Cache = ()
         self._slots: Slots
         self._requests: Requests
-        self._num_logprobs: int | None = None
+        self._with_logprobs = False
         self._drawn_len = 0
 
     @property
@@ -134,7 +138,7 @@ class Runner:
         ids = list(request.token_ids)
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - len(ids))
         self._requests = self.device_requests([request])
-        self._num_logprobs = request.sampling.logprobs
+        self._with_logprobs = request.sampling.logprobs is not None
 
         reused, chunks, room = self._plan(request)
         self.cached_ids = ids[:reused]
@@ -173,7 +177,7 @@ class Runner:
             self._slots,
             self.step_counts[num_steps],
             self._requests,
-            with_logprobs=self._num_logprobs is not None,
+            with_logprobs=self._with_logprobs,
         )
         self.copy_ahead(drawn)
         return drawn
@@ -183,12 +187,12 @@ class Runner:
         if self.device.platform != "cpu":  # there they are on the host, and to ask takes 0.1 ms
             jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
 
-    def read(self, drawn: Drawn) -> list[Token]:
+    def read(self, drawn: Drawn, num_logprobs: int | None = None) -> list[Token]:
         """Waits for drawn tokens and brings them to the host.
 
         Raises CheckpointError if the model's scores are not numbers.
         """
-        return self.tokens(jax.tree.map(np.asarray, drawn), 0, self._num_logprobs)
+        return self.tokens(jax.tree.map(np.asarray, drawn), 0, num_logprobs)
 
     def tokens(self, drawn: Drawn, row: int, num_logprobs: int | None) -> list[Token]:
         """A row's tokens, of a block that is on the host.
@@ -336,7 +340,7 @@ class Runner:
             np.array([end - start], np.int32),
             np.array([max_new_tokens], np.int32),
             self._requests,
-            with_logprobs=self._num_logprobs is not None,
+            with_logprobs=self._with_logprobs,
         )
         return drawn
 

@@ -1,5 +1,6 @@
 """Who is next: a bounded queue, first come first served, and a limited number of slots. Plain Python, no jax."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -132,7 +133,10 @@ class Scheduler:
         return kept + [-1] * free
 
     def end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> int | None:
-        """Takes a job out, wherever it is, and tells its listener. Returns the row that it leaves."""
+        """Takes a job out, wherever it is, and tells its listener, whose own errors are logged.
+
+        Returns the row that the job leaves.
+        """
         row = None
         match job.state:
             case "waiting":
@@ -145,7 +149,11 @@ class Scheduler:
             case _:
                 raise AssertionError(f"a {job.state} job cannot end")
         job.state = "ended"
-        job.listener.end(reason, error)
+        try:
+            job.listener.end(reason, error)
+        except Exception:
+            # Nobody is left to be given the error, and the other requests must go on.
+            logging.getLogger(__name__).exception("the listener of a request failed as its answer ended")
         return row
 
     def check(self) -> None:

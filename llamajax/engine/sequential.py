@@ -34,8 +34,10 @@ class Sequential:
         answer: list[int] = []
         for block in self._blocks():
             for token in block:
-                # The tokens before this one were read into the cache to draw it; itself it may not be there yet.
-                self._runner.cached_ids = [*self.request.token_ids, *answer]
+                with self._runner.turn:
+                    if self._runner.current is self.request:
+                        # The tokens before this one were read into the cache to draw it; itself it may not be there.
+                        self._runner.cached_ids = [*self.request.token_ids, *answer]
                 if token.id in self.request.stop_ids:
                     self.stopped = True
                     return
@@ -45,25 +47,29 @@ class Sequential:
     def _blocks(self) -> Iterator[list[Token]]:
         """The first token alone, then blocks, each computed while the one before it is read."""
         runner, request = self._runner, self.request
-        drawn, self.cached_tokens = runner.prefill(request, self.goes_on)
+        num_logprobs = request.sampling.logprobs
+        with runner.turn:
+            drawn, self.cached_tokens = runner.prefill(request, self.goes_on)
         if drawn is None:
             return
-        yield runner.read(drawn)
+        yield runner.read(drawn, num_logprobs)
         left = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids)) - 1
         num_steps = 1
         pending: list[Drawn] = []
         while pending or left > 0:
-            if runner.current is not request:
-                raise RequestError(
-                    "another request took the model: read a stream to its end before the next, or drop it"
-                )
-            if left > 0:
-                num_steps = min(num_steps, left)
-                pending.append(runner.decode(num_steps))
-                left -= num_steps
+            with runner.turn:
+                if runner.current is not request:
+                    raise RequestError(
+                        "another request took the model: read a stream to its end before the next, or answer several "
+                        "at once with serve_requests"
+                    )
+                if left > 0:
+                    num_steps = min(num_steps, left)
+                    pending.append(runner.decode(num_steps))
+                    left -= num_steps
             if len(pending) > 1 or left <= 0:
                 began = time.perf_counter()
-                block = runner.read(pending.pop(0))
+                block = runner.read(pending.pop(0), num_logprobs)
                 seconds = (time.perf_counter() - began) / max(len(block), 1)
                 num_steps = max(1, min(BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))
                 yield block

@@ -12,6 +12,7 @@ completions = llamajax.generate_batch(
     temperature=0.7,
     top_p=0.9,
     seed=42,
+    raise_errors=True,
     on_result=lambda index, completion: print(f"({index} is there: {len(completion.token_ids)} tokens)"),
 )
 for prompt, completion in zip(prompts, completions, strict=True):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax import LLM, Completion, Message, PromptTooLongError, RequestError, SamplingParams
+from llamajax import LLM, Completion, InternalError, Message, PromptTooLongError, RequestError, SamplingParams
+from llamajax.answer import Answer
+from llamajax.types import Token
 
 from ..tiny_model import count_compilations
 
@@ -276,6 +278,9 @@ def test_logits_refuse_what_is_no_prompt(llama: LLM) -> None:
     for id in (-1, llama.config.vocab_size):
         with pytest.raises(RequestError, match="token ids must be from 0 to 49151"):
             llama.logits([1, id])
+    with pytest.raises(RequestError, match="logits takes token ids, not 'text'"):
+        llama.logits("text")  # type: ignore[arg-type]
+    assert (llama.logits(np.array([1, 2])) == llama.logits([1, 2])).all()
     with pytest.raises(PromptTooLongError, match="1025 tokens"):
         llama.logits([1] * 1025)
 
@@ -339,6 +344,100 @@ def test_a_stream_that_was_overtaken_does_not_continue_with_another_s_tokens(lla
     assert running.finish().token_ids == tale.token_ids
 
 
+def test_threads_that_generate_take_turns(llama: LLM) -> None:
+    def options(number: int) -> dict[str, Any]:
+        return {"max_new_tokens": 6, "temperature": number % 2, "seed": number, "logprobs": 2 if number % 3 else None}
+
+    expected = [llama.generate(f"{START} {number}", **options(number)) for number in range(8)]
+    found: dict[int, Completion] = {}
+    threads = [
+        Thread(target=lambda n=n: found.update({n: llama.generate(f"{START} {n}", **options(n))})) for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    for number, answer in enumerate(expected):
+        assert (found[number].token_ids, found[number].logprobs) == (answer.token_ids, answer.logprobs)
+
+
+def test_streams_of_several_threads_end_with_their_own_text_or_a_clear_error(llama: LLM) -> None:
+    prompts = [START, "The capital of France is", "1, 2, 3,"] * 2
+    expected = [llama.generate(prompt, max_new_tokens=40, temperature=0) for prompt in prompts]
+    outcomes: list[str] = []
+
+    def read(number: int) -> None:
+        text = ""
+        try:
+            for piece in llama.stream(prompts[number], max_new_tokens=40, temperature=0):
+                text += piece
+            assert text == expected[number].text
+            outcomes.append("whole")
+        except RequestError as error:
+            assert "serve_requests" in str(error) and expected[number].text.startswith(text)
+            outcomes.append("overtaken")
+
+    threads = [Thread(target=read, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert len(outcomes) == 6 and "whole" in outcomes
+
+
+def test_what_an_overtaken_stream_still_holds_does_not_enter_the_cache(llama: LLM) -> None:
+    """Tokens that were drawn before the other request came are read after it."""
+    overtaken = llama.stream([5] * 40, max_new_tokens=200, ignore_eos=True, temperature=0)
+    for _ in range(20):
+        next(overtaken)
+    ids = llama.tokenizer.encode(START)
+    first = llama.generate(ids, max_new_tokens=4, temperature=0)
+    with pytest.raises(RequestError):
+        overtaken.finish()
+    again = llama.stream([*ids, *first.token_ids], max_new_tokens=4, temperature=0, reuse_cache=True).finish()
+    assert again.cached_tokens >= len(ids)
+
+
+# A batch.
+
+
+def test_a_prompt_that_cannot_be_answered_has_its_error_among_the_answers(llama: LLM, tale: Completion) -> None:
+    prompts = [START, "word " * 1100, [], START, 7]
+    results = llamajax.generate_batch(llama, prompts, max_new_tokens=24, temperature=0)  # type: ignore[arg-type]
+    kinds = [type(result) for result in results]
+    assert kinds == [Completion, PromptTooLongError, RequestError, Completion, RequestError]
+    assert [result.text for result in results if isinstance(result, Completion)] == [tale.text] * 2
+    with pytest.raises(PromptTooLongError):
+        llama.generate_batch(prompts[:2], max_new_tokens=24, raise_errors=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", ["hello", b"hello", 5, None, {"prompt": "x"}], ids=repr)
+def test_a_batch_is_a_list(llama: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="generate_batch takes a list of prompts, not"):
+        llama.generate_batch(prompts)
+
+
+def test_a_batch_s_options_are_checked_once(llama: LLM) -> None:
+    with pytest.raises(RequestError, match="unknown option 'slot': did you mean 'slots'"):
+        llama.generate_batch([START], slot=3)  # type: ignore[call-overload]
+    [(_, error)] = llama.stream_batch([START])  # type: ignore[list-item]
+    assert isinstance(error, RequestError) and "pairs of a prompt and its options" in str(error)
+
+
+def test_a_fault_in_one_request_is_its_own(llama: LLM, tale: Completion, monkeypatch: pytest.MonkeyPatch) -> None:
+    push = Answer.push
+
+    def faulty(self: Answer, token: Token) -> str:
+        if len(self.request.token_ids) == 1:
+            raise TypeError("a fault")
+        return push(self, token)
+
+    monkeypatch.setattr(Answer, "push", faulty)
+    failed, whole = llama.generate_batch([[5], START], max_new_tokens=24, temperature=0)
+    assert isinstance(failed, InternalError) and isinstance(failed.__cause__, TypeError)
+    assert isinstance(whole, Completion) and whole.token_ids == tale.token_ids
+
+
 # Loading.
 
 
@@ -360,6 +459,7 @@ def test_load_tells_its_progress_and_keeps_to_max_seq_len(default_model: None) -
     [
         ({"name": "smolm2-135m"}, "did you mean 'smollm2-135m-instruct'"),
         ({"max_seq_len": 0}, "max_seq_len must be from 2 to the model's context, 8192, not 0"),
+        ({"max_seq_len": 2.5}, "max_seq_len must be from 2 to the model's context, 8192, not 2.5"),
         ({"max_seq_len": 8193}, "max_seq_len must be from 2 to the model's context, 8192, not 8193"),
         ({"device": "tpu"}, "no tpu that jax can use"),
     ],

@@ -89,6 +89,22 @@ def test_an_event_loop_is_not_blocked(server: Server) -> None:
     assert ticks > 5
 
 
+@pytest.mark.parametrize("readers", [2, 5])
+def test_all_readers_of_one_stream_end(server: Server, readers: int) -> None:
+    async def main() -> tuple[list[str], str]:
+        stream = server.submit(PROMPTS[0], max_new_tokens=30, temperature=0)
+
+        async def read() -> list[str]:
+            return [piece async for piece in stream]
+
+        async with asyncio.timeout(60):
+            parts = await asyncio.gather(*(read() for _ in range(readers)))
+        return [piece for part in parts for piece in part], stream.completion.text
+
+    pieces, text = asyncio.run(main())
+    assert sorted("".join(pieces)) == sorted(text) and text
+
+
 def test_a_cancelled_task_cancels_its_request(server: Server) -> None:
     async def main() -> str:
         stream = server.submit(PROMPTS[0], max_new_tokens=450, temperature=0)
@@ -148,5 +164,9 @@ def test_leaving_cancels_what_is_not_finished(llama: LLM) -> None:
 def test_bad_requests_are_refused_at_once(server: Server) -> None:
     with pytest.raises(RequestError, match="temperature"):
         server.submit(PROMPTS[0], temperature=-1)
+    with pytest.raises(RequestError, match="deadline must be a number, not '5'"):
+        server.submit(PROMPTS[0], deadline="5")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="unknown option 'deadlin': did you mean 'deadline'"):
+        server.submit(PROMPTS[0], deadlin=5)  # type: ignore[call-arg]
     with pytest.raises(PromptTooLongError, match="the context 512"):
         server.submit("word " * 600)

@@ -196,6 +196,38 @@ def test_a_listener_that_fails_ends_its_request_only(engine: Engine, runner: Run
     assert good.tokens == alone(runner, 5)
 
 
+@pytest.mark.parametrize("fails_at", [None, 1, 3])
+def test_a_listener_that_fails_at_the_end_disturbs_nobody_and_is_heard(
+    engine: Engine, runner: Runner, caplog: pytest.LogCaptureFixture, fails_at: int | None
+) -> None:
+    class FailsAtTheEnd(Collected):
+        def end(self, reason: FinishReason, error: Exception | None) -> None:
+            super().end(reason, error)
+            raise ZeroDivisionError("at the end")
+
+    bad = [submit(engine, Request([1], 5), FailsAtTheEnd(fails_at=fails_at))[1] for _ in range(3)]
+    good = submit(engine, request(5))[1]
+    cancelled_job, cancelled = submit(engine, request(6), FailsAtTheEnd())
+    cancelled_job.cancel()
+    list(run(engine))
+    assert [len(listener.ends) for listener in (*bad, good, cancelled)] == [1] * 5
+    assert good.tokens == alone(runner, 5) and good.ends[0][1] is None
+    assert caplog.text.count("ZeroDivisionError: at the end") == 4
+
+
+def test_whatever_listeners_do_an_aborted_engine_tells_all(engine: Engine) -> None:
+    class Fails(Collected):
+        def end(self, reason: FinishReason, error: Exception | None) -> None:
+            super().end(reason, error)
+            raise ZeroDivisionError
+
+    collected = [submit(engine, request(number), Fails())[1] for number in range(12)]
+    engine.step()
+    engine.abort()
+    assert [c.ends for c in collected] == [[("cancelled", None)]] * 12
+    assert engine.scheduler.num_jobs == 0 and not engine.step()
+
+
 def test_invalid_requests_are_refused(engine: Engine) -> None:
     for bad, error in ((Request([], 1), RequestError), (Request([1] * 1024, 1), PromptTooLongError)):
         with pytest.raises(error):
@@ -205,8 +237,9 @@ def test_invalid_requests_are_refused(engine: Engine) -> None:
     with pytest.raises(QueueFullError, match="50 requests wait"):
         submit(engine, Request([1], 1))
     list(run(engine))
-    with pytest.raises(RequestError, match="at least 1, not 0 and 5"):
-        Engine(engine._runner, num_slots=0, max_waiting=5)
+    for slots, max_waiting in ((0, 5), (2.5, 5), ("2", 5), (True, 5), (2, 0), (2, None)):
+        with pytest.raises(RequestError, match=r"(slots|max_waiting) must be an integer of at least 1, not"):
+            Engine(engine._runner, num_slots=slots, max_waiting=max_waiting)
 
 
 def test_broken_weights_end_every_request_with_the_reason() -> None:
