@@ -80,8 +80,8 @@ def print_rows(rows: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def progress_bar(unit: str, *, shown: bool) -> Iterator["Progress"]:
-    """On stderr: how many of how many, and the task's description."""
+def progress_bar(unit: str, *, shown: bool, own_time: bool = False) -> Iterator["Progress"]:
+    """On stderr: how many of how many, the task's description, and the time left unless the description has it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -90,7 +90,7 @@ def progress_bar(unit: str, *, shown: bool) -> Iterator["Progress"]:
         TextColumn(unit),
         BarColumn(),
         TextColumn("{task.description}"),
-        TimeRemainingColumn(),
+        *([] if own_time else [TimeRemainingColumn()]),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,  # it would go to stderr

@@ -229,46 +229,49 @@ class LLM:
 
     def stream_batch(
         self,
-        prompts: Iterable[tuple[Prompt, Mapping[str, Any]]],
+        prompts: Iterable[tuple[Prompt, Mapping[str, Any]] | None],
         *,
         slots: int = 32,
         ahead: int = 1024,
+        on_token: Callable[[int], None] = lambda index: None,
     ) -> Iterator[tuple[int, Completion | LlamaJaxError]]:
         """Answers prompts, each with options of its own, and gives each answer as it is finished.
 
         Args:
-          prompts: (prompt, options), as in `prepare`; taken as they are needed.
+          prompts: (prompt, options), as in `prepare`; taken as they are needed. None says that the next one is not
+            there yet: what was taken goes on meanwhile. (A source waits by itself when nothing is on its way.)
           slots: how many are answered at once.
           ahead: how many prompts are taken at once, to be answered longest first; no more are held in memory.
+          on_token: called with the prompt's index for each token of its answer.
 
         Yields the prompt's index and its answer, or what went wrong with it.
         """
         engine = Engine(self._runner, num_slots=slots, max_waiting=ahead)
-        numbered = enumerate(prompts)
+        source, num_taken, more, busy = iter(prompts), 0, True, False
         finished: list[tuple[int, Completion | Exception]] = []
 
         def collect(index: int, result: Completion | Exception) -> None:
             finished.append((index, result))
 
         try:
-            while taken := list(islice(numbered, ahead)):
-                jobs = []
-                for index, pair in taken:
-                    try:
-                        prompt, options = _pair(pair)
-                        request, answer = self.prepare(prompt, **options)
-                        jobs.append(engine.job(request, _Collector(answer, partial(collect, index))))
-                    except LlamaJaxError as error:
-                        finished.append((index, error))
-                for job in sorted(jobs, key=lambda job: (job.plan, job.limit), reverse=True):
-                    engine.scheduler.submit(job)
+            while more or busy:
                 # The next ones are taken when the last of these begins, so that no slot is ever idle.
-                while engine.step() and engine.scheduler.num_waiting:
-                    yield from _drained(finished)
+                if more and not engine.scheduler.num_waiting:
+                    taken, more = _ready(source, ahead)
+                    jobs = []
+                    for index, pair in enumerate(taken, num_taken):
+                        try:
+                            prompt, options = _pair(pair)
+                            request, answer = self.prepare(prompt, **options)
+                            listener = _Collector(answer, partial(on_token, index), partial(collect, index))
+                            jobs.append(engine.job(request, listener))
+                        except LlamaJaxError as error:
+                            finished.append((index, error))
+                    num_taken += len(taken)
+                    for job in sorted(jobs, key=lambda job: (job.plan, job.limit), reverse=True):
+                        engine.scheduler.submit(job)
+                busy = engine.step()
                 yield from _drained(finished)
-            while engine.step():
-                yield from _drained(finished)
-            yield from _drained(finished)
         finally:
             engine.abort()
 
@@ -396,14 +399,28 @@ def _drained(items: list[tuple[int, Completion | Exception]]) -> Iterator[tuple[
         yield index, result
 
 
+def _ready(source: Iterator[object], most: int) -> tuple[list[object], bool]:
+    """The items up to the first None or the most there may be, and whether there may be more."""
+    items: list[object] = []
+    for item in islice(source, most):
+        if item is None:
+            return items, True
+        items.append(item)
+    return items, len(items) == most
+
+
 class _Collector:
     """A listener that keeps an answer until it is whole."""
 
-    def __init__(self, answer: Answer, done: Callable[[Completion | Exception], None]) -> None:
+    def __init__(
+        self, answer: Answer, on_token: Callable[[], None], done: Callable[[Completion | Exception], None]
+    ) -> None:
         self._answer = answer
+        self._on_token = on_token
         self._done = done
 
     def token(self, token: Token) -> bool:
+        self._on_token()
         self._answer.push(token)
         return not self._answer.stopped
 

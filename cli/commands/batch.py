@@ -2,28 +2,26 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.hub.aliases import DEFAULT
 from llamajax.serve import batch_file
-from llamajax.serve.protocol import Prompt
+from llamajax.serve.batch_run import BatchRun
+from llamajax.serve.input_file import Format, Input
+from llamajax.serve.result_file import SETTINGS_SUFFIX, ResultFile, Settings
 from llamajax.text import one_line
-from llamajax.types import Completion, SamplingParams
+from llamajax.types import SamplingParams
 
 from .. import loading, options
 from ..prompt import read_text
 from ..render import note, note_if_interrupted, progress_bar
-
-if TYPE_CHECKING:
-    from llamajax import LLM
-
-T = TypeVar("T")
 
 
 def batch(
@@ -31,10 +29,14 @@ def batch(
         str,
         typer.Argument(
             metavar="FILE",
-            help="A .txt file has a prompt in each line; a .jsonl file objects with a prompt or messages, and options "
-            "of their own, or OpenAI's batch format; - is stdin, which may be either.",
+            help="A .txt file has a prompt in each line; a .jsonl or .ndjson file objects with a prompt or messages, "
+            "and options of their own, or OpenAI's batch format; a .json file an array of them. - is stdin.",
         ),
     ],
+    format: Annotated[
+        Format | None,
+        typer.Option("--format", help="What FILE is, whatever its name; stdin is what its first line shows."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where results are written as they finish; stdout.")
     ] = None,
@@ -46,11 +48,18 @@ def batch(
     ] = False,
     errors: Annotated[
         Path | None,
-        typer.Option("--errors", help="Where bad lines are told; OUTPUT.errors.jsonl, or stderr without -o."),
+        typer.Option("--errors", help="Where bad lines are written; OUTPUT.errors.jsonl, or stderr without -o."),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("-n", "--max-new-tokens", min=1, help="Longest answer, in tokens.")
-    ] = 50,
+        int | None,
+        typer.Option(
+            "-n",
+            "--max-new-tokens",
+            min=1,
+            help="Longest answer, in tokens: 50; of OpenAI's lines, 16 for completions, for chats what the context "
+            "leaves.",
+        ),
+    ] = None,
     model: options.Model = DEFAULT,
     system: options.System = None,
     temperature: options.Temperature = 0.6,
@@ -58,7 +67,7 @@ def batch(
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 42,
+    seed: Annotated[int, typer.Option("--seed", help="What each line's own seed is made of.")] = 42,
     stop: options.Stop = [],  # noqa: B006 (Typer's way of an option that may be repeated)
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue prompts as they stand, without a chat template.")
@@ -92,133 +101,113 @@ def batch(
         raise typer.BadParameter("a system message needs a chat template: leave out --raw or --system")
     if resume and output is None:
         raise typer.BadParameter("--resume needs the output to continue: name it with -o")
+    if output == Path("-"):
+        output = None
     if errors is None and output is not None:
-        errors = output.with_name(output.name + ".errors.jsonl")
+        errors = _beside(output, ".errors.jsonl")
     named = [path.resolve() for path in (Path(file), output, errors) if path is not None]
     if len(set(named)) < len(named):
         raise typer.BadParameter("the input, --output and --errors must be different files")
 
     if system is not None:
         system = read_text(system, "the system message")
-    defaults = batch_file.Defaults({**sampling, "max_new_tokens": max_new_tokens, "stop": stop}, system, raw)
-    with sys.stdin.buffer if file == "-" else Path(file).open("rb") as lines:
-        results = batch_file.ResultFile(output, resume) if output else None
-        faults = batch_file.ResultFile(errors, resume) if errors else None
-        run = _Run(defaults, results, faults, model)
-        total = run.check(lines) if lines.seekable() else None
+    given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    defaults = batch_file.Defaults({**sampling, **given, "stop": stop}, system, raw)
+    settings = Settings(
+        {
+            "model": str(Path(model).resolve()) if Path(model).exists() else model,
+            "dtype": dtype,
+            "device": device,
+            "max_seq_len": max_seq_len,
+            "system": system,
+            "raw": raw,
+            "max_new_tokens": max_new_tokens,
+            **defaults.options,
+        }
+    )
+    with sys.stdin.buffer if file == "-" else Path(file).open("rb") as source:
+        results = ResultFile(output, resume) if output else None
+        faults = ResultFile(errors, resume) if errors else None
+        progress = _Progress(shown=sys.stderr.isatty() and not (output is None and sys.stdout.isatty()))
+        run = BatchRun(
+            Input(source, "stdin" if file == "-" else file, format),
+            defaults,
+            settings,
+            model,
+            files=[opened for opened in (results, faults) if opened],
+            write=results.write if results else _print_result,
+            report=lambda line, error: faults.write(line.error(error)) if faults else _note_fault(line, error),
+            on_token=progress.token,
+        )
+        saved = output and _beside(output, SETTINGS_SUFFIX)
+        if saved and run.num_done:
+            settings.check(saved)
+        run.check()
+        if saved and not run.num_done:
+            settings.save(saved)
         llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device)
-        as_json = {".txt": False, ".jsonl": True}.get(Path(file).suffix.lower())
-        answers = llm.stream_batch(run.requests(lines, as_json), slots=slots)
-        began = time.monotonic()
         stopped = f"(stopped; {output} has what was answered: the same command with --resume goes on)"
-        # Results on a terminal show themselves how far it is.
-        shown = sys.stderr.isatty() and not (output is None and sys.stdout.isatty())
-        with note_if_interrupted(stopped) if output else nullcontext(), progress_bar("lines", shown=shown) as bar:
-            task = bar.add_task("", total=total)
-            for index, answer in _in_order(answers) if keep_order else answers:
-                run.take(index, answer, llm)
-                speed = run.tokens / (time.monotonic() - began)
-                bar.update(task, completed=run.finished, description=f"{speed:.1f} tokens/s")
-    speed = run.tokens / (time.monotonic() - began)
-    see = f" (see {errors})" if run.bad and errors else ""
-    note(f"[{run.answered} answered, {run.bad} bad{see}, {run.tokens} generated tokens, {speed:.1f} tokens/s]")
-    if run.bad:
+        with note_if_interrupted(stopped) if output else nullcontext(), progress.of(run):
+            run.run(llm, slots=slots, keep_order=keep_order)
+    bad = run.bad + (len(faults.done) if faults else 0)
+    see = f" (see {errors})" if bad and errors else ""
+    note(
+        f"[{run.answered} answered, {bad} bad{see}, {run.work.tokens} generated tokens, {progress.speed:.1f} tokens/s]"
+    )
+    if bad:
         raise typer.Exit(1)
 
 
-class _Run:
-    """What becomes of each line.
+def _beside(output: Path, suffix: str) -> Path | None:
+    """A file that belongs to the output; None beside a pipe or a device, /dev/stdout for one."""
+    if (output.exists() and not output.is_file()) or output.absolute().is_relative_to("/dev"):
+        return None
+    return output.with_name(output.name + suffix)
 
-    Attributes:
-      answered, tokens: lines and generated tokens of this run.
-      bad: lines that have no answer, those of the runs that it continues among them.
-    """
 
-    def __init__(
-        self,
-        defaults: batch_file.Defaults,
-        results: batch_file.ResultFile | None,
-        faults: batch_file.ResultFile | None,
-        model: str,
-    ) -> None:
-        self.answered = self.tokens = 0
-        self.bad = len(faults.done) if faults else 0
-        self._defaults = defaults
-        self._results = results
-        self._faults = faults
-        self._model = model
-        self._done = (results.done if results else set()) | (faults.done if faults else set())
-        self._num_asked = 0
-        self._asked: dict[int, batch_file.Source] = {}  # only those that are not answered yet
-        self._before = len(self._done) - self.bad
+def _print_result(value: Mapping[str, Any]) -> None:
+    sys.stdout.buffer.write(batch_file.as_line(value))
+    sys.stdout.buffer.flush()
+
+
+def _note_fault(line: batch_file.Source, error: LlamaJaxError) -> None:
+    note(f"line {line.number}: {one_line(error)}")
+
+
+class _Progress:
+    """A bar of how far a batch is, in lines, and the time that its work will take."""
+
+    _SECONDS = 0.2  # between two looks
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._next_look = 0.0
+
+    @contextmanager
+    def of(self, run: BatchRun) -> Iterator[None]:
+        """Shows it meanwhile."""
+        self._run = run
+        self._began = time.monotonic()
+        # When the first token came, and what was done then: what was compiled until then is no measure.
+        self._first: tuple[float, float] | None = None
+        with progress_bar("lines", shown=self._shown, own_time=True) as self._bar:
+            self._task = self._bar.add_task("", total=run.total, completed=run.finished)
+            yield
 
     @property
-    def finished(self) -> int:
-        """Lines that need nothing more, those of the runs that it continues among them."""
-        return self._before + self.answered + self.bad
+    def speed(self) -> float:
+        """Tokens a second."""
+        return self._run.work.tokens / (time.monotonic() - self._began)
 
-    def check(self, lines: BinaryIO) -> int:
-        """Counts the lines that are not blank, and goes back to the first.
-
-        Raises RequestError if there are fewer lines than the results say.
-        """
-        start, num_lines, num_asking = lines.tell(), 0, 0
-        for data in lines:
-            num_lines += 1
-            num_asking += bool(data.strip())
-        lines.seek(start)
-        if self._results and (last := max(self._done, default=0)) > num_lines:
-            raise RequestError(f"{self._results.path} is not of this input: it has line {last}, the input {num_lines}")
-        return num_asking
-
-    def requests(self, lines: Iterable[bytes], as_json: bool | None) -> Iterator[tuple[Prompt, dict[str, Any]]]:
-        """Reads the lines that are to be answered, as far as they are asked for."""
-        for number, data in enumerate(lines, 1):
-            if number in self._done or not data.strip():
-                continue
-            if as_json is None:  # the first line decides
-                as_json = batch_file.is_json(data)
-            source = batch_file.Source(number)
-            try:
-                fields = batch_file.read_fields(data, as_json)
-                source = batch_file.read_source(number, fields)
-                request = batch_file.read_request(fields, self._defaults)
-            except RequestError as e:
-                self._report(source, e)
-                continue
-            self._asked[self._num_asked] = source
-            self._num_asked += 1
-            yield request
-
-    def take(self, index: int, answer: Completion | LlamaJaxError, llm: "LLM") -> None:
-        """Writes what came of a request."""
-        source = self._asked.pop(index)
-        if isinstance(answer, LlamaJaxError):
-            self._report(source, answer)
+    def token(self) -> None:
+        """Looks again, if it is time."""
+        now = time.monotonic()
+        if not self._shown or now < self._next_look:
             return
-        result = source.answer(answer, llm.tokenizer, self._model)
-        if self._results:
-            self._results.write(result)
-        else:
-            sys.stdout.buffer.write(batch_file.as_line(result))
-            sys.stdout.buffer.flush()
-        self.answered += 1
-        self.tokens += len(answer.token_ids)
-
-    def _report(self, source: batch_file.Source, error: LlamaJaxError) -> None:
-        if self._faults:
-            self._faults.write(source.error(error))
-        else:
-            note(f"line {source.number}: {one_line(error)}")
-        self.bad += 1
-
-
-def _in_order(results: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
-    """Holds back each result until those before it are there: few, since a request soon gets its turn."""
-    early: dict[int, T] = {}
-    following = 0
-    for index, result in results:
-        early[index] = result
-        while following in early:
-            yield following, early.pop(following)
-            following += 1
+        self._next_look = now + self._SECONDS
+        since, done_before = self._first = self._first or (now, self._run.work.done)
+        done, left = self._run.work.done - done_before, self._run.work_left
+        time_left = (
+            f", {timedelta(seconds=round((now - since) / done * left))} left" if done and left is not None else ""
+        )
+        self._bar.update(self._task, completed=self._run.finished, description=f"{self.speed:.1f} tokens/s{time_left}")

@@ -1,25 +1,21 @@
-"""The files of a batch: lines that ask, and lines of results that outlive a crash. Knows no model."""
+"""Lines of a batch: what each asks for, and the line of its result. Knows no model and no files."""
 
 import json
-import os
-import re
-import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamajax.errors import CapacityError, DiskFullError, RequestError
-from llamajax.hub.cache import DISK_FULL
+from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.text import from_utf8, one_line
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import Completion, Message
 
-from . import protocol
+from . import answers, protocol
 
-# How the lines that we write begin: with the number of the line that they answer.
-_STARTS = (b'{"line": ', b'{"id": "batch_req_')
-_NUMBERED = re.compile(b'(?:%s|%s)([0-9]+)[,"]' % tuple(map(re.escape, _STARTS)))
+# An id that nests deeper could not be read back from the result.
+_MAX_ID_DEPTH = 50
+# Tokens of an answer whose line does not say, by its endpoint, as OpenAI's: None is to the context's end.
+_LENGTHS = {None: 50, protocol.CHAT: None, protocol.COMPLETIONS: 16}
 
 
 @dataclass(frozen=True)
@@ -27,9 +23,9 @@ class Defaults:
     """What holds for each line that does not say otherwise.
 
     Attributes:
-      options: of `LLM.stream`.
+      options: of `LLM.stream`; `seed` is the one that each line's seed is made of.
       system: the system message.
-      raw: continue a prompt as it stands, without a chat template.
+      raw: continue a prompt as it is, without a chat template.
     """
 
     options: Mapping[str, Any]
@@ -37,38 +33,61 @@ class Defaults:
     raw: bool = False
 
 
+class Asked(NamedTuple):
+    """What a line asks for: a prompt, and the options of each of its choices, for `LLM.stream_batch`."""
+
+    prompt: protocol.Prompt
+    choices: list[dict[str, Any]]
+
+
 class Source(NamedTuple):
     """What is remembered of a line until it is answered.
 
     Attributes:
       number: from 1.
+      digest: of the line and of the options of the command.
       labels: the ids that the line gave itself.
-      url: the endpoint if the line is in OpenAI's batch format.
+      names: the fields of its request if it is in OpenAI's batch format.
+      url: the endpoint of that.
     """
 
     number: int
+    digest: str
     labels: Mapping[str, Any] = {}
+    names: Collection[str] | None = None
     url: str | None = None
 
-    def error(self, error: Exception) -> dict[str, Any]:
+    def error(self, error: LlamaJaxError) -> dict[str, Any]:
         """The line that says why there is no answer."""
-        return {"line": self.number, **self.labels, "error": one_line(error)}
+        if self.names is None:
+            return {"line": self.number, "digest": self.digest, **self.labels, "error": one_line(error)}
+        return self._response(answers.error_status(error), answers.error_body(error, self.names))
 
-    def answer(self, completion: Completion, tokenizer: Tokenizer, model: str) -> dict[str, Any]:
-        """The line of the answer."""
-        if self.url is None:
-            told = {
-                "text": completion.text,
-                "finish_reason": completion.finish_reason,
-                "usage": protocol.usage(completion),
-            }
-            logprobs = protocol.chat_logprobs(completion, tokenizer)
-            return {"line": self.number, **self.labels, **told, **({"logprobs": logprobs} if logprobs else {})}
-        body = protocol.answer_body(self.url, completion, tokenizer, number=self.number, created=_CREATED, model=model)
+    def answer(self, completions: Sequence[Completion], tokenizer: Tokenizer, model: str) -> dict[str, Any]:
+        """The line of the answer, with all its choices."""
+        if self.names is not None and self.url is not None:
+            return self._response(
+                200,
+                answers.answer_body(
+                    self.url, completions, tokenizer, number=self.number, created=_CREATED, model=model
+                ),
+            )
+        choices = [_choice(completion, tokenizer) for completion in completions]
+        several = {"choices": [{"index": index, **choice} for index, choice in enumerate(choices)]}
+        return {
+            "line": self.number,
+            "digest": self.digest,
+            **self.labels,
+            **(choices[0] if len(choices) == 1 else several),
+            "usage": answers.usage(completions),
+        }
+
+    def _response(self, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "id": f"batch_req_{self.number}",
+            "digest": self.digest,
             "custom_id": self.labels.get("custom_id"),
-            "response": {"status_code": 200, "request_id": f"req_{self.number}", "body": body},
+            "response": {"status_code": status, "request_id": f"req_{self.number}", "body": body},
             "error": None,
         }
 
@@ -77,66 +96,75 @@ class Source(NamedTuple):
 _CREATED = 0
 
 
-def read_fields(data: bytes, as_json: bool) -> dict[str, Any]:
-    """The fields of a line's object; a line of text is a prompt.
+def read_object(data: bytes) -> dict[str, Any]:
+    """The fields of a line of JSON.
 
     Raises RequestError.
     """
     # A byte order mark may be where files from Windows begin, wherever they were put together.
     text = from_utf8(data, "the line").rstrip("\r\n")
-    if not as_json:
-        return {"prompt": text}
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as e:
         raise RequestError(f"not JSON: {e.msg} (column {e.colno})") from None
     except (ValueError, RecursionError) as e:  # a number of too many digits; too deep
         raise RequestError(f"not JSON: {e}") from None
     if not isinstance(found, dict):
-        raise RequestError(f"expected a JSON object, not {text:.80}")
+        raise RequestError(f'expected a JSON object such as {{"prompt": "Hi"}}, not {text:.80}')
     return found
 
 
-def is_json(data: bytes) -> bool:
-    """Whether a line is a whole JSON object."""
-    try:
-        read_fields(data, as_json=True)
-    except RequestError:
-        return False
-    return True
+def read_text(data: bytes) -> dict[str, Any]:
+    """As `read_object`, of a line of text, which is a prompt."""
+    return {"prompt": from_utf8(data, "the line").rstrip("\r\n")}
 
 
-def read_source(number: int, fields: Mapping[str, Any]) -> Source:
-    """What to remember of a line."""
+def read_source(number: int, digest: str, fields: Mapping[str, Any]) -> Source:
+    """What to remember of a line. Raises RequestError for an id that nests too deep."""
     labels = {name: fields[name] for name in ("id", "custom_id") if name in fields}
-    return Source(number, labels, fields.get("url") if "body" in fields else None)
+    for name, value in labels.items():
+        if not _is_shallow(value, _MAX_ID_DEPTH):
+            raise RequestError(f"{name} nests more than {_MAX_ID_DEPTH} deep: use a string or a number")
+    if not _is_openai(fields):
+        return Source(number, digest, labels)
+    body, url = fields.get("body"), fields.get("url")
+    names = frozenset(body if isinstance(body, dict) else ())
+    return Source(number, digest, labels, names, url if isinstance(url, str) else None)
 
 
-def read_request(fields: Mapping[str, Any], defaults: Defaults) -> tuple[protocol.Prompt, dict[str, Any]]:
-    """A line's prompt and options, for `LLM.stream_batch`.
+def read_request(number: int, fields: Mapping[str, Any], defaults: Defaults) -> Asked:
+    """A line's prompt and options.
+
+    Args:
+      number: the line's, from 1. Unless the line has a seed, it draws with one made of this and the default.
 
     Raises RequestError.
     """
-    url, body = None, fields
-    if "body" in fields:
-        url, method, body = fields.get("url"), fields.get("method") or "POST", fields["body"]
-        if method != "POST" or url not in (protocol.CHAT, protocol.COMPLETIONS):
-            raise RequestError(f"expected POST {protocol.CHAT} or {protocol.COMPLETIONS}, not {method} {url}")
-        if not isinstance(body, dict):
-            raise RequestError("body must be a JSON object")
-    options = {**defaults.options, **protocol.read_options(body)}
-    if url == protocol.CHAT or (url is None and body.get("messages") is not None):
-        messages = protocol.read_messages(body)
+    url = None
+    if _is_openai(fields):
+        url, body = _read_envelope(fields)
+        others = {protocol.CHAT: "messages", protocol.COMPLETIONS: "prompt"}[url]
+        said = protocol.read_options(body, others)
     else:
-        prompt = protocol.read_prompt(body)
-        if url == protocol.COMPLETIONS or defaults.raw or not isinstance(prompt, str):
-            return prompt, options
-        if not prompt.strip():
-            raise RequestError("the prompt is empty")
-        messages = [{"role": "user", "content": prompt}]
-    if defaults.system is not None and all(message["role"] != "system" for message in messages):
-        messages.insert(0, Message(role="system", content=defaults.system))
-    return messages, options
+        body = fields
+        said = protocol.read_options(body, "prompt", "messages", "id", "custom_id")
+        if body.get("prompt") is not None and body.get("messages") is not None:
+            raise RequestError("expected a prompt or messages, not both")
+    options = {"max_new_tokens": _LENGTHS[url], **defaults.options, **said}
+    if "seed" not in said:
+        options["seed"] = line_seed(defaults.options.get("seed", 0), number)
+    num_choices = protocol.read_num_choices(body)
+    # The first keeps the seed as it is given, so that the engine says what is wrong with it.
+    seeds = [options["seed"], *(protocol.choice_seed(options["seed"], i) for i in range(1, num_choices))]
+    return Asked(_read_prompt(url, body, defaults), [{**options, "seed": seed} for seed in seeds])
+
+
+def line_seed(seed: int, number: int) -> int:
+    """The seed of a line that gives none: seed + number * 2**32, in 64 bits.
+
+    No two lines and no two choices of them share one, so a prompt that comes twice is answered in two ways.
+    """
+    return protocol.int64(seed + (number << 32))
 
 
 def as_line(value: Mapping[str, Any]) -> bytes:
@@ -144,55 +172,60 @@ def as_line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-class ResultFile:
-    """A file that grows by whole lines, each on the disk before the next one.
+def _read_prompt(url: str | None, body: Mapping[str, Any], defaults: Defaults) -> protocol.Prompt:
+    if url == protocol.CHAT or (url is None and body.get("messages") is not None):
+        messages = protocol.read_messages(body)
+    else:
+        prompt = protocol.read_prompt(body)
+        if url == protocol.COMPLETIONS or defaults.raw or not isinstance(prompt, str):
+            return prompt
+        if not prompt.strip():
+            raise RequestError("the prompt is empty")
+        messages = [{"role": "user", "content": prompt}]
+    if defaults.system is not None and all(message["role"] != "system" for message in messages):
+        messages.insert(0, Message(role="system", content=defaults.system))
+    return messages
 
-    Args:
-      resume: go on with what is there; a last line that a crash has torn is removed. Otherwise nothing may be.
 
-    Attributes:
-      done: the input lines that it had results of when it was opened.
+def _is_openai(fields: Mapping[str, Any]) -> bool:
+    return not fields.keys().isdisjoint(("body", "url", "method"))
 
-    Raises RequestError for a file that is not ours to go on with, OSError for one that cannot be written.
-    """
 
-    def __init__(self, path: Path, resume: bool) -> None:
-        self.path = path
-        self.done: set[int] = set()
-        if path.is_file() and path.stat().st_size:
-            if not resume:
-                raise RequestError(f"{path} has results already: --resume continues it, or choose another file")
-            self._recover()
-        # Without a buffer, closing has nothing left to fail at.
-        self._file = path.open("ab", buffering=0)
-        self._on_disk = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+def _read_envelope(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The endpoint and the request of a line in OpenAI's batch format."""
+    method, url, body = fields.get("method") or "POST", fields.get("url"), fields.get("body")
+    if method != "POST" or url not in (protocol.CHAT, protocol.COMPLETIONS):
+        raise RequestError(f"expected POST {protocol.CHAT} or {protocol.COMPLETIONS}, not {method!s:.80} {url!s:.80}")
+    if not isinstance(body, dict):
+        raise RequestError("body must be a JSON object")
+    for name, value in fields.items():
+        if name not in ("id", "custom_id", "method", "url", "body") and value is not None:
+            raise RequestError(f"{name!r:.80} must be inside of body, or be left out")
+    return url, body
 
-    def write(self, value: Mapping[str, Any]) -> None:
-        """Adds a line.
 
-        Raises DiskFullError if it does not fit the disk, CapacityError if it cannot be written for another reason.
-        """
-        data = as_line(value)
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-            if self._on_disk:
-                os.fsync(self._file.fileno())
-        except OSError as e:
-            kind = DiskFullError if e.errno in DISK_FULL else CapacityError
-            raise kind(f"cannot write to {self.path}: {e.strerror}") from None
+def _choice(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    logprobs = answers.chat_logprobs(completion, tokenizer)
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        **({"logprobs": logprobs} if logprobs else {}),
+    }
 
-    def _recover(self) -> None:
-        with self.path.open("r+b") as file:
-            whole = 0
-            for data in file:
-                match = _NUMBERED.match(data)
-                if not match or not data.endswith(b"\n") or not is_json(data):
-                    # Only what we have begun to write may be removed.
-                    torn = not file.read(1) and any(data.startswith(s) or s.startswith(data) for s in _STARTS)
-                    if not torn:
-                        raise RequestError(f"{self.path} is not an output of llamajax batch: choose another file")
-                    file.truncate(whole)
-                    return
-                self.done.add(int(match[1]))
-                whole += len(data)
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    if (value := float(digits)) in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {digits:.80} is too large")
+    return value
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    return depth > 0 and all(
+        _is_shallow(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )

@@ -1,44 +1,84 @@
-"""Requests and answers as JSON, in OpenAI's form: what a request's fields mean, and what an answer looks like.
+"""Requests as JSON, in OpenAI's form or in our own: what their fields mean.
 
-Unknown fields and nulls are ignored, as OpenAI's clients expect; what would change the answer but is not supported
-is refused.
+Each field is supported, or changes no answer, or must have the value with which it does nothing. Any other is refused
+by name: an answer that lacks what its request asks for is wrong.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from itertools import accumulate
+from difflib import get_close_matches
 from typing import Any
 
+from llamajax import checks
 from llamajax.errors import RequestError
-from llamajax.tokenizers.base import Tokenizer
-from llamajax.types import Completion, Message, SamplingParams
+from llamajax.types import Message, SamplingParams
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
+MAX_CHOICES = 128
+
 Prompt = str | Sequence[Message] | Sequence[int]
 
-_SAMPLING = {field.name for field in fields(SamplingParams)} - {"logprobs"}
-# What is not supported, and the value with which it does nothing.
-_UNSUPPORTED: dict[str, Any] = {
-    "n": 1,
-    "best_of": 1,
-    "echo": False,
-    "suffix": "",
-    "logit_bias": {},
-    "tools": [],
-    "response_format": {"type": "text"},
+# Fields that are options of `LLM.stream` as they are, which checks their values.
+_OPTIONS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logit_bias"} | {
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    "add_generation_prompt",
+    "continue_final_message",
+    "stop",
+}
+_LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # the last one counts
+_READ = _OPTIONS | {*_LENGTHS, "logit_bias", "logprobs", "top_logprobs", "n", "best_of"}
+
+# Fields that change no answer: whose request it is, how it is transported, when it runs. There is one model.
+_WITHOUT_EFFECT = """
+model user metadata store service_tier stream stream_options safety_identifier prompt_cache_key prompt_cache_retention
+prediction parallel_tool_calls priority request_id cache_salt cache_prompt id_slot timings_per_token
+"""
+# Fields that are not supported, and do nothing if they are empty, false or 0.
+_OFF_IF_EMPTY = """
+echo suffix tools functions audio web_search_options use_beam_search bad_words allowed_token_ids documents
+chat_template chat_template_kwargs guided_json guided_regex guided_choice guided_grammar guided_decoding_backend
+guided_whitespace_pattern structured_outputs logits_processors vllm_xargs mm_processor_kwargs
+include_stop_str_in_output return_tokens_as_token_ids return_token_ids grammar json_schema mirostat xtc_probability
+dry_multiplier dynatemp_range n_probs lora top_a epsilon_cutoff eta_cutoff no_repeat_ngram_size penalty_alpha
+watermark return_full_text truncate reasoning
+"""
+_EMPTY: Sequence[Any] = (False, "", [], {})
+# All that are not supported, with the values that do nothing.
+_NEUTRAL: dict[str, Sequence[Any]] = dict.fromkeys(_OFF_IF_EMPTY.split(), _EMPTY) | {
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "length_penalty": (1,),
+    "repeat_penalty": (1,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "do_sample": (True,),
 }
 
 
 def read_messages(body: Mapping[str, Any]) -> list[Message]:
     """The conversation that a request asks to be continued.
 
-    Raises RequestError for what is not one.
+    Raises RequestError for what is not one, and for what a message has beside its text.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RequestError("messages must be a list of objects with a role and a content")
+    for message in messages:
+        for name, value in message.items():
+            if name not in ("role", "content", "name") and value is not None and value not in _EMPTY:
+                raise RequestError(f"{name:.80} is not supported in messages: leave it out")
     return [
         {"role": "system" if message.get("role") == "developer" else message.get("role", ""), "content": _text(message)}
         for message in messages
@@ -58,78 +98,81 @@ def read_prompt(body: Mapping[str, Any]) -> str | list[int]:
     raise RequestError("expected messages, or a prompt: one text, or one list of token ids")
 
 
-def read_options(body: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(body: Mapping[str, Any], *others: str) -> dict[str, Any]:
     """What a request says of its answer, as options of `LLM.stream`, which checks the values.
 
-    Raises RequestError for what is not supported.
+    Args:
+      body: the request.
+      others: fields that are read elsewhere, such as its prompt.
+
+    Raises RequestError for a field that is unknown, or asks for what is not supported.
     """
     given = {name: value for name, value in body.items() if value is not None}
-    for name, neutral in _UNSUPPORTED.items():
-        if given.get(name, neutral) != neutral:
-            raise RequestError(f"{name} is not supported: leave it out")
-    options = {name: given[name] for name in _SAMPLING & given.keys()}
-    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):  # the last one counts
+    _check_names(given, {*_READ, *_WITHOUT_EFFECT.split(), *others})
+    options = {name: given[name] for name in _OPTIONS & given.keys()}
+    for name in _LENGTHS:
         if name in given:
-            options["max_new_tokens"] = given[name]
-    if "stop" in given:
-        if not isinstance(given["stop"], str | list):
-            raise RequestError(f"stop must be one string or several, not {given['stop']!r:.80}")
-        options["stop"] = given["stop"]
-    # A chat asks with a boolean, and counts in another field.
-    logprobs = given.get("logprobs")
-    if isinstance(logprobs, bool):
-        logprobs = given.get("top_logprobs", 0) if logprobs else None
-    if logprobs is not None:
+            options["max_new_tokens"] = checks.integer(name, given[name], 1)
+    if "logit_bias" in given:
+        options["logit_bias"] = _logit_bias(given["logit_bias"])
+    if (logprobs := _logprobs(given)) is not None:
         options["logprobs"] = logprobs
     return options
 
 
-def usage(completion: Completion) -> dict[str, int]:
-    """What an answer took."""
-    generated = len(completion.token_ids)
-    return {
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": generated,
-        "total_tokens": completion.prompt_tokens + generated,
-    }
+def read_num_choices(body: Mapping[str, Any]) -> int:
+    """How many answers a request asks for.
+
+    Raises RequestError for a number out of range, or for the best of more.
+    """
+    n = body.get("n")
+    n = 1 if n is None else checks.integer("n", n, 1, MAX_CHOICES)
+    if body.get("best_of") not in (None, n):
+        raise RequestError(f"best_of is not supported but as n, {n}: leave it out")
+    return n
 
 
-def chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Of an answer's tokens, as a chat tells them; None if they were not asked for."""
-    if completion.logprobs is None:
-        return None
+def choice_seed(seed: Any, choice: int) -> int:
+    """The seed of one of several choices: the seeds follow each other, in 64 bits.
 
-    def told(token_id: int, logprob: float) -> dict[str, Any]:
-        data = tokenizer.token_bytes(token_id)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-    return {
-        "content": [
-            told(i, at.logprob) | {"top_logprobs": [told(*top) for top in at.top]}
-            for i, at in zip(completion.token_ids, completion.logprobs, strict=True)
-        ]
-    }
+    Raises RequestError for a seed that is no integer.
+    """
+    return int64(checks.integer("seed", seed, -(2**63), 2**63 - 1) + choice)
 
 
-def answer_body(
-    url: str, completion: Completion, tokenizer: Tokenizer, *, number: int, created: int, model: str
-) -> dict[str, Any]:
-    """The object that an endpoint answers with."""
-    choice: dict[str, Any] = {"index": 0}
-    if url == CHAT:
-        choice["message"] = {"role": "assistant", "content": completion.text}
-    else:
-        choice["text"] = completion.text
-    choice["logprobs"] = (chat_logprobs if url == CHAT else _text_logprobs)(completion, tokenizer)
-    choice["finish_reason"] = completion.finish_reason
-    return {
-        "id": f"{'chatcmpl' if url == CHAT else 'cmpl'}-{number}",
-        "object": "chat.completion" if url == CHAT else "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [choice],
-        "usage": usage(completion),
-    }
+def int64(value: int) -> int:
+    """The last 64 bits of an integer, the first of them its sign."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _check_names(given: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in given.items():
+        if name in known:
+            continue
+        if name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
+                raise RequestError(f"{name} is not supported: leave it out")
+        elif near := get_close_matches(name.lower(), known, n=1, cutoff=0.75):
+            raise RequestError(f"unknown field {name!r:.80}: did you mean {near[0]}?")
+        else:
+            raise RequestError(f"unknown field {name!r:.80}: leave it out")
+
+
+def _logit_bias(value: Any) -> dict[int, Any]:
+    """JSON's keys are strings."""
+    if not isinstance(value, dict) or not all(key.isascii() and key.isdigit() and len(key) < 20 for key in value):
+        raise RequestError(f"logit_bias must be an object with token ids as its keys, not {checks.shown(value)}")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _logprobs(given: Mapping[str, Any]) -> Any:
+    """A chat asks with a boolean, and counts in another field."""
+    logprobs, top = given.get("logprobs"), given.get("top_logprobs", 0)
+    if logprobs is True:
+        return top
+    if top != 0:
+        raise RequestError("top_logprobs needs logprobs: true beside it")
+    return None if logprobs is False else logprobs
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -140,20 +183,4 @@ def _text(message: Mapping[str, Any]) -> str:
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     ):
         return "\n".join(part["text"] for part in content)
-    raise RequestError(f"a message's content must be a string or a list of text parts, not {content!r:.80}")
-
-
-def _text_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if completion.logprobs is None:
-        return None
-
-    def text(token_id: int) -> str:
-        return tokenizer.token_bytes(token_id).decode(errors="replace")
-
-    tokens = [text(i) for i in completion.token_ids]
-    return {
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)],
-        "token_logprobs": [at.logprob for at in completion.logprobs],
-        "tokens": tokens,
-        "top_logprobs": [{text(i): logprob for i, logprob in at.top} for at in completion.logprobs],
-    }
+    raise RequestError(f"a message's content must be a string or a list of text parts, not {checks.shown(content)}")

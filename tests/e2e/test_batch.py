@@ -126,11 +126,11 @@ def mixed(shallow_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     path = write(
         folder / "mixed.jsonl",
         [
-            {"prompt": "Hi", "id": 7, "max_tokens": 3},
-            {"messages": hi, "max_new_tokens": 3},
-            {"custom_id": "é", **chat, "body": {"messages": hi, "max_tokens": 3, "stop": None, "model": "gpt"}},
-            {"custom_id": "é", **chat, "body": {"messages": hi, "max_tokens": 3, "logprobs": True, "top_logprobs": 1}},
-            {"url": "/v1/completions", "body": {"prompt": "Once upon", "max_tokens": 3, "logprobs": 2}},
+            {"prompt": "Hi", "id": 7, "max_tokens": 3, "seed": 3},
+            {"messages": hi, "max_new_tokens": 3, "seed": 3},
+            {"custom_id": "é", **chat, "body": {"messages": hi, "max_tokens": 3, "seed": 3, "model": "gpt"}},
+            {"custom_id": "é", **chat, "body": {"messages": hi, "max_tokens": 3, "seed": 3, "logprobs": True}},
+            {"url": "/v1/completions", "body": {"prompt": "Once upon", "max_tokens": 3, "logprobs": 2.0}},
             '{"broken',
             {"prompt": "Hi", "temperature": "hot"},
             {"custom_id": "there", **chat, "url": "/v1/embeddings", "body": {}},
@@ -149,10 +149,10 @@ def mixed(shallow_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def test_plain_lines_keep_their_number_and_id(mixed: tuple[list[dict[str, Any]], Path]) -> None:
     prompt, messages, *_, last = mixed[0]
-    assert set(prompt) == {"line", "id", "text", "finish_reason", "usage"}
+    assert set(prompt) == {"line", "digest", "id", "text", "finish_reason", "usage"}
     assert told(prompt, "line", "id", "finish_reason") == {"line": 1, "id": 7, "finish_reason": "length"}
     assert prompt["usage"]["completion_tokens"] == 3
-    assert messages == {k: v for k, v in prompt.items() if k != "id"} | {"line": 2}
+    assert messages == {k: v for k, v in prompt.items() if k != "id"} | {"line": 2, "digest": messages["digest"]}
     assert told(last, "line", "id") == {"line": 11, "id": "\ud800"}
 
 
@@ -169,7 +169,7 @@ def test_openais_lines_get_openais_answers(mixed: tuple[list[dict[str, Any]], Pa
     [choice] = with_logprobs["response"]["body"]["choices"]
     content = choice["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in content).decode(errors="replace") == plain["text"]
-    assert all(token["logprob"] <= token["top_logprobs"][0]["logprob"] for token in content)
+    assert all(token["logprob"] <= 0 and token["top_logprobs"] == [] for token in content)
 
     assert completion["custom_id"] is None
     body = completion["response"]["body"]
@@ -180,26 +180,50 @@ def test_openais_lines_get_openais_answers(mixed: tuple[list[dict[str, Any]], Pa
 
 
 def test_bad_lines_stand_in_their_file_with_their_number(mixed: tuple[list[dict[str, Any]], Path]) -> None:
-    faults = {line["line"]: line for line in parsed(mixed[1].read_text())}
-    assert sorted(faults) == [6, 7, 8, 9, 10]
-    assert faults[6]["error"].startswith("not JSON")
-    assert "temperature must be a number" in faults[7]["error"]
-    assert told(faults[8], "custom_id") == {"custom_id": "there"}
-    assert "the context 128" in faults[9]["error"]
-    assert "max_new_tokens" in faults[10]["error"]
+    written = parsed(mixed[1].read_text())
+    faults = {line["line"]: line["error"] for line in written if "line" in line}
+    assert sorted(faults) == [6, 7, 9, 10]
+    assert faults[6].startswith("not JSON")
+    assert "temperature must be a number" in faults[7]
+    assert "the context 128" in faults[9]
+    assert "max_tokens must be an integer" in faults[10]
+    [theirs] = [line for line in written if "line" not in line]
+    assert told(theirs, "id", "custom_id", "error") == {"id": "batch_req_8", "custom_id": "there", "error": None}
+    assert theirs["response"]["status_code"] == 400
+    assert "expected POST" in theirs["response"]["body"]["error"]["message"]
 
 
 def test_a_lines_options_come_before_the_commands(shallow_model: str, tmp_path: Path) -> None:
-    lines = [
-        {"prompt": "Hi", "seed": 7},
-        {"prompt": "Hi", "seed": 8},
-        {"prompt": "Hi"},
-        {"prompt": "Hi", "max_tokens": 2},
-    ]
+    lines = [{"prompt": "Hi", "seed": 7}, {"prompt": "Hi", "seed": 8}, {"prompt": "Hi", "seed": 7, "max_tokens": 2}]
     done = batch(write(tmp_path / "in.jsonl", lines), "-m", shallow_model, "--keep-order", "-n", "9", "--seed", "7")
-    seven, eight, default, short = results(done)
-    assert seven["text"] == default["text"] != eight["text"]
-    assert default["text"].startswith(short["text"]) and short["usage"]["completion_tokens"] == 2
+    seven, eight, short = results(done)
+    assert seven["text"] != eight["text"]
+    assert seven["text"].startswith(short["text"]) and short["usage"]["completion_tokens"] == 2
+
+
+def test_a_prompt_that_comes_again_is_answered_anew_from_a_seed_that_can_be_computed(
+    shallow_model: str, tmp_path: Path
+) -> None:
+    """The same for text, for JSON and for OpenAI's lines; choices follow each other."""
+    text = write(tmp_path / "in.txt", ["Hi"] * 3)
+    array = tmp_path / "in.json"
+    array.write_text(json.dumps([{"prompt": "Hi"}] * 2 + [{"prompt": "Hi", "n": 2}], indent=1))
+    chat = {"url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hi"}]}}
+    lines = write(tmp_path / "in.jsonl", [chat] * 3)
+    plain, ours, theirs = (
+        results(batch(path, "-m", shallow_model, "-n", "9", "--keep-order", "--seed", "5"))
+        for path in (text, array, lines)
+    )
+    texts = [line["text"] for line in plain]
+    assert len(set(texts)) == 3
+    assert [line["text"] for line in ours[:2]] == texts[:2]
+    assert [line["response"]["body"]["choices"][0]["message"]["content"] for line in theirs] == texts
+    first, second = ours[2]["choices"]
+    assert (first["text"], ours[2]["usage"]["completion_tokens"]) == (texts[2], 18)
+    for seed, answer in ((5 + 2 * 2**32, texts[1]), (5 + 3 * 2**32 + 1, second["text"])):
+        options = ("-m", shallow_model, "-n", "9", "--seed", str(seed), "--json", "--no-stats")
+        alone = run("chat", "-p", "Hi", *options)
+        assert json.loads(alone.stdout)["text"] == answer
 
 
 def test_raw_prompts_are_continued(shallow_model: str, tmp_path: Path) -> None:
@@ -211,11 +235,41 @@ def test_stdin_is_what_its_first_line_shows_and_bad_lines_are_told_on_stderr(tin
     as_json = batch("-", "-m", tiny_model, "-n", "2", stdin='\n{"prompt": "Hi"}\nHi\n')
     assert (as_json.code, [line["line"] for line in results(as_json)], summary(as_json)) == (1, [2], (1, 1))
     assert as_json.notes[0] == "line 3: not JSON: Expecting value (column 1)"
-    as_text = batch("-", "-m", tiny_model, "-n", "2", stdin=b'{Hi}\n\xff\n{"prompt": "Hi"}\n')
-    assert sorted(line["line"] for line in results(as_text)) == [1, 3]
-    assert as_text.notes[0] == "line 2: the line is not UTF-8 text: byte 0xff at offset 0"
+    as_text = batch("-", "-m", tiny_model, "-n", "2", stdin=b'Hi {\n\xff\n{"prompt": "Hi"}\n')
+    assert [line["line"] for line in results(as_text)] == [1]
+    assert as_text.notes[:2] == [
+        "line 2: the line is not UTF-8 text: byte 0xff at offset 0",
+        "line 3: looks like JSON among lines of text: say which it is with --format",
+    ]
+    as_said = batch("-", "-m", tiny_model, "-n", "2", "--format", "text", stdin='{Hi}\n{"prompt": "Hi"}\n')
+    assert (as_said.code, summary(as_said)) == (0, (2, 0))
+    unsure = batch("-", "-m", tiny_model, stdin='{\n  "prompt": "Hi"\n}\n')
+    assert (unsure.code, "say what it is with --format" in unsure.error) == (1, True)
+    document = batch("-", "-m", tiny_model, "-n", "2", "--format", "json", stdin='{\n  "prompt": "Hi"\n}\n')
+    assert (document.code, summary(document)) == (0, (1, 0))
     nothing = batch("-", "-m", tiny_model)
     assert (nothing.code, nothing.stdout, summary(nothing)) == (0, "", (0, 0))
+
+
+def test_a_partner_that_waits_for_each_answer_gets_it(tiny_model: str) -> None:
+    with start("batch", "-", "-m", tiny_model, "-n", "2", stdin=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        for number, line in enumerate([{"prompt": "Hi"}, {"prompt": "there", "n": 2}, {"prompt": "Hi"}], 1):
+            process.stdin.write(json.dumps(line).encode() + b"\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["line"] == number
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_bad_lines_beside_a_device_go_to_stderr(tiny_model: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", [{"prompt": "Hi"}, {"prompt": 7}])
+    done = batch(path, "-m", tiny_model, "-n", "2", "-o", "/dev/stdout")
+    assert ([line["line"] for line in results(done)], done.notes[0][:7]) == ([1], "line 2:")
+    with (tmp_path / "out").open("wb") as out, start("batch", path, "-m", tiny_model, "-o", "/dev/stdout", stdout=out):
+        pass
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["in.jsonl", "out"]
+    assert not list(Path("/dev").glob("stdout.*"))
 
 
 def test_a_closed_pipe_ends_it_quietly(tiny_model: str, tmp_path: Path) -> None:
@@ -340,16 +394,88 @@ def test_a_full_disk_is_said_and_what_was_written_can_be_gone_on_with(
     assert (full.code, full.error) == (1, "cannot write to /dev/full: No space left on device")
 
 
-def test_results_are_never_overwritten(questions: Path, uninterrupted: tuple[bytes, bytes], tmp_path: Path) -> None:
+def half_done(tmp_path: Path, uninterrupted: tuple[bytes, bytes]) -> Path:
+    """An output as a run leaves it that was stopped half way."""
     out = tmp_path / "out.jsonl"
-    out.write_bytes(uninterrupted[0])
+    out.write_bytes(b"".join(uninterrupted[0].splitlines(keepends=True)[: NUM_LINES // 2]))
+    return out
+
+
+def test_results_are_never_overwritten(questions: Path, uninterrupted: tuple[bytes, bytes], tmp_path: Path) -> None:
+    out = half_done(tmp_path, uninterrupted)
+    before = out.read_bytes()
     again = batch(questions, "-o", out)
     assert again.code == 1
     assert again.error == f"{out} has results already: --resume continues it, or choose another file"
-    other = batch(write(tmp_path / "short.txt", ["Hi"]), "-o", out, "--resume")
-    assert other.code == 1
-    assert other.error == f"{out} is not of this input: it has line 129, the input 1"
+    assert out.read_bytes() == before
+
+
+def test_an_input_that_changed_is_refused_and_nothing_is_lost(
+    questions: Path, tiny_model: str, uninterrupted: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    out = half_done(tmp_path, uninterrupted)
+    before = out.read_bytes()
+    changed = write(tmp_path / "in.jsonl", ['{"prompt": "first"}', *questions.read_text().splitlines()])
+    options = ("-m", tiny_model, "-o", out, "--keep-order", "--slots", "4", "--resume")
+    done = batch(changed, *options)
+    assert (done.code, "line 1 of the input is not the one that" in done.error) == (1, True)
+    assert out.read_bytes() == before
+    batch(questions, *options)
     assert out.read_bytes() == uninterrupted[0]
+
+
+def test_options_that_changed_are_named(questions: Path, tiny_model: str, tmp_path: Path) -> None:
+    path, out = write(tmp_path / "in.txt", ["Hi", "there"]), tmp_path / "out.jsonl"
+    batch(path, "-m", tiny_model, "-n", "2", "-o", out)
+    before = out.read_bytes()
+    for option, says in (
+        (["-n", "3"], "max_new_tokens was 2 and is 3"),
+        (["-n", "2", "--temperature", "0.9"], "temperature was 0.6 and is 0.9"),
+        (["-n", "2", "-s", "Be brief."], 'system was null and is "Be brief."'),
+    ):
+        done = batch(path, "-m", tiny_model, "-o", out, "--resume", *option)
+        assert done.code == 1
+        assert (
+            done.error == f"{out.name} was made with other options: {says}. Give the same ones, or choose another file"
+        )
+    done = batch(path, "-m", tiny_model, "-n", "2", "-o", out, "--resume", "--slots", "1", "--keep-order")
+    assert (done.code, summary(done), out.read_bytes()) == (0, (0, 0), before)
+
+
+def test_two_runs_do_not_write_one_output(questions: Path, tiny_model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with start("batch", str(questions), "-m", tiny_model, "-o", str(out)) as process:
+        while not (out.exists() and out.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        for more in ([], ["--resume"]):
+            second = batch(questions, "-m", tiny_model, "-o", out, *more)
+            assert second.error == f"another run writes {out}: wait until it ends, or choose another file"
+            assert second.code == 1
+        process.kill()
+    done = batch(questions, "-m", tiny_model, "-o", out, "--resume")
+    assert (done.code, len(parsed(out.read_text()))) == (1, NUM_LINES)
+    assert sorted(it.name for it in tmp_path.iterdir()) == [
+        f"out.jsonl{end}" for end in ("", ".errors.jsonl", ".options.json")
+    ]
+
+
+def test_a_resumed_run_shows_what_is_done_at_once(
+    questions: Path, tiny_model: str, uninterrupted: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    out = half_done(tmp_path, uninterrupted)
+    done = NUM_LINES // 2
+    with pexpect.spawn(
+        COMMAND,
+        ["batch", str(questions), "-m", tiny_model, "-o", str(out), "--resume", "--slots", "1"],
+        env=environment(COLUMNS="100"),
+        timeout=120,
+        encoding="utf-8",
+    ) as terminal:
+        terminal.expect(r"(\d+)/126")
+        assert int(terminal.match[1]) == done
+        terminal.expect(r"tokens/s, \d+:\d\d:\d\d left")
 
 
 @pytest.mark.parametrize("order", [["--keep-order"], []], ids=["in order", "as they finish"])
@@ -364,7 +490,7 @@ def test_no_more_is_read_than_is_soon_answered(order: list[str], tiny_model: str
         def ask() -> None:
             nonlocal written
             assert process.stdin
-            line = (json.dumps({"prompt": "Hi", "unknown": "x" * length}) + "\n").encode()
+            line = (json.dumps({"prompt": "Hi", "user": "x" * length}) + "\n").encode()
             for _ in range(num_lines):
                 process.stdin.write(line)
                 process.stdin.flush()

@@ -183,13 +183,13 @@ def tiny_llm() -> LLM:
 
 def read_line(path: Path, load: bool) -> None:
     llm = tiny_llm()
-    fields = batch_file.read_fields(path.read_bytes(), as_json=True)
-    batch_file.read_source(1, fields)
-    prompt, options = batch_file.read_request(fields, batch_file.Defaults({"max_new_tokens": 2}))
-    request, _ = llm.prepare(prompt, **options)
-    assert all(0 <= i < llm.config.vocab_size for i in request.token_ids)
-    if load and request.max_new_tokens < 10:
-        for _, result in llm.stream_batch([(prompt, options)]):
+    fields = batch_file.read_object(path.read_bytes())
+    batch_file.read_source(1, "", fields)
+    prompt, choices = batch_file.read_request(1, fields, batch_file.Defaults({"max_new_tokens": 2}))
+    requests = [llm.prepare(prompt, **options)[0] for options in choices]
+    assert all(0 <= i < llm.config.vocab_size for request in requests for i in request.token_ids)
+    if load and sum(request.max_new_tokens for request in requests) < 10:
+        for _, result in llm.stream_batch((prompt, options) for options in choices):
             if isinstance(result, LlamaJaxError):
                 raise result
 

@@ -1,4 +1,4 @@
-"""Lines of a batch: what they ask for, what is wrong with them, and what a torn file of results still holds."""
+"""Lines of a batch: what they ask for, what is wrong with them, and the lines that answer them."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,24 @@ from typing import Any
 
 import pytest
 
-from llamajax.errors import DiskFullError, RequestError
-from llamajax.serve.batch_file import Defaults, ResultFile, as_line, is_json, read_fields, read_request, read_source
+from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
+from llamajax.serve.batch_file import (
+    Asked,
+    Defaults,
+    Source,
+    as_line,
+    line_seed,
+    read_object,
+    read_request,
+    read_source,
+    read_text,
+)
+from llamajax.tokenizers.base import Tokenizer
+from llamajax.tokenizers.gguf import from_gguf
+from llamajax.types import Completion, Timings
+from llamajax.weights.gguf import read_gguf
 
-DEFAULTS = Defaults({"temperature": 0.6, "max_new_tokens": 50, "stop": []})
+DEFAULTS = Defaults({"temperature": 0.6, "stop": [], "seed": 42})
 ASKED = [{"role": "user", "content": "Hi"}]
 
 
@@ -17,65 +31,120 @@ def chat_line(**body: Any) -> dict[str, Any]:
     return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": ASKED, **body}}
 
 
+def completion_line(**body: Any) -> dict[str, Any]:
+    return {"url": "/v1/completions", "body": {"prompt": "Hi", **body}}
+
+
+def asked(fields: dict[str, Any], defaults: Defaults = DEFAULTS, number: int = 1) -> Asked:
+    return read_request(number, fields, defaults)
+
+
+def prompt(fields: dict[str, Any], defaults: Defaults = DEFAULTS) -> Any:
+    return asked(fields, defaults).prompt
+
+
 def options(fields: dict[str, Any]) -> dict[str, Any]:
-    """What a line says of its options."""
-    _, told = read_request(fields, Defaults({}))
-    return told
+    """What a line says of its options, beside what holds for all of its endpoint."""
+    [found] = asked(fields, Defaults({})).choices
+    plain = {"max_new_tokens": {"/v1/chat/completions": None, "/v1/completions": 16}.get(fields.get("url", ""), 50)}
+    return {k: v for k, v in found.items() if k != "seed" and plain.get(k, ...) != v}
 
 
 def test_a_prompt_is_a_message_of_a_user_unless_it_is_raw() -> None:
-    assert read_request({"prompt": "Hi"}, DEFAULTS) == (ASKED, DEFAULTS.options)
-    assert read_request({"prompt": "Hi"}, Defaults({}, raw=True)) == ("Hi", {})
-    assert read_request({"prompt": " "}, Defaults({}, raw=True)) == (" ", {})
+    assert prompt({"prompt": "Hi"}) == ASKED
+    assert prompt({"prompt": "Hi"}, Defaults({}, raw=True)) == "Hi"
+    assert prompt({"prompt": " "}, Defaults({}, raw=True)) == " "
     with pytest.raises(RequestError, match="the prompt is empty"):
-        read_request({"prompt": " "}, DEFAULTS)
+        asked({"prompt": " "})
 
 
 def test_a_system_message_of_the_line_comes_before_the_commands() -> None:
     brief, kind = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Be kind."}
     said = Defaults({}, system="Be brief.")
-    assert read_request({"prompt": "Hi"}, said)[0] == [brief, *ASKED]
-    assert read_request({"messages": ASKED}, said)[0] == [brief, *ASKED]
-    assert read_request({"messages": [kind, *ASKED]}, said)[0] == [kind, *ASKED]
-    assert read_request(chat_line(messages=[{**kind, "role": "developer"}, *ASKED]), said)[0] == [kind, *ASKED]
+    assert prompt({"prompt": "Hi"}, said) == [brief, *ASKED]
+    assert prompt({"messages": ASKED}, said) == [brief, *ASKED]
+    assert prompt({"messages": [kind, *ASKED]}, said) == [kind, *ASKED]
+    assert prompt(chat_line(messages=[{**kind, "role": "developer"}, *ASKED]), said) == [kind, *ASKED]
 
 
 def test_openais_urls_say_whether_the_template_is_used() -> None:
-    said = Defaults({}, system="Be brief.", raw=True)
-    completions = {"url": "/v1/completions", "body": {"prompt": "Once"}}
-    assert read_request(completions, said)[0] == "Once"
-    assert read_request(completions, Defaults({}))[0] == "Once"
-    assert read_request(chat_line(), Defaults({}, raw=True))[0] == ASKED
+    assert prompt(completion_line(), Defaults({}, system="Be brief.", raw=True)) == "Hi"
+    assert prompt(completion_line()) == "Hi"
+    assert prompt(chat_line(), Defaults({}, raw=True)) == ASKED
 
 
-def test_a_prompt_may_be_token_ids_or_stand_in_a_list() -> None:
-    for prompt, meant in (([1, 2], [1, 2]), ([[1, 2]], [1, 2]), (["Once"], "Once")):
-        assert read_request({"url": "/v1/completions", "body": {"prompt": prompt}}, DEFAULTS)[0] == meant
+def test_a_prompt_may_be_token_ids_or_be_in_a_list() -> None:
+    for given, meant in (([1, 2], [1, 2]), ([[1, 2]], [1, 2]), (["Once"], "Once")):
+        assert prompt(completion_line(prompt=given)) == meant
 
 
-def test_text_parts_are_joined_and_other_fields_of_a_message_ignored() -> None:
+def test_text_parts_are_joined_and_what_says_nothing_is_ignored() -> None:
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
-    message = {"role": "user", "content": parts, "name": "Ann"}
-    assert read_request(chat_line(messages=[message]), DEFAULTS)[0] == [{"role": "user", "content": "Hi\nthere"}]
+    message = {"role": "user", "content": parts, "name": "Ann", "tool_calls": None, "refusal": None, "annotations": []}
+    assert prompt(chat_line(messages=[message])) == [{"role": "user", "content": "Hi\nthere"}]
 
 
 def test_a_lines_options_come_before_the_commands_and_nulls_are_none() -> None:
-    line = {"prompt": "Hi", "temperature": 0, "seed": None, "stop": "x", "unknown": 1}
-    assert read_request(line, DEFAULTS)[1] == {"temperature": 0, "max_new_tokens": 50, "stop": "x"}
+    [found] = asked({"prompt": "Hi", "temperature": 0, "seed": 7, "top_k": None, "stop": "x", "typo": None}).choices
+    assert found == {"temperature": 0, "max_new_tokens": 50, "stop": "x", "seed": 7}
 
 
 def test_each_name_of_the_longest_answer_is_known() -> None:
     assert options({"prompt": "Hi", "max_new_tokens": 3}) == {"max_new_tokens": 3}
     assert options(chat_line(max_tokens=3)) == {"max_new_tokens": 3}
-    assert options(chat_line(max_tokens=3, max_completion_tokens=4)) == {"max_new_tokens": 4}
+    assert options(chat_line(max_tokens=3, max_completion_tokens=4.0)) == {"max_new_tokens": 4}
     assert options(chat_line(max_tokens=3, max_completion_tokens=None)) == {"max_new_tokens": 3}
+
+
+def test_the_longest_answer_of_a_line_that_does_not_say_is_that_of_its_endpoint_or_the_commands() -> None:
+    lines = ({"prompt": "Hi"}, completion_line(), chat_line())
+    assert [asked(line).choices[0]["max_new_tokens"] for line in lines] == [50, 16, None]
+    given = Defaults({"max_new_tokens": 7})
+    assert [asked(line, given).choices[0]["max_new_tokens"] for line in lines] == [7, 7, 7]
 
 
 def test_a_chat_and_a_completion_ask_for_logprobs_in_their_ways() -> None:
     assert options(chat_line(logprobs=True)) == {"logprobs": 0}
     assert options(chat_line(logprobs=True, top_logprobs=2)) == {"logprobs": 2}
     assert options(chat_line(logprobs=False, top_logprobs=0)) == {}
-    assert options({"url": "/v1/completions", "body": {"prompt": "Hi", "logprobs": 0}}) == {"logprobs": 0}
+    assert options(completion_line(logprobs=0)) == {"logprobs": 0}
+
+
+def test_options_of_other_servers_are_those_of_the_library() -> None:
+    given = {"min_tokens": 2, "stop_token_ids": [5], "ignore_eos": True, "min_p": 0.1, "repetition_penalty": 1.1}
+    assert options(chat_line(**given)) == given
+    assert options(chat_line(logit_bias={"50256": -100, "7": 0.5})) == {"logit_bias": {50256: -100, 7: 0.5}}
+    assert options(chat_line(add_generation_prompt=False)) == {"add_generation_prompt": False}
+    assert options(chat_line(continue_final_message=True)) == {"continue_final_message": True}
+
+
+def test_what_changes_no_answer_is_accepted() -> None:
+    assert options(
+        chat_line(
+            model="gpt",
+            user="Ann",
+            metadata={"a": 1},
+            store=True,
+            service_tier="flex",
+            stream=True,
+            seed=None,
+            stream_options={"include_usage": True},
+            n=1,
+            best_of=1,
+            tools=[],
+            tool_choice="auto",
+            functions=[],
+            response_format={"type": "text"},
+            modalities=["text"],
+            length_penalty=1.0,
+            use_beam_search=False,
+            guided_json=None,
+            logit_bias={},
+            skip_special_tokens=True,
+            mirostat=0,
+            bad_words=[],
+        )
+    ) == {"logit_bias": {}}
 
 
 @pytest.mark.parametrize(
@@ -87,21 +156,87 @@ def test_a_chat_and_a_completion_ask_for_logprobs_in_their_ways() -> None:
         ({"prompt": []}, "expected messages, or a prompt"),
         ({"prompt": [True]}, "expected messages, or a prompt"),
         ({"prompt": ["two", "texts"]}, "expected messages, or a prompt"),
+        ({"prompt": "Hi", "messages": ASKED}, "expected a prompt or messages, not both"),
         ({"messages": "Hi"}, "messages must be a list"),
         ({"messages": ["Hi"]}, "messages must be a list"),
         ({"messages": [{"role": "user"}]}, "content must be a string"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "list of text parts"),
-        ({"prompt": "Hi", "stop": 5}, "stop must be one string or several"),
-        (chat_line(n=2), "n is not supported"),
-        (chat_line(response_format={"type": "json_object"}), "response_format is not supported"),
+        ({"messages": [*ASKED, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "tool_calls is"),
+        ({"messages": [*ASKED, {"role": "tool", "content": "7", "tool_call_id": "1"}]}, "tool_call_id is not supp"),
+        ({"prompt": "Hi", "logit_bias": {"the": 5}}, "logit_bias must be an object with token ids as its keys"),
+        ({"prompt": "Hi", "logit_bias": [5]}, "logit_bias must be an object with token ids as its keys"),
+        ({"prompt": "Hi", "max_tokens": 2.5}, "max_tokens must be an integer of at least 1, not 2.5"),
+        ({"prompt": "Hi", "max_tokens": True}, "max_tokens must be an integer of at least 1, not True"),
+        ({"prompt": "Hi", "n": 0}, "n must be an integer from 1 to 128, not 0"),
+        ({"prompt": "Hi", "n": 129}, "n must be an integer from 1 to 128, not 129"),
+        ({"prompt": "Hi", "n": 2, "best_of": 3}, "best_of is not supported but as n, 2"),
+        ({"prompt": "Hi", "top_logprobs": 3}, "top_logprobs needs logprobs: true"),
+        ({"prompt": "Hi", "max_tokenz": 5}, "unknown field 'max_tokenz': did you mean max_tokens?"),
+        ({"prompt": "Hi", "Temperature": 0}, "unknown field 'Temperature': did you mean temperature?"),
+        ({"prompt": "Hi", "category": "x"}, "unknown field 'category': leave it out"),
+        (chat_line(max_tokenz=5), "unknown field 'max_tokenz': did you mean max_tokens?"),
+        (chat_line(prompt="Hi"), "unknown field 'prompt'"),
+        (completion_line(messages=ASKED), "unknown field 'messages'"),
         (chat_line() | {"url": "/v1/embeddings"}, "not POST /v1/embeddings"),
         (chat_line() | {"method": "GET"}, "not GET"),
         (chat_line() | {"body": None}, "body must be a JSON object"),
+        (chat_line() | {"max_tokens": 5}, "'max_tokens' must be inside of body"),
     ],
 )
 def test_what_cannot_be_asked_for_is_said(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        read_request(fields, DEFAULTS)
+        asked(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("modalities", ["text", "audio"]),
+        ("response_format", {"type": "json_object"}),
+        ("guided_json", {}),
+        ("guided_choice", ["a", "b"]),
+        ("structured_outputs", {"json": {}}),
+        ("bad_words", ["no"]),
+        ("use_beam_search", True),
+        ("prompt_logprobs", 1),
+        ("truncate_prompt_tokens", 5),
+        ("chat_template", "{{ messages }}"),
+        ("chat_template_kwargs", {"a": 1}),
+        ("echo", True),
+        ("suffix", "end"),
+        ("reasoning_effort", "high"),
+        ("grammar", "root ::= x"),
+        ("mirostat", 2),
+        ("typical_p", 0.5),
+        ("length_penalty", 2),
+        ("skip_special_tokens", False),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(name: str, value: Any) -> None:
+    for fields in (chat_line(**{name: value or {"a": 1}} if value == {} else {name: value}), {"prompt": "Hi", name: 7}):
+        with pytest.raises(RequestError, match=f"^{name} is not supported: leave it out$"):
+            asked(fields)
+
+
+def test_choices_draw_with_seeds_that_follow_each_other() -> None:
+    found = asked({"prompt": "Hi", "n": 3, "best_of": 3, "seed": 2**63 - 2}).choices
+    assert [choice["seed"] for choice in found] == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert all(choice | {"seed": 0} == found[0] | {"seed": 0} for choice in found)
+
+
+def test_no_two_lines_and_choices_have_the_same_seed() -> None:
+    seeds = [
+        choice["seed"]
+        for number in (1, 2, 3, 1000)
+        for choice in asked({"prompt": "Hi", "n": 128}, number=number).choices
+    ]
+    assert len(set(seeds)) == 4 * 128
+    assert line_seed(42, 3) == 42 + 3 * 2**32
+    assert all(-(2**63) <= line_seed(seed, n) < 2**63 for seed in (-(2**63), 2**63 - 1) for n in (1, 2**31, 2**40))
 
 
 @pytest.mark.parametrize(
@@ -112,25 +247,96 @@ def test_what_cannot_be_asked_for_is_said(fields: dict[str, Any], says: str) -> 
         (b"Hi", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"prompt": ' + b"1" * 10_000 + b"}", "not JSON"),
-        (b'{"prompt": "\xff"}', "the line is not UTF-8 text: byte 0xff at offset 12"),
+        (b'{"seed": NaN}', "not JSON: NaN is no JSON number"),
+        (b'{"seed": -Infinity}', "not JSON: -Infinity is no JSON number"),
+        (b'{"id": 1e999}', "not JSON: the number 1e999 is too large"),
+        (b'{"prompt": "\xff"}', "not UTF-8 text: byte 0xff at offset 12"),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_what_is_not_an_object_is_said(data: bytes, says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        read_fields(data, as_json=True)
-    assert not is_json(data)
+        read_object(data)
 
 
 def test_a_line_of_text_is_a_prompt_without_its_end() -> None:
-    assert read_fields(b"\xef\xbb\xbf  Hi \r\n", as_json=False) == {"prompt": "  Hi "}
-    assert read_fields("a\u2028b\n".encode(), as_json=False) == {"prompt": "a\u2028b"}
+    assert read_text(b"\xef\xbb\xbf  Hi \r\n") == {"prompt": "  Hi "}
+    assert read_text("a\u2028b\n".encode()) == {"prompt": "a\u2028b"}
 
 
 def test_an_error_keeps_what_names_its_line() -> None:
-    source = read_source(3, {"id": 7, "custom_id": "a", "prompt": "Hi"})
-    told = {"line": 3, "id": 7, "custom_id": "a", "error": "no good"}
+    source = read_source(3, "ab12", {"id": 7, "custom_id": "a", "prompt": "Hi"})
+    told = {"line": 3, "digest": "ab12", "id": 7, "custom_id": "a", "error": "no good"}
     assert source.error(RequestError("no\ngood")) == told
+
+
+def test_openais_lines_get_openais_errors() -> None:
+    source = read_source(3, "ab12", chat_line(temperature="hot"))
+    found = source.error(RequestError("temperature must be a number, not 'hot'"))
+    assert found == {
+        "id": "batch_req_3",
+        "digest": "ab12",
+        "custom_id": "a",
+        "response": {
+            "status_code": 400,
+            "request_id": "req_3",
+            "body": {
+                "error": {
+                    "message": "temperature must be a number, not 'hot'",
+                    "type": "invalid_request_error",
+                    "param": "temperature",
+                    "code": None,
+                }
+            },
+        },
+        "error": None,
+    }
+    too_long = source.error(PromptTooLongError("999 tokens"))["response"]
+    assert (too_long["status_code"], too_long["body"]["error"]["code"]) == (400, "context_length_exceeded")
+    ours = source.error(CheckpointError("NaN"))["response"]
+    assert (ours["status_code"], ours["body"]["error"]["type"]) == (500, "server_error")
+
+
+@pytest.mark.parametrize("fields", [{"url": 5, "body": 7}, {"method": "POST"}, {"body": {}}])
+def test_a_line_that_is_half_of_openais_format_gets_openais_error(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        asked(fields)
+    error = read_source(1, "", fields).error(caught.value)
+    assert error["response"]["body"]["error"]["message"] == str(caught.value)
+
+
+def test_an_id_that_nests_too_deep_is_refused_and_others_are_kept() -> None:
+    deep: Any = 1
+    for _ in range(50):
+        deep = [deep]
+    assert read_source(1, "", {"id": deep}).labels == {"id": deep}
+    with pytest.raises(RequestError, match="custom_id nests more than 50 deep"):
+        read_source(1, "", {"custom_id": {"a": deep}})
+
+
+def completion(text: str) -> Completion:
+    return Completion(text, (1, 2), "length", prompt_tokens=5, cached_tokens=0, timings=Timings(0, 0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_gguf: Path) -> Tokenizer:
+    return from_gguf(read_gguf(smollm2_gguf).metadata)
+
+
+def test_all_choices_of_a_line_are_in_one_result(tokenizer: Tokenizer) -> None:
+    texts = [completion("a"), completion("b")]
+    usage = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
+    ours = Source(1, "ab12", {"id": 7}).answer(texts, tokenizer, "m")
+    assert ours == {
+        "line": 1,
+        "digest": "ab12",
+        "id": 7,
+        "choices": [{"index": i, "text": t, "finish_reason": "length"} for i, t in enumerate("ab")],
+        "usage": usage,
+    }
+    body = read_source(1, "ab12", chat_line()).answer(texts, tokenizer, "m")["response"]["body"]
+    assert [(choice["index"], choice["message"]["content"]) for choice in body["choices"]] == [(0, "a"), (1, "b")]
+    assert body["usage"] == usage
 
 
 def test_lines_are_utf_8_whatever_they_say() -> None:
@@ -138,39 +344,3 @@ def test_lines_are_utf_8_whatever_they_say() -> None:
     data = as_line(value)
     assert data.decode().count("\n") == 1 and "é" in data.decode()
     assert json.loads(data) == value
-
-
-LINES = [as_line({"line": 1, "text": "é"}), as_line({"id": "batch_req_12", "custom_id": None}), as_line({"line": 3})]
-
-
-@pytest.mark.parametrize("kept", range(3))
-def test_a_torn_last_line_is_removed_wherever_it_was_torn(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "out.jsonl"
-    whole, last = b"".join(LINES[:kept]), LINES[kept]
-    for end in range(len(last)):
-        path.write_bytes(whole + last[:end])
-        file = ResultFile(path, resume=True)
-        assert file.done == set((1, 12)[:kept])
-        assert path.read_bytes() == whole
-        file.write({"line": 3})
-        assert path.read_bytes() == whole + LINES[2]
-    path.write_bytes(whole + last[:-2] + b"\n")  # torn in another way
-    ResultFile(path, resume=True)
-    assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize("data", [b"a prompt", b"Hi\nthere\n", b'{"prompt": "Hi"}\n', LINES[0][:-2] + b"\n" + LINES[2]])
-def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_bytes(data)
-    with pytest.raises(RequestError, match="is not an output of llamajax batch"):
-        ResultFile(path, resume=True)
-    with pytest.raises(RequestError, match="--resume continues it"):
-        ResultFile(path, resume=False)
-    assert path.read_bytes() == data
-
-
-def test_what_is_not_a_regular_file_is_written_too() -> None:
-    ResultFile(Path("/dev/null"), resume=True).write({"line": 1})
-    with pytest.raises(DiskFullError, match="cannot write to /dev/full: No space left on device"):
-        ResultFile(Path("/dev/full"), resume=True).write({"line": 1})
