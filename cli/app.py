@@ -12,11 +12,11 @@ import llamajax
 from llamajax.errors import LlamaJaxError
 from llamajax.text import one_line
 
+from .commands import models
 from .commands.batch import batch
 from .commands.bench import bench
 from .commands.chat import chat
 from .commands.info import info
-from .commands.models import models
 from .commands.perplexity import perplexity
 from .interrupt import INTERRUPTED
 
@@ -34,7 +34,7 @@ app = typer.Typer(
 )
 app.command(short_help="Answer a prompt, or hold a conversation.")(chat)
 app.command(short_help="Answer each line of a file.")(batch)
-app.command(short_help="List the models that have a short name.")(models)
+app.add_typer(models.app, name="models", short_help="List, fetch and remove models.")
 app.command(short_help="Describe a model, without loading it.")(info)
 app.command(short_help="Measure how fast a model is here.")(bench)
 app.command(short_help="Measure how well a model predicts a text.")(perplexity)

@@ -11,7 +11,7 @@ from llamajax import hub
 from llamajax.types import Device, DType
 
 from .interrupt import raised
-from .render import erase_if_interrupted, note
+from .render import erase_if_interrupted, human_bytes, note
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llamajax import LLM
 
 _BAR_AFTER_SECONDS = 1.0
+# Smaller ones are fast enough as they are.
+LARGE_BYTES = 500_000_000
 
 
 def resolve(model: str) -> Path:
@@ -47,7 +49,8 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     from llamajax.llm import find_device
     from llamajax.ops import native
 
-    if find_device(device).platform == "cpu" and not native.available():
+    on_cpu = find_device(device).platform == "cpu"
+    if on_cpu and not native.available():
         note(f"(slower than it could be: computed by {native.implementation()})")
     compiled: list[str] = []
     jax.monitoring.register_event_listener(
@@ -59,7 +62,24 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
         llm = llamajax.load(path, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
     if compiled:
         note("(first run of this model here: compiling for this machine; the next runs start quickly)")
+    if on_cpu and native.available():
+        _note_size(llm)
     return llm
+
+
+def _note_size(llm: "LLM") -> None:
+    """Says what bounds the speed of a large dense model on a CPU, and what helps."""
+    import jax
+
+    arrays = {id(array): array for array in jax.tree.leaves(llm._runner.model.llama().weights())}.values()
+    dense = [array for array in arrays if jax.numpy.issubdtype(array.dtype, jax.numpy.floating)]
+    size, quantized = sum(array.nbytes for array in dense), sum(array.size for array in dense) * 34 // 32
+    if size > LARGE_BYTES:
+        less = "halves" if size < 3 * quantized else "quarters"
+        note(
+            f"(each token reads {human_bytes(size)} of dense weights, which bounds the speed: --quantize q8_0 {less} "
+            f"them to {human_bytes(quantized)})"
+        )
 
 
 class _Bar:

@@ -1,6 +1,7 @@
 """The options that commands share: their names, help and ranges, once."""
 
 import os
+import secrets
 from typing import Annotated
 
 import typer
@@ -8,9 +9,30 @@ import typer
 from llamajax.hub.aliases import ALIASES
 from llamajax.types import MAX_THREADS, Device, DType
 
+from .render import note
 
-def _names(begun: str) -> list[str]:
+
+def model_names(begun: str) -> list[str]:
     return [name for name in ALIASES if name.startswith(begun)]
+
+
+class DrawnSeed(int):
+    """A seed that nobody knows before it is printed."""
+
+
+def _seed(text: str | int) -> int:
+    if text == "random":
+        return DrawnSeed(secrets.randbits(32))
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected an integer or 'random', not {text!r}") from None
+
+
+def note_seed(seed: int) -> None:
+    """Prints a seed that was drawn, so that the same answer can be drawn again."""
+    if isinstance(seed, DrawnSeed):
+        note(f"(seed {seed})")
 
 
 def _use_threads(number: int | None) -> None:
@@ -23,7 +45,7 @@ Model = Annotated[
     typer.Option(
         "-m",
         "--model",
-        autocompletion=_names,
+        autocompletion=model_names,
         help="A name ('llamajax models' lists them), a directory, a .gguf file, or a repository on the hub: "
         "its address, org/repo, or one of its GGUF files, org/repo:Q4_K_M or org/repo:file.gguf.",
     ),
@@ -60,7 +82,15 @@ TopP = Annotated[float, typer.Option("--top-p", help="Draw from the smallest set
 TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k most probable tokens; 0: all.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less probable than this, relative to the first.")]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeats become rarer.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same answer.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        parser=_seed,
+        metavar="<int|random>",
+        help="The same seed draws the same answer; random: one that is drawn now, and printed.",
+    ),
+]
 Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends the answer; may be given several times.")]
 Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="Tokens and speed, on stderr, after the answer.")]
 # Read by main, which handles errors; commands only accept it.

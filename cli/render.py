@@ -100,12 +100,13 @@ def progress_bar(unit: str, *, shown: bool, own_time: bool = False) -> Iterator[
         yield progress
 
 
-def as_json(completion: Completion, model: str) -> str:
-    """An answer as one JSON object."""
+def print_answer_json(completion: Completion, model: str, seed: int) -> None:
+    """Prints an answer as one JSON object."""
     generated = len(completion.token_ids)
-    text = json.dumps(
+    print_json(
         {
             "model": model,
+            "seed": seed,
             "text": completion.text,
             "token_ids": completion.token_ids,
             "finish_reason": completion.finish_reason,
@@ -119,10 +120,13 @@ def as_json(completion: Completion, model: str) -> str:
                 "decode_time": completion.timings.decode_time,
                 "tokens_per_second": completion.tokens_per_second,
             },
-        },
-        ensure_ascii=sys.stdout.encoding != "utf-8",
+        }
     )
-    return printable(text)
+
+
+def print_json(value: object) -> None:
+    """Prints a value as JSON, in one line."""
+    print(printable(json.dumps(value, ensure_ascii=sys.stdout.encoding != "utf-8")))
 
 
 def human_count(number: int) -> str:

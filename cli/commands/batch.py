@@ -109,6 +109,7 @@ def batch(
     if len(set(named)) < len(named):
         raise typer.BadParameter("the input, --output and --errors must be different files")
 
+    options.note_seed(seed)
     if system is not None:
         system = read_text(system, "the system message")
     given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}

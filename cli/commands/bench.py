@@ -154,6 +154,7 @@ def bench(
     if plot is not None and not find_spec("matplotlib"):
         raise RequestError("--plot needs matplotlib: pip install 'llamajax[plot]'")
 
+    options.note_seed(seed)
     llm = _load(random_weights or model, random_weights is not None, max_seq_len, dtype, device, seed)
     # After the settings that jax reads when it is imported.
     import jax

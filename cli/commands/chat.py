@@ -87,6 +87,8 @@ def chat(
 
     if system is not None:
         system = read_text(system, "the system message")
+    if stats:
+        options.note_seed(seed)
     llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device)
     if text is None:
         from ..repl import Repl
@@ -101,7 +103,7 @@ def chat(
     limit = max_new_tokens or ONE_ANSWER_TOKENS
     stream = llm.stream(text if raw else messages, max_new_tokens=limit, stop=stop, sampling=sampling)
     if as_json:
-        print(render.as_json(stream.finish(), model))
+        render.print_answer_json(stream.finish(), model, seed)
     else:
         render.write_stream(stream)
     if stats:

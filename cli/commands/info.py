@@ -1,15 +1,22 @@
 """`llamajax info`: what a model is, without loading its weights."""
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
 
+import typer
+
+from llamajax.config import LlamaConfig
 from llamajax.hub.aliases import DEFAULT
 
 from .. import loading, options
-from ..render import human_bytes, human_count, print_rows
+from ..render import human_bytes, human_count, print_json, print_rows
 
 
 def info(
     model: options.Model = DEFAULT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
     dtype: options.DTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
@@ -29,10 +36,32 @@ def info(
     config, chosen = checkpoint.config, find_device(device)
     kept = cache_dtype(chosen, dtype)
     formats = Counter(tensor.format for tensor in checkpoint.tensors.values())
-    kv_bytes = config.kv_bytes_per_token(kept.itemsize)
-    rows = {
+    facts: dict[str, Any] = {
         "model": model,
-        "path": path,
+        "path": str(path),
+        "parameters": config.num_parameters,
+        "config": asdict(config),
+        "tensors": dict(formats.most_common()),
+        "bytes_on_disk": sum(tensor.data.nbytes for tensor in checkpoint.tensors.values()),
+        "bytes_in_memory": bytes_in_memory(config, checkpoint.tensors, dtype, chosen.platform),
+        "cache_dtype": kept.name,
+        "cache_bytes_per_token": config.kv_bytes_per_token(kept.itemsize),
+        "device": chosen.device_kind,
+        "platform": chosen.platform,
+        "jax": jax.__version__,
+        "computed_by": native.implementation() if chosen.platform == "cpu" else "XLA",
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        _print_facts(facts, config)
+
+
+def _print_facts(facts: Mapping[str, Any], config: LlamaConfig) -> None:
+    kv_bytes = facts["cache_bytes_per_token"]
+    rows = {
+        "model": facts["model"],
+        "path": facts["path"],
         "parameters": f"{config.num_parameters:,} ({human_count(config.num_parameters)})",
         "layers": config.num_hidden_layers,
         "hidden size": config.hidden_size,
@@ -43,13 +72,13 @@ def info(
         "context": f"{config.max_position_embeddings} tokens",
         "RoPE": f"theta {config.rope_theta:g}" + (", scaled" if config.rope_divisors else ""),
         "embeddings": "tied" if config.tie_word_embeddings else "untied",
-        "tensors": ", ".join(f"{count} {name}" for name, count in formats.most_common()),
-        "on disk": human_bytes(sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())),
-        "in memory": human_bytes(bytes_in_memory(config, checkpoint.tensors, dtype, chosen.platform)),
-        "KV cache": f"{human_bytes(kv_bytes)} a token ({kept.name}), "
+        "tensors": ", ".join(f"{count} {name}" for name, count in facts["tensors"].items()),
+        "on disk": human_bytes(facts["bytes_on_disk"]),
+        "in memory": human_bytes(facts["bytes_in_memory"]),
+        "KV cache": f"{human_bytes(kv_bytes)} a token ({facts['cache_dtype']}), "
         f"{human_bytes(kv_bytes * config.max_position_embeddings)} for the whole context",
-        "device": f"{chosen.device_kind} ({chosen.platform}), jax {jax.__version__}",
+        "device": f"{facts['device']} ({facts['platform']}), jax {facts['jax']}",
     }
-    if chosen.platform == "cpu":
-        rows["computed by"] = native.implementation()
+    if facts["platform"] == "cpu":
+        rows["computed by"] = facts["computed_by"]
     print_rows(rows)

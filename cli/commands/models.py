@@ -1,12 +1,76 @@
-"""`llamajax models`: the names there are."""
+"""`llamajax models`: the names there are; fetches models and removes them."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
 
 from llamajax import hub
+from llamajax.hub.stored import remove, size_bytes, stored
 
-from ..render import human_bytes, human_count
+from .. import loading, options
+from ..render import human_bytes, human_count, note, print_json
+
+app = typer.Typer()
+
+Names = Annotated[
+    list[str],
+    typer.Argument(metavar="NAME", help="A short name, or a hub id: org/repo.", autocompletion=options.model_names),
+]
 
 
-def models() -> None:
+@app.callback(invoke_without_command=True)
+def models(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of the table.")] = False,
+) -> None:
     """List the models that have a short name, and which are on disk already."""
+    if context.invoked_subcommand is None:
+        print_json([_facts(alias) for alias in hub.ALIASES.values()]) if as_json else _print_table()
+
+
+@app.command()
+def pull(names: Names, debug: options.Debug = False) -> None:
+    """Fetch models, and print where they are."""
+    for name in names:
+        print(loading.resolve(name), flush=True)
+
+
+@app.command()
+def rm(
+    names: Names,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Remove fetched models from the disk."""
+    paths = {path: None for name in names for path in stored(name)}
+    what = f"{', '.join(names)} ({human_bytes(sum(map(size_bytes, paths)))})"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter(f"give -y to remove {what}: stdin is no terminal to ask on")
+        if not typer.confirm(f"Remove {what}?", err=True):
+            raise typer.Exit(1)
+    for path in paths:
+        remove(path)
+    note(f"(removed {what})")
+
+
+def _facts(alias: hub.Alias) -> dict[str, Any]:
+    path = hub.on_disk(alias)
+    return {
+        "name": alias.name,
+        "default": alias.name == hub.DEFAULT,
+        "repo": alias.repo,
+        "parameters": alias.parameters,
+        "context": alias.context,
+        "size_bytes": alias.size_bytes,
+        "licence": alias.licence,
+        "gated": alias.gated,
+        "path": path and str(path),
+    }
+
+
+def _print_table() -> None:
     rows = [("NAME", "PARAMETERS", "CONTEXT", "SIZE", "LICENCE", "ON DISK")]
     for alias in hub.ALIASES.values():
         licence = alias.licence + (" (to be accepted on the hub)" if alias.gated else "")

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_json_is_the_same_answer_with_the_documented_defaults(story: Finished, t
     file.write_text(STORY)
     defaults = ("--seed", "42", "--temperature", "0.6", "--top-p", "0.9")
     told = answer(f"@{file}", "-n", "20", *defaults)
-    assert set(told) == {"model", "text", "token_ids", "finish_reason", "usage", "timings"}
+    assert set(told) == {"model", "seed", "text", "token_ids", "finish_reason", "usage", "timings"}
     assert told["model"] == "smollm2-135m-instruct"
     assert told["text"] == story.stdout.removesuffix("\n")
     assert told["finish_reason"] == "length"
@@ -75,6 +76,30 @@ def test_another_seed_gives_another_answer(story: Finished) -> None:
     other = run("chat", "-p", STORY, "-n", "20", "--seed", "7", "--no-stats")
     assert (other.code, other.notes) == (0, [])
     assert other.stdout != story.stdout
+
+
+def test_a_drawn_seed_is_told_and_draws_the_answer_again(shallow_model: str) -> None:
+    options = ("-m", shallow_model, "Hi", "-n", "20", "--json")
+    first, second = (run("chat", *options, "--seed", "random") for _ in range(2))
+    seed, other = (json.loads(done.stdout)["seed"] for done in (first, second))
+    assert first.notes[0] == f"(seed {seed})" and seed != other
+    assert answer(*options[:-1], "--seed", str(seed))["token_ids"] == json.loads(first.stdout)["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word"), [("float32", "quarters"), ("bfloat16", "halves"), ("q8_0", None), ("auto", None)]
+)
+def test_a_large_dense_model_says_what_bounds_its_speed(shallow_model: str, dtype: str, word: str | None) -> None:
+    """One of more than half a gigabyte takes long to make: here, of more than a megabyte."""
+    code = "import sys; from llamajax_cli import loading, main; loading.LARGE_BYTES = 10**6; main.main()"
+    options = ("chat", "-m", shallow_model, "Hi", "-n", "2", "--no-stats", "--dtype", dtype, "--device", "cpu")
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=120)
+    lines = notes(done.stderr)
+    if word is None or "(slower than it could be" in done.stderr:
+        assert lines == []
+    else:
+        [line] = lines
+        assert re.search(rf"reads [\d.]+ MB of dense weights.*--quantize q8_0 {word} them to [\d.]+ MB", line)
 
 
 def test_greedy_needs_no_seed_and_a_stop_text_cuts_before_it(greedy_story: dict[str, Any]) -> None:
@@ -200,7 +225,8 @@ def test_no_color_leaves_a_terminal_without_styles(shallow_model: str) -> None:
         (["--temperature", "-1"], "temperature must be in [0, 1000000], not -1.0"),
         (["--temperature", "nan"], "temperature must be in [0, 1000000], not nan"),
         (["--top-p", "0"], "top_p must be in (0, 1], not 0.0"),
-        (["--seed", "-1"], "seed must be an integer in [0, 2**32), not -1"),
+        (["--seed", "1.5"], "'--seed': expected an integer or 'random', not '1.5'"),
+        (["--seed", str(2**63)], f"seed must be an integer in [-2**63, 2**63), not {2**63}"),
         (["--dtype", "int3"], "'--dtype'"),
         (["--device", "abacus"], "'--device'"),
         (["--stop", ""], "a stop text must not be empty"),

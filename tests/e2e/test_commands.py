@@ -1,6 +1,7 @@
 """`llamajax models`, `info` and help: facts about models, without loading any."""
 
 import importlib.metadata
+import json
 import os
 import re
 import resource
@@ -148,6 +149,17 @@ def test_info_of_the_default_model(default_model: None, smollm2_gguf: Path) -> N
     whole = f"{kv_bytes * 8192 / 1e6:.3g} MB for the whole context"
     assert told["KV cache"] == f"{kv_bytes / 1e3:.3g} kB a token ({dtype}), {whole}"
     assert "(cpu)" in told["device"]
+
+
+def test_info_as_json(default_model: None, smollm2_gguf: Path) -> None:
+    done = run("info", "--json", "--device", "cpu")
+    assert (done.code, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert Path(told["path"]).samefile(smollm2_gguf)
+    assert told["parameters"] == 134_515_008
+    assert told["config"]["num_hidden_layers"] == 30
+    assert told["tensors"] == {"q4_1": 210, "f32": 61, "q8_0": 1}
+    assert told["platform"] == "cpu"
 
 
 def test_info_does_not_load_the_weights(tmp_path: Path) -> None:
