@@ -61,20 +61,32 @@ class ChatTemplate:
           RequestError: malformed messages or variables, or the template refuses them.
           TokenizerError: the template is broken or hostile.
         """
-        dated = {} if date_string is None else {"date_string": date_string}
+        return self.render_each(
+            [messages], add_generation_prompt=add_generation_prompt, date_string=date_string, **variables
+        )[0]
+
+    def render_each(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        add_generation_prompt: bool = True,
+        date_string: str | None = None,
+        **variables: Any,
+    ) -> list[str]:
+        """Several conversations, for little more than the price of one. Arguments and errors as of `render`."""
+        given = {
+            **self.special_tokens,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            **({} if date_string is None else {"date_string": date_string}),
+            **variables,
+        }
         return sandbox.render(
             self.source,
-            {
-                **self.special_tokens,
-                "messages": _checked(messages),
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                "bos_token": self.bos_token,
-                "eos_token": self.eos_token,
-                **dated,
-                **variables,
-            },
+            *({**given, "messages": _checked(messages)} for messages in conversations),
         )
 
 
@@ -105,7 +117,7 @@ def encode_chat(
     checked = _checked(messages)
     literal = special_pattern(tuple(tokenizer.special_tokens))
 
-    def render(broken_after: str) -> str:
+    def guard(broken_after: str) -> list[Message]:
         guarded: list[Message] = []
         for i, message in enumerate(checked):
             broken = re.sub(broken_after, rf"\g<0>{BREAK}", well_formed(message["content"]))
@@ -113,10 +125,11 @@ def encode_chat(
             if continue_final_message and i == len(checked) - 1:
                 content += f"{_END} "
             guarded.append({"role": message["role"], "content": content})
-        text = template.render(guarded, add_generation_prompt=add_generation_prompt, **variables)
-        return _up_to_end(text) if continue_final_message else text
+        return guarded
 
-    text, safe_text = render(rf"(?={literal.pattern})[\s\S]"), render(r"\S(?=\S)")
+    conversations = guard(rf"(?={literal.pattern})[\s\S]"), guard(r"\S(?=\S)")
+    texts = template.render_each(conversations, add_generation_prompt=add_generation_prompt, **variables)
+    text, safe_text = map(_up_to_end, texts) if continue_final_message else texts
     if literal.findall(text) != literal.findall(safe_text):
         text = safe_text
     # split gives text, index, text, ...

@@ -35,10 +35,11 @@ def start() -> None:
         _running()
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
-    """
+def render(source: str, *variables: Mapping[str, Any]) -> list[str]:
+    """A template's text with each set of variables.
+
     Args:
-      source: a Jinja template.
+      source: Jinja.
       variables: what it may use: values that JSON can express.
 
     Raises:
@@ -47,7 +48,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     """
     request = {
         "source": source,
-        "variables": variables,
+        "each": variables,
         "now": datetime.now().isoformat(),
         "max_chars": MAX_CHARS,
         "max_seconds": MAX_SECONDS,
@@ -57,12 +58,12 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"a chat template's variables must be values that JSON has: {one_line(error)}") from None
     with _lock:
-        kind, text = _running().ask(line, MAX_SECONDS)
+        kind, texts = _running().ask(line, MAX_SECONDS)
     if kind == "refused":
-        raise RequestError(f"the chat template refuses this conversation: {one_line(text)}")
+        raise RequestError(f"the chat template refuses this conversation: {one_line(texts[0])}")
     if kind == "failed":
-        raise TokenizerError(f"the chat template failed: {one_line(text)}")
-    return text
+        raise TokenizerError(f"the chat template failed: {one_line(texts[0])}")
+    return texts
 
 
 class _Process:
@@ -91,7 +92,7 @@ class _Process:
     def is_usable(self) -> bool:
         return self._process.poll() is None and self._parent == os.getpid()  # a fork has its parent's
 
-    def ask(self, request: str, max_seconds: float) -> tuple[str, str]:
+    def ask(self, request: str, max_seconds: float) -> tuple[str, list[str]]:
         """The reply to a request. After any failure, also Ctrl-C, the process is gone, and with it a late reply."""
         assert self._process.stdin and self._process.stdout
         try:
@@ -101,8 +102,8 @@ class _Process:
             with suppress(BrokenPipeError):
                 print(request, file=self._process.stdin, flush=True)
             if reply := self._process.stdout.readline():
-                kind, text = json.loads(reply)
-                return kind, text
+                kind, texts = json.loads(reply)
+                return kind, texts
             if not self._is_ready:
                 raise TokenizerError(f"cannot start the process that renders chat templates ({sys.executable})")
             if time.monotonic() - began >= max_seconds:

@@ -41,16 +41,16 @@ def main(max_bytes: int) -> None:
             faulthandler.cancel_dump_traceback_later()
 
 
-def _answer(source: str, variables: dict[str, Any], now: str, max_chars: int) -> tuple[str, str]:
-    """What became of a template, "text", "refused" or "failed", and the text or the reason."""
+def _answer(source: str, each: list[dict[str, Any]], now: str, max_chars: int) -> tuple[str, list[str]]:
+    """What became of a template with each set of variables: "text" and the texts, or "refused" or "failed" and why."""
     try:
-        given = {"strftime_now": datetime.fromisoformat(now).strftime} | variables
-        chunks = _template(source).generate(given)
-        return "text", "".join(_bounded(chunks, max_chars))
+        given = {"strftime_now": datetime.fromisoformat(now).strftime}
+        template = _template(source)
+        return "text", ["".join(_bounded(template.generate(given | variables), max_chars)) for variables in each]
     except _RefusedError as error:
-        return "refused", str(error)[:1000]
+        return "refused", [str(error)[:1000]]
     except Exception as error:  # a template may fail in any way
-        return "failed", f"{type(error).__name__}: {error}"[:1000]
+        return "failed", [f"{type(error).__name__}: {error}"[:1000]]
 
 
 @lru_cache(maxsize=16)
