@@ -67,7 +67,7 @@ class ChatTemplate:
 
     def render_each(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: Sequence[Sequence[AnyMessage]],
         *,
         add_generation_prompt: bool = True,
         date_string: str | None = None,
