@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-from compare_llamacpp import PREFILL_TOKENS, LlamaCpp
+from compare_llamacpp import PREFILL_TOKENS, LlamaCpp, load_model
 
 import llamajax
 from llamajax import hub
@@ -28,7 +28,10 @@ def main() -> None:
 
     ours = llamajax.load(path, device="cpu")
     theirs = SimpleNamespace(  # what `measure` asks of a model
-        config=ours.config, tokenizer=ours.tokenizer, max_seq_len=ours.max_seq_len, logits=LlamaCpp(path).logits
+        config=ours.config,
+        tokenizer=ours.tokenizer,
+        max_seq_len=ours.max_seq_len,
+        logits=LlamaCpp(load_model(path)).logits,
     )
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder, "float32")
