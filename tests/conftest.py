@@ -69,8 +69,12 @@ def spm_model() -> Path:
 @pytest.fixture(scope="session")
 def mixed_lines() -> list[str]:
     """10,000 lines, always the same, of everything that tokenizers disagree about."""
+    return make_mixed_lines(10_000)
+
+
+def make_mixed_lines(count: int) -> list[str]:
     rng = random.Random(0)
-    return ["".join(_fragment(rng) for _ in range(rng.randint(1, 8))) for _ in range(10_000)]
+    return ["".join(_fragment(rng) for _ in range(rng.randint(1, 8))) for _ in range(count)]
 
 
 _SCRIPTS = """
