@@ -9,7 +9,7 @@ from pathlib import Path
 from select import select
 
 from llamajax.errors import RequestError
-from llamajax.text import from_utf8
+from llamajax.utf8 import from_utf8
 
 from .render import note
 

@@ -1,11 +1,20 @@
 """Every error llamajax raises on purpose.
 
-Each message says what was expected, what was found and what to do; the command line prints it as one line.
+Each message says what was expected, what was found and what to do, in one line.
 """
+
+import re
+
+from llamajax.text import printable, well_formed
+
+_LONGEST = 4000
 
 
 class LlamaJaxError(Exception):
-    """Base of all of them."""
+    """Base of all of them. Names and values of a file in a message cannot break its line or steer a terminal."""
+
+    def __str__(self) -> str:
+        return printable(well_formed(re.sub(r"\s*[\r\n]\s*", " ", super().__str__())))[:_LONGEST]
 
 
 class ConfigError(LlamaJaxError):

@@ -10,7 +10,7 @@ import typer
 
 from llamajax.errors import RequestError
 from llamajax.hub.aliases import DEFAULT
-from llamajax.text import from_utf8
+from llamajax.utf8 import from_utf8
 
 from .. import loading, options
 from ..interrupt import raised

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llamajax.errors import LlamaJaxError, RequestError
-from llamajax.text import from_utf8, one_line
+from llamajax.text import one_line
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import Completion, Message
+from llamajax.utf8 import from_utf8
 
 from . import answers, protocol
 

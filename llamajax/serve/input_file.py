@@ -10,7 +10,7 @@ from threading import Thread
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from llamajax.errors import RequestError
-from llamajax.text import from_utf8
+from llamajax.utf8 import from_utf8
 
 from .batch_file import read_object, read_text
 

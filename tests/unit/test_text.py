@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamajax.errors import RequestError
-from llamajax.text import from_utf8, one_line, printable
+from llamajax.text import one_line, printable
+from llamajax.utf8 import from_utf8
 
 GREETING = "Grüße, 世界 🦙\n\tund alle"
 
