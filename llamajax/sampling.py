@@ -100,7 +100,7 @@ def sample(
       prompt_mask: which tokens occur in the prompt.
       counts: how often each token occurs in the answer so far.
 
-    Returns the tokens; V, which is none, where the scores are not numbers.
+    Returns the tokens; V, which is none, where a score is NaN or infinite.
     """
     logits = _penalize(_biased(logits, sampling), sampling, prompt_mask, counts)
     greedy = sampling.temperature < _GREEDY_TEMPERATURE
@@ -112,7 +112,7 @@ def sample(
         return jax.lax.cond(greedy.any(), lambda: jnp.where(greedy, _argmax(logits), drawn), lambda: drawn)
 
     token = jax.lax.cond(greedy.all(), lambda: _argmax(logits), draw)
-    return jnp.where(jnp.isnan(logits).any(axis=-1), logits.shape[1], token)
+    return jnp.where((logits < jnp.inf).all(axis=-1), token, logits.shape[1])
 
 
 def top_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, "B"]) -> TopLogprobs:

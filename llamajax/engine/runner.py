@@ -202,7 +202,7 @@ class Runner:
         now = time.perf_counter()
         ids = [id for id in drawn.tokens[row].tolist() if id >= 0]
         if self.config.vocab_size in ids:
-            raise CheckpointError("the model's scores are not numbers (NaN): its weights are broken")
+            raise CheckpointError("the model's scores are not finite numbers: its weights are broken")
         if drawn.logprobs is None or num_logprobs is None:
             return [Token(id, None, now) for id in ids]
         chosen, top, top_ids = (x[row] for x in drawn.logprobs)

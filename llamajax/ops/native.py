@@ -20,13 +20,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
-from llamajax.errors import PlatformError
+from llamajax.errors import CheckpointError, PlatformError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
 from llamajax.ops.stacked import Stacked
 
 # Formats whose blocks hold in a file what they hold when packed: all but the order, or the scales' kind, is the same.
 MOVED_FORMATS = ("q4_0", "q4_1", "q8_0")
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+NOT_FINITE = "{} has a scale that is not finite (NaN or infinite): the file is broken, fetch or convert it again"
 _Weight = TypeVar("_Weight")
 _LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
@@ -66,6 +67,7 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(_LIBRARY))
         for name in ("llamajax_linear", "llamajax_attention", "llamajax_threshold"):
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        library.llamajax_pack.restype = ctypes.c_bool
         library.llamajax_pack.argtypes = [
             ctypes.c_void_p,
             *[ctypes.c_int64] * 4,
@@ -87,12 +89,17 @@ def _instruction_set(library: ctypes.CDLL) -> str:
 
 
 def pack(
-    layers: Iterable[Sequence[UInt8[np.ndarray, "n bytes"]]], num_layers: int, order: Int[np.ndarray, "N"], name: str
+    layers: Iterable[Sequence[UInt8[np.ndarray, "n bytes"]]],
+    paths: Sequence[str],
+    order: Int[np.ndarray, "N"],
+    name: str,
 ) -> list[PackedWeight]:
-    """What `packed.pack` makes of rows of a file's blocks, of as many layers, in one array.
+    """What `packed.pack` makes of rows of a file's blocks, of the parameters of these paths, in one array.
 
     A layer's rows are those stored, one array below the other, in this order. For MOVED_FORMATS only. XLA's programs
     take longer to be read from their cache than this does.
+
+    Raises CheckpointError for a scale or an offset that is not finite.
     """
     format = PACKED_FORMATS[name]
     head, quants = 2 + 2 * format.has_offsets, format.block * format.bits // 8
@@ -103,11 +110,13 @@ def pack(
         num_blocks = stored[0].shape[1] // (head + quants)
         if layer == 0:
             group_bytes = format.first_block + num_blocks * format.block_bytes
-            data = _aligned((num_layers, -(-len(order) // GROUP), group_bytes), np.uint8)
+            data = _aligned((len(paths), -(-len(order) // GROUP), group_bytes), np.uint8)
         rows = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in stored])[order]
-        library.llamajax_pack(
+        finite = library.llamajax_pack(
             rows.ctypes.data, len(rows), num_blocks, head, quants, 128 * signed, format.zero, data[layer].ctypes.data
         )
+        if not finite:
+            raise CheckpointError(NOT_FINITE.format(paths[layer]))
     return [PackedWeight(array, len(order), name) for array in _layers_of(data)]
 
 

@@ -59,8 +59,8 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes a token stands for, maybe a part of a character; b"" for a special token.
 
-        Raises:
-          TokenizerError: the id is not in [0, vocab_size).
+        Also b"" for an id outside the vocabulary: embeddings may have more rows than there are tokens, and such a
+        row may be drawn.
         """
 
     def encode_template(self, text: str) -> list[int]:
@@ -104,11 +104,6 @@ def stop_ids(special_tokens: Mapping[str, int], *eos_ids: int | None) -> frozens
     """The declared end-of-text ids and every special token known to end something."""
     known = (special_tokens.get(literal) for literal in _END_TOKENS)
     return frozenset(i for i in (*eos_ids, *known) if i is not None)
-
-
-def check_id(token_id: int, vocab_size: int) -> None:
-    if not 0 <= token_id < vocab_size:
-        raise TokenizerError(f"token id {token_id} is outside this tokenizer's vocabulary, 0 to {vocab_size - 1}")
 
 
 @lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 
 from llamajax.text import well_formed
-from llamajax.tokenizers.base import BYTE, SPACE, Tokenizer, check_id, looks_special, refused, split_special, stop_ids
+from llamajax.tokenizers.base import BYTE, SPACE, Tokenizer, looks_special, refused, split_special, stop_ids
 from llamajax.tokenizers.config import AddedToken, TokenizerConfig
 
 _NO_CONFIG = TokenizerConfig()
@@ -67,7 +67,6 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        check_id(token_id, self.vocab_size)
         token = self._tokens.get(token_id, "")  # "" for a hole in the numbering
         if not self._is_byte_level:
             byte = BYTE.fullmatch(token)

@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llamajax.text import well_formed
-from llamajax.tokenizers.base import BYTE, SPACE, Tokenizer, check_id, looks_special, refused, split_special, stop_ids
+from llamajax.tokenizers.base import BYTE, SPACE, Tokenizer, looks_special, refused, split_special, stop_ids
 from llamajax.tokenizers.config import TokenizerConfig
 
 _Piece = ModelProto.SentencePiece
@@ -60,7 +60,6 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        check_id(token_id, self.vocab_size)
         return self._bytes.get(token_id, b"")
 
 

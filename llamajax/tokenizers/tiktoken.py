@@ -12,7 +12,7 @@ import tiktoken
 
 from llamajax.errors import TokenizerError
 from llamajax.text import well_formed
-from llamajax.tokenizers.base import Tokenizer, check_id, refused, stop_ids
+from llamajax.tokenizers.base import Tokenizer, refused, stop_ids
 from llamajax.tokenizers.config import TokenizerConfig
 from llamajax.tokenizers.splits import LLAMA3
 
@@ -59,8 +59,7 @@ class TiktokenTokenizer(Tokenizer):
         return [i for chunk in _chunks(well_formed(text)) for i in self._encoding.encode_ordinary(chunk)]
 
     def token_bytes(self, token_id: int) -> bytes:
-        check_id(token_id, self.vocab_size)
-        return self._bytes[token_id] if token_id < _NUM_RANKS else b""
+        return self._bytes[token_id] if 0 <= token_id < _NUM_RANKS else b""
 
 
 def load_tiktoken(path: Path, config: TokenizerConfig = _NO_CONFIG) -> TiktokenTokenizer:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
@@ -81,7 +81,7 @@ def load_weights(
             weights: Iterable[Weight]
             if _is_moved(plan[first], formats(first), dtype, device.platform):
                 layers = ([tensor.data for tensor in layer] for layer in stored(group))
-                weights = native.pack(layers, len(group), _rows_in_order(plan[first]), formats(first)[0])
+                weights = native.pack(layers, list(group), _rows_in_order(plan[first]), formats(first)[0])
             else:
                 weights = shared(converted(group), len(group), device.platform)
             for parameter, weight in zip(group.values(), weights, strict=True):
@@ -155,7 +155,11 @@ def _convert(path: str, parts: list[Source], stored: list[StoredTensor], dtype: 
     data = tuple(tensor.data for tensor in stored)
     is_matrix = len(parts[0].shape) == 2
     if dtype == "auto" and is_matrix and keeps_blocks(platform) and set(formats) <= FORMATS.keys():
-        return _packed(data, formats, heads)
+        weight, finite = _packed(data, formats, heads)
+        # Abstract where only the memory is asked for.
+        if not isinstance(finite, jax.core.Tracer) and not finite:
+            raise CheckpointError(native.NOT_FINITE.format(path))
+        return weight
     if dtype in QUANTIZABLE and is_matrix:
         name = block_format(path, dtype)
         if parts[0].shape[1] % FORMATS[name].weights:
@@ -184,15 +188,22 @@ def _convert(path: str, parts: list[Source], stored: list[StoredTensor], dtype: 
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _packed(stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...]) -> Weight:
-    """Parts in the blocks they are stored in: one weight if these are of one format, else one for each part."""
+def _packed(
+    stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...]
+) -> tuple[Weight, Bool[jax.Array, ""]]:
+    """Parts in the blocks they are stored in: one weight if these are of one format, else one for each part.
+
+    And whether their scales and offsets are finite.
+    """
     parts = [
         jax.tree.map(partial(_half_split, num_heads=num_heads), split(data, format))
         for data, format, num_heads in zip(stored, formats, heads, strict=True)
     ]
+    numbers = jax.tree.leaves([(part.scale, part.offset) for part in parts])
+    finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
     if len(set(formats)) == 1:
-        return pack(jax.tree.map(lambda *x: jnp.concatenate(x), *parts), formats[0])
-    return tuple(pack(part, format) for part, format in zip(parts, formats, strict=True))
+        return pack(jax.tree.map(lambda *x: jnp.concatenate(x), *parts), formats[0]), finite
+    return tuple(pack(part, format) for part, format in zip(parts, formats, strict=True)), finite
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -174,7 +174,7 @@ def test_greedy_is_of_the_penalized_scores() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_scores_that_are_not_numbers_give_no_token(temperature: float) -> None:
-    logits = [[0, 0, 90, 0], [np.nan, 0, 90, 0], [0, 0, 90, 0], [np.nan] * 4]
+    logits = [[0, 0, 90, 0], [np.nan, 0, 90, 0], [0, -np.inf, 90, 0], [np.inf, 0, 0, 0]]
     rows = [replace(OFF, temperature=t) for t in (0, 0, temperature, temperature)]
     assert draw_four(logits, rows) == [2, 97, 2, 97]
     assert draw_four(logits, rows[::-1]) == [2, 97, 2, 97]

@@ -361,11 +361,12 @@ extern "C" void llamajax_limit(const char* most) {
 
 // What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, which are a scale, or a scale and
 // an offset that become multiples of a step; then quants, of which each byte is changed by `flip`. Rows of zeros fill
-// the last group.
-extern "C" void llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head,
+// the last group. Returns whether all numbers are finite.
+extern "C" bool llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head,
                               int64_t quants, uint8_t flip, int64_t zero, uint8_t* packed) {
   const int64_t size = head + quants;
   const std::vector<uint8_t> zeros(num_blocks * size);
+  float sum = 0;  // of zeros; NaN if there is a number that is not finite
   const auto numbers = [&](const uint8_t* block) {
     Half read[2];
     std::memcpy(read, block, sizeof read);
@@ -386,6 +387,7 @@ extern "C" void llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int6
         }
         inverse[r] = most > 0 ? INT16_MAX / most : 0;
         const float step = most * (1.0f / INT16_MAX) + nothing;
+        sum += nothing;
         std::memcpy(packed, &step, 4);
       }
     }
@@ -398,6 +400,9 @@ extern "C" void llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int6
           std::memcpy(packed + 4 * r, pair, 4);
         } else {
           std::memcpy(packed + 2 * r, block, 2);
+          Half scale;
+          std::memcpy(&scale, block, 2);
+          sum += 0 * portable::widen(scale);
         }
         for (int64_t i = 0; i < quants; i += 4) {
           uint32_t four;
@@ -408,4 +413,5 @@ extern "C" void llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int6
       }
     }
   }
+  return sum == 0;
 }

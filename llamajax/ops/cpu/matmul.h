@@ -123,7 +123,7 @@ inline int64_t tile_of_pair(const uint8_t* const* pair, const int8_t* quants, co
 }
 
 // Row `row` of x to int8, as row `at` of `rounded`: each block with its largest magnitude at 127; of x * norm / rms(x)
-// if there is a norm.
+// if there is a norm. A block with NaN or an infinity has NaN for its scale, since rounding and max lose them.
 template <class F>
 inline void round_row(const Product& p, int64_t row, int64_t at, RoundedX& rounded) {
   constexpr int kParts = F::kBlock / kLanes;
@@ -137,12 +137,13 @@ inline void round_row(const Product& p, int64_t row, int64_t at, RoundedX& round
     factor = 1 / std::sqrt(sum(squares) / p.K + p.eps);
   }
   for (int64_t b = 0; b < p.K / F::kBlock; ++b) {
-    Floats part[kParts], largest = all(0.0f);
+    Floats part[kParts], largest = all(0.0f), nothing = all(0.0f);
     for (int i = 0; i < kParts; ++i) {
       const int64_t k = b * F::kBlock + i * kLanes;
       part[i] = load(x + k);
       if (p.norm) part[i] = part[i] * all(factor) * load(p.norm + k);
       largest = max(largest, max(part[i], -part[i]));
+      nothing = fma(part[i], all(0.0f), nothing);  // or NaN
     }
     const float amount = maximum(largest);
     const Floats inverse = all(amount > 0 ? 127 / amount : 0);
@@ -153,7 +154,7 @@ inline void round_row(const Product& p, int64_t row, int64_t at, RoundedX& round
       total = add(total, rounded);
     }
     const int32_t quant_sum = sum(total);
-    blocks[b] = {amount / 127, quant_sum, int32_t(-p.zero) * quant_sum};
+    blocks[b] = {has_nan(nothing) ? NAN : amount / 127, quant_sum, int32_t(-p.zero) * quant_sum};
   }
 }
 

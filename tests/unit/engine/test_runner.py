@@ -184,5 +184,5 @@ def test_warm_up_of_a_short_context(max_seq_len: int) -> None:
 def test_warm_up_reports_broken_weights() -> None:
     weights = random_weights()
     weights["norm.weight"][3] = np.nan
-    with pytest.raises(CheckpointError, match="not numbers"):
+    with pytest.raises(CheckpointError, match="not finite numbers"):
         tiny_runner(512, weights=weights).warm_up()

@@ -332,5 +332,5 @@ def test_broken_weights_are_reported(sampling: SamplingParams) -> None:
     weights = random_weights()
     weights["layers.1.mlp.down_proj.weight"][0, 0] = np.nan
     runner = tiny_runner(512, weights=weights)
-    with pytest.raises(CheckpointError, match="not numbers"):
+    with pytest.raises(CheckpointError, match="not finite numbers"):
         answer(runner, random_ids(3), 5, sampling)

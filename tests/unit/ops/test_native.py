@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamajax import ops
+from llamajax.errors import CheckpointError
 from llamajax.ops import native
 from llamajax.ops.packed import PACKED_FORMATS, PackedWeight, pack, unpack_rows
 from llamajax.ops.quants import FORMATS, split
@@ -89,11 +90,39 @@ def test_packed_weights_are_the_files(format: str) -> None:
 def test_moved_rows_are_packed_ones(format: str, order: list[int], num_blocks: int) -> None:
     layers = [random_blocks(format, 35, num_blocks, seed=seed) for seed in range(3)]
     parts = ([rows[:20], rows[20:]] for rows in layers)
-    for found, rows in zip(native.pack(parts, 3, np.array(order[:33]), format), layers, strict=True):
+    for found, rows in zip(native.pack(parts, ["a", "b", "c"], np.array(order[:33]), format), layers, strict=True):
         expected = _packed(rows[order[:33]], format)
         assert found.shape == expected.shape == (33, 32 * num_blocks)
         np.testing.assert_array_equal(alone(found.data)[:2], expected.data[:2])
         np.testing.assert_array_equal(unpack_rows(found, jnp.array([32])), unpack_rows(expected, jnp.array([32])))
+
+
+@pytest.mark.parametrize("format", native.MOVED_FORMATS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_moved_scales_and_offsets_must_be_finite(format: str, value: float) -> None:
+    size = FORMATS[format].bytes
+    for offset in (0, 2) if format == "q4_1" else (0,):
+        blocks = random_blocks(format, 20, 3, seed=1)
+        at = 2 * size + offset
+        blocks[17, at : at + 2] = np.array([value], "<f2").view(np.uint8)
+        layers = [[random_blocks(format, 20, 3, seed=0)], [blocks]]
+        with pytest.raises(CheckpointError, match=r"^second has a scale that is not finite"):
+            native.pack(layers, ["first", "second"], np.arange(20), format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_a_row_with_a_number_that_is_not_finite_becomes_nan(instruction_set: str, format: str, value: float) -> None:
+    packed, _ = random_weight(format, 37, 2 * UNIT[format])
+    K = packed.shape[1]
+    x = np.random.default_rng(0).standard_normal((7, K)).astype(np.float32)
+    expected = np.asarray(ops.linear(x, packed))
+    for row, column in ((0, 0), (3, 13), (6, K - 1), (5, 16)):
+        broken = x.copy()
+        broken[row, column] = value
+        found = np.asarray(ops.linear(broken, packed))
+        assert np.isnan(found[row]).all()
+        np.testing.assert_array_equal(np.delete(found, row, 0), np.delete(expected, row, 0))
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,5 +1,6 @@
 """Weights that are rounded to blocks while they are loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,7 @@ from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
 from llamajax.model.llama import Llama
 from llamajax.ops import native
+from llamajax.ops.quants import FORMATS
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 from llamajax.weights.tensor import StoredTensor
@@ -80,6 +82,30 @@ def test_iq4_nl_is_kept_as_it_is(smollm2_gguf: Path) -> None:
         found = ops.embed(np.arange(576), model.layers[layer].self_attn.o_proj.weight.get_value())
         stored = dequantized(tensors[f"blk.{layer}.attn_output.weight"])
         np.testing.assert_array_equal(np.asarray(found), stored if native.available() else stored.astype(jnp.bfloat16))
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels here")
+@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q5_1"])
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+def test_a_scale_that_is_not_finite_is_named(smollm2_gguf: Path, format: str, value: float) -> None:
+    """In any matrix: a few weights that are not numbers need not show in an answer."""
+    checkpoint = open_checkpoint(smollm2_gguf)
+    config = replace(checkpoint.config, num_hidden_layers=1)
+    matrices = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if len(tensor.shape) == 2 and name.startswith(("blk.0.", "token_embd"))
+    }
+    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(("blk.0.", "output"))}
+    others["token_embd.weight"] = checkpoint.tensors["token_embd.weight"]
+    assert len(matrices) == 8
+    for name, tensor in matrices.items():
+        rows, width = tensor.shape
+        blocks = random_blocks(format, rows, width // 32, small=True)
+        blocks[rows // 3, FORMATS[format].bytes :][:2] = np.array([value], "<f2").view(np.uint8)
+        tensors = {**others, name: StoredTensor(name, tensor.shape, format, blocks)}
+        with pytest.raises(CheckpointError, match="has a scale that is not finite"):
+            load_weights(Llama(config), tensors, jax.devices()[0])
 
 
 def dequantized(stored: StoredTensor) -> np.ndarray:
