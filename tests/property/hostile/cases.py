@@ -151,6 +151,28 @@ def line(rng: Random, folder: Path) -> None:
     readers.read_line(path, rng.random() < LOADED)
 
 
+def batch_input(rng: Random, folder: Path) -> None:
+    path = folder / f"in{rng.choice(['.json', '.jsonl', '.ndjson', '.txt', ''])}"
+    lines = [_mutated_json(rng, rng.choice(subjects.LINES)) for _ in range(rng.randrange(4))]
+    whole = json_bytes(subjects.LINES[: rng.randrange(4)])
+    mark = rng.choice([b"", b"", b"\xef\xbb\xbf", b"\xff\xfe"])
+    path.write_bytes(mark + rng.choice([b"\n".join(lines), mutate_bytes(rng, whole), b"Hi\n" + b"\n".join(lines)]))
+    readers.read_input(path)
+
+
+def results(rng: Random, folder: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"line": 1, "digest": "00ff", "text": "Hi", "usage": {}},
+        {"id": "batch_req_2", "digest": "00fe", "custom_id": "a", "response": {}, "error": None},
+    ]
+    path = folder / "out.jsonl"
+    whole = b"".join(json_bytes(line) + b"\n" for line in lines)
+    path.write_bytes(rng.choice([whole, mutate_bytes(rng, whole), _mutated_json(rng, lines[rng.randrange(2)]) + b"\n"]))
+    settings = _mutated_json(rng, {"seed": 42, "temperature": 0.5})
+    path.with_name("out.jsonl.options.json").write_bytes(settings)
+    readers.read_results(path)
+
+
 def saved_logits(rng: Random, folder: Path) -> None:
     data = subjects.saved_logits()
     size = 8 + int.from_bytes(data[:8], "little")
@@ -188,6 +210,8 @@ CASES: dict[str, tuple[int, Case]] = {
     "tiktoken": (1, tiktoken),
     "template": (4, template),
     "line": (6, line),
+    "batch input": (2, batch_input),
+    "batch results": (1, results),
     "saved logits": (2, saved_logits),
 }
 

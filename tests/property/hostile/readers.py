@@ -23,6 +23,8 @@ from llamajax.engine.runner import Runner
 from llamajax.llm import cache_dtype
 from llamajax.model.llama import Llama
 from llamajax.serve import batch_file
+from llamajax.serve.input_file import Input
+from llamajax.serve.result_file import SETTINGS_SUFFIX, ResultFile, Settings
 from llamajax.text import printable, well_formed
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat, find_template
@@ -189,6 +191,28 @@ def read_line(path: Path, load: bool) -> None:
         for _, result in llm.stream_batch((prompt, options) for options in choices):
             if isinstance(result, LlamaJaxError):
                 raise result
+
+
+def read_input(path: Path) -> None:
+    """A batch's input of any format, and an error or a request for each of its lines."""
+    with path.open("rb") as file:
+        lines = list(Input(file, path.name, None).lines())
+    for line in lines:
+        assert line is not None
+        source = batch_file.Source(line.number, "")
+        try:
+            fields = line.fields()
+            source = batch_file.read_source(line.number, "", fields)
+            batch_file.read_request(line.number, fields, batch_file.Defaults({}))
+        except LlamaJaxError as error:
+            assert batch_file.as_line(source.error(error)).count(b"\n") == 1
+
+
+def read_results(path: Path) -> None:
+    """What a run left, to be continued."""
+    Settings({"seed": 42, "temperature": 0.5}).check(path.with_name(path.name + SETTINGS_SUFFIX))
+    done = ResultFile(path, resume=True).done
+    assert all(type(number) is int and isinstance(digest, str) for number, digest in done.items())
 
 
 def read_template(path: Path, rng: Random) -> None:
