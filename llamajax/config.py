@@ -14,6 +14,7 @@ import numpy as np
 from llamajax.errors import ConfigError
 from llamajax.fields import flag, integer, number
 from llamajax.rope_scaling import llama3_divisors, rope_scaling
+from llamajax.text import one_line
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _of_all_layers(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str | int | float | np.number):
             values[key] = value
         elif key in _GGUF_KEYS.values():
-            raise ConfigError(f"expected one value of {key} for all layers, found {value!r:.80}: not a Llama")
+            raise ConfigError(f"expected one value of {key} for all layers, found {one_line(repr(value), 80)}")
     return values
 
 

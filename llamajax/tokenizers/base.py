@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         "<|...|>": it is found in any text, and decoded.)
       strips_leading_space: the tokenizer writes the start of a text as if a space stood before it
         (SentencePiece's dummy prefix), so one space at the start of decoded bytes is not part of the text.
-        `token_bytes` keeps it, `decode` removes it; text that continues other text must keep it.
+        `token_bytes` keeps it, `first_bytes` and `decode` remove it; text that continues other text must keep it.
     """
 
     vocab_size: int
@@ -63,6 +63,11 @@ class Tokenizer(Protocol):
         row may be drawn.
         """
 
+    def first_bytes(self, token_id: int) -> bytes:
+        """As `token_bytes`, of the first token of a text that has any: without the dummy prefix."""
+        data = self.token_bytes(token_id)
+        return data.removeprefix(b" ") if self.strips_leading_space else data
+
     def encode_template(self, text: str) -> list[int]:
         """Ids of a rendered template: literals of special tokens become their ids, the rest is as in `encode`.
 
@@ -75,10 +80,12 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
-        data = b"".join(map(self.token_bytes, ids))
-        if self.strips_leading_space:
-            data = data.removeprefix(b" ")
-        return data.decode("utf-8", errors="replace")
+        ids = list(ids)
+        tokens = list(map(self.token_bytes, ids))
+        first = next((i for i, data in enumerate(tokens) if data), None)
+        if first is not None:
+            tokens[first] = self.first_bytes(ids[first])
+        return b"".join(tokens).decode("utf-8", errors="replace")
 
 
 @contextmanager

@@ -51,6 +51,7 @@ class HFTokenizer(Tokenizer):
         decoders = _decoders(backend)
         self._is_byte_level = any(step["type"] == "ByteLevel" for step in decoders)
         self.strips_leading_space = any(_strips_space(step) for step in decoders)
+        self._strips_marks_only = any(step["type"] == "Metaspace" for step in decoders)
         if not self._is_byte_level and "▁" not in json.dumps(decoders, ensure_ascii=False):
             raise ValueError("its decoder is neither byte-level nor SentencePiece-like")
 
@@ -75,6 +76,11 @@ class HFTokenizer(Tokenizer):
             return token.encode()
         return b"".join(_BYTES_OF.get(letter, letter.encode()) for letter in token)
 
+    def first_bytes(self, token_id: int) -> bytes:
+        if self._strips_marks_only and self._tokens.get(token_id, "").startswith(" "):
+            return self.token_bytes(token_id)
+        return super().first_bytes(token_id)
+
 
 def load_hf(path: Path, config: TokenizerConfig = _NO_CONFIG) -> HFTokenizer:
     """Reads a tokenizer.json. Its post-processor says whether a raw completion gets a BOS, unless `config` does.
@@ -86,6 +92,8 @@ def load_hf(path: Path, config: TokenizerConfig = _NO_CONFIG) -> HFTokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
         backend.no_padding()
         backend.no_truncation()
+        if isinstance(backend.model, tokenizers.models.BPE):
+            backend.model.dropout = None  # of training: a text would have other ids each time
         _add_missing(backend, config.added_tokens)
         special = _hide_special(backend)
         if config.add_bos is None:

@@ -20,14 +20,14 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strips = tokenizer.strips_leading_space and not continues
+        self._is_first = not continues
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes, maybe none. U+FFFD only for bytes that no next one can mend."""
         data = self._tokenizer.token_bytes(token_id)
-        if data and self._strips:
-            data = data.removeprefix(b" ")
-            self._strips = False
+        if data and self._is_first:
+            data = self._tokenizer.first_bytes(token_id)
+            self._is_first = False
         return self._decoder.decode(data)
 
     def flush(self) -> str:

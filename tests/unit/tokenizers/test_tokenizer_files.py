@@ -1,5 +1,6 @@
 """Which files of a checkpoint are read, what they decide, and how broken ones are reported."""
 
+import itertools
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from llamajax.tokenizers.chat import find_template
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.tokenizers.hf import HFTokenizer, byte_alphabet
 from llamajax.tokenizers.load import load_directory
+from llamajax.tokenizers.stream import StreamDecoder
 
 
 def byte_tokenizer(added: list[AddedToken] | None = None) -> Tokenizer:
@@ -167,15 +169,33 @@ def test_added_tokens_decoder_beside_a_sentencepiece_model(tmp_path: Path, spm_m
     assert tokenizer.decode([32_000, 32_001, 32_003, 32_005]) == "<think>[INST]"
 
 
-def test_spaces_of_ordinary_added_tokens(tmp_path: Path) -> None:
-    """A "▁" is a space in them too, as the `tokenizers` library decodes them."""
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+        decoders.Metaspace(prepend_scheme="first"),
+        decoders.Metaspace(prepend_scheme="never"),
+    ],
+    ids=["strip", "metaspace-first", "metaspace-never"],
+)
+def test_spaces_of_ordinary_added_tokens(tmp_path: Path, decoder: decoders.Decoder) -> None:
+    """In them, "▁" is a space too, and a space that is their own is kept, as the `tokenizers` library does."""
     backend = Tokenizer(models.BPE({"<unk>": 0, "▁a": 1, "▁": 2}, [], unk_token="<unk>"))
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoder
     backend.add_tokens([AddedToken("▁<think>", normalized=False), AddedToken(" b", normalized=False)])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_directory(tmp_path)
-    for ids in ([1, 3, 1], [3], [1, 4], [1, 2, 3]):
-        assert tokenizer.decode(ids) == backend.decode(ids)
+    for ids in itertools.chain.from_iterable(itertools.product([1, 2, 3, 4], repeat=n) for n in (1, 2, 3)):
+        assert tokenizer.decode(ids) == backend.decode(ids), ids
+        stream = StreamDecoder(tokenizer)
+        assert "".join(map(stream.push, ids)) + stream.flush() == backend.decode(ids)
+
+
+def test_ids_do_not_depend_on_chance(tmp_path: Path) -> None:
+    backend = byte_tokenizer()
+    backend.model = models.BPE(byte_alphabet() | {"ab": 256}, [("a", "b")], dropout=1.0)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_directory(tmp_path).encode("ab") == [256]
 
 
 def test_panics_of_the_library_are_errors(tmp_path: Path) -> None:
