@@ -23,6 +23,7 @@ CONFIG = LlamaConfig(
     head_dim=8,
     max_position_embeddings=2048,
     rope_divisors=(1.0, 1.0, 2.0, 4.0),
+    rope_attention_factor=1.1,
 )
 
 
@@ -68,7 +69,8 @@ def reference_logits(ids: Sequence[int]) -> np.ndarray:
 
     def rotate(x: np.ndarray) -> np.ndarray:
         frequency = CONFIG.rope_theta ** -(np.arange(H // 2) / (H // 2)) / CONFIG.rope_divisors
-        turned = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * np.arange(T)[:, None, None] * frequency)
+        factor = CONFIG.rope_attention_factor * np.exp(1j * np.arange(T)[:, None, None] * frequency)
+        turned = factor * (x[..., : H // 2] + 1j * x[..., H // 2 :])
         return np.concatenate([turned.real, turned.imag], -1)
 
     def attend(x: np.ndarray, layer: str) -> np.ndarray:

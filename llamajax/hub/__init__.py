@@ -14,7 +14,7 @@ from llamajax.errors import RequestError
 from llamajax.hub import model_hub, names, package_index
 from llamajax.hub.aliases import ALIASES, DEFAULT, Alias, Wheel
 from llamajax.hub.cache import home
-from llamajax.hub.local import find_model, refuse_pointers
+from llamajax.hub.local import find_model, is_gguf, refuse_pointers
 from llamajax.hub.names import HubName
 
 __all__ = ["ALIASES", "DEFAULT", "Alias", "Wheel", "home", "on_disk", "resolve"]
@@ -24,7 +24,7 @@ def resolve(name: str, *, progress: bool = True) -> Path:
     """The model directory or .gguf file that `name` stands for, fetched first if it has to be.
 
     Args:
-      name: a local .gguf file, or a directory with safetensors or a single GGUF, also of the hub's own cache; an
+      name: a local GGUF file, or a directory with safetensors or a single GGUF, also of the hub's own cache; an
         alias, in any case; or a repository of the model hub: `org/repo`, with a revision `org/repo@revision`, with one
         of its GGUF files `org/repo:file.gguf` or `org/repo:Q4_K_M`, or a page's address, https://huggingface.co/...
       progress: whether to tell on stderr what is being fetched.
@@ -71,9 +71,11 @@ def _local(name: str) -> Path | None:
             return find_model(path)
         if not path.exists():
             return None
-        if path.suffix.lower() == ".gguf":
-            refuse_pointers([path])
+        refuse_pointers([path])
+        if is_gguf(path):
             return path
+        if path.name == "config.json" or path.suffix == ".safetensors":  # one file of a directory
+            return find_model(path.parent)
     except OSError as error:  # a folder that may not be searched, a name that is too long
         raise RequestError(f"cannot look for a model at {name!r}: {error.strerror}") from error
     except RuntimeError as error:  # the ~ of no known user

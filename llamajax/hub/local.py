@@ -42,8 +42,19 @@ def whole_model(snapshot: Path, wanted: str | None, folder: str) -> Path | None:
         chosen = choose(names, wanted, str(snapshot), str)
     except RequestError:
         return None
-    needed = parts(chosen) if chosen.endswith(".gguf") else weights(names, chosen, indexed_shards(snapshot / chosen))
+    is_file = chosen.lower().endswith(".gguf")
+    needed = parts(chosen) if is_file else weights(names, chosen, indexed_shards(snapshot / chosen))
     return snapshot / chosen if needed and names.issuperset(needed) else None
+
+
+def is_gguf(path: Path) -> bool:
+    """By its name, or by its first bytes: Ollama names its files by their digests."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def indexed_shards(folder: Path) -> set[str]:

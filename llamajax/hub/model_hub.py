@@ -76,7 +76,7 @@ class _Repository:
         if "adapter_config.json" in names and "config.json" not in names:
             raise adapter_error(where, self._download("adapter_config.json"))
         chosen = choose(names, self._name.wanted, where, lambda file: f"{where}:{self._prefix}{file}")
-        if chosen.endswith(".gguf"):
+        if chosen.lower().endswith(".gguf"):
             if self._gguf_architecture != "llama":
                 raise ConfigError(
                     f"{where}: architecture {self._gguf_architecture!r:.80} is not supported, only 'llama'"
@@ -110,7 +110,7 @@ class _Repository:
             return found
         path = self._prefix + file
         # The client remembers which commit a revision stands for if it is asked for the revision.
-        is_first = file.endswith(("config.json", "params.json", ".gguf"))
+        is_first = file.lower().endswith(("config.json", "params.json", ".gguf"))
         with _explained(self._name, path):
             revision = self._name.revision if is_first else self._commit
             return Path(hf_hub_download(self._name.repo, path, revision=revision, tqdm_class=_bars(self._progress)))

@@ -104,7 +104,7 @@ REPOS = {
     },
     "org/ggufs": {"README.md": b"words", "tiny-Q4_0.gguf": b"GGUF4", "deep/tiny-Q8_0.gguf": b"GGUF8"},
     "org/quants": {f"tiny.{quant}.gguf": quant.encode() for quant in QUANTS} | {"mmproj-tiny.gguf": b"an eye"},
-    "org/one-gguf": {"config.json": b'{"model_type": "llama"}', "tiny.gguf": b"GGUF", "imatrix.gguf": b"counts"},
+    "org/one-gguf": {"config.json": b'{"model_type": "llama"}', "tiny.GGUF": b"GGUF", "imatrix.gguf": b"counts"},
     "org/split": {f"Q8_0/tiny-{part:05}-of-00003.gguf": b"part %d" % part for part in (1, 2, 3)}
     | {f"Q4_0/tiny-{part:05}-of-00002.gguf": b"4: part %d" % part for part in (1, 2)},
     "org/qwen-gguf": {"tiny.gguf": b"GGUF"},
@@ -293,7 +293,7 @@ def test_other_variants_are_not_fetched(online: dict[str, tuple[str, str]], hub:
         ("hf.co/org/quants:q8_0", "tiny.Q8_0.gguf"),
         ("https://huggingface.co/org/quants/blob/main/tiny.Q2_K.gguf?download=true", "tiny.Q2_K.gguf"),
         ("org/quants", "tiny.Q4_K_M.gguf"),
-        ("org/one-gguf", "tiny.gguf"),
+        ("org/one-gguf", "tiny.GGUF"),
     ],
 )
 def test_one_gguf_of_several_is_chosen(

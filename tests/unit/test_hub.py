@@ -159,6 +159,13 @@ def test_a_folder_without_a_model_says_why(
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_may_stand_for_a_model(tmp_path: Path) -> None:
+    """A GGUF under any name, as Ollama stores it, or one file of a directory."""
+    folder_of(tmp_path, LLAMA | {"sha256-0123": "GGUF and more"})
+    assert resolve(str(tmp_path / "sha256-0123")) == tmp_path / "sha256-0123"
+    assert resolve(str(tmp_path / "model.safetensors")) == resolve(str(tmp_path / "config.json")) == tmp_path
+
+
 def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path) -> None:
     folder_of(tmp_path, {"m.gguf": POINTER})
     with pytest.raises(CheckpointError, match="git lfs pull"):
