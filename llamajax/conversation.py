@@ -1,10 +1,11 @@
 """A conversation with a model: its messages, the tokens they were made of, and what is forgotten when it is long."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from llamajax.errors import RequestError
 from llamajax.llm import LLM, Stream
+from llamajax.options import AnswerOptions, new_token_limit
 from llamajax.types import Message
 
 
@@ -42,7 +43,7 @@ class Conversation:
         """
         return self._remembered()[0]
 
-    def ask(self, question: str, *, max_new_tokens: int, **options: Any) -> Stream:
+    def ask(self, question: str, *, max_new_tokens: int | None, **options: Unpack[AnswerOptions]) -> Stream:
         """Starts the answer to a question. Options as in `LLM.stream`.
 
         Raises PromptTooLongError if the question does not fit the context alone; the conversation is then as before.
@@ -50,7 +51,7 @@ class Conversation:
         messages, answers = self._remembered()
         return self._start([*messages, {"role": "user", "content": question}], answers, max_new_tokens, options)
 
-    def ask_again(self, *, max_new_tokens: int, **options: Any) -> Stream:
+    def ask_again(self, *, max_new_tokens: int | None, **options: Unpack[AnswerOptions]) -> Stream:
         """Starts another answer to the last question; the one there was is dropped.
 
         Raises RequestError if nothing was asked yet.
@@ -63,13 +64,16 @@ class Conversation:
         return self._start(messages[: asked[-1] + 1], earlier, max_new_tokens, options)
 
     def _start(
-        self, messages: list[Message], answers: dict[int, tuple[int, ...]], max_new_tokens: int, options: dict[str, Any]
+        self,
+        messages: list[Message],
+        answers: dict[int, tuple[int, ...]],
+        max_new_tokens: int | None,
+        options: AnswerOptions,
     ) -> Stream:
-        room = min(max_new_tokens, self._llm.max_seq_len // 2)
+        limit = new_token_limit({"max_new_tokens": max_new_tokens}, self._llm.max_seq_len)
+        room = min(limit, self._llm.max_seq_len // 2)
         messages, answers, forgotten = self._fitting(messages, answers, room)
-        stream = self._llm.stream(
-            messages, max_new_tokens=max_new_tokens, verbatim=answers, reuse_cache=True, **options
-        )
+        stream = self._llm.stream(messages, max_new_tokens=limit, verbatim=answers, reuse_cache=True, **options)
         self._messages, self._answers, self.forgotten, self._stream = messages, answers, forgotten, stream
         return stream
 

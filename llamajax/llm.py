@@ -32,7 +32,7 @@ from llamajax.options import (
     Options,
     check_names,
     generation_prompt,
-    max_new_tokens,
+    new_token_limit,
     sampling_params,
     stop_strings,
     stop_token_ids,
@@ -46,18 +46,18 @@ from llamajax.tokenizers.load import load_directory
 from llamajax.tokenizers.stream import StopStrings, StreamDecoder
 from llamajax.types import (
     MAX_THREADS,
-    AnyMessage,
     Completion,
     Device,
     DType,
     FinishReason,
+    Messages,
     Request,
     Token,
 )
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
-Prompt = str | Sequence[int] | Sequence[AnyMessage]
+Prompt = str | Sequence[int] | Messages
 OnResult = Callable[[int, Completion | LlamaJaxError], None]
 
 
@@ -90,9 +90,9 @@ class LLM:
         with self._runner.turn:
             return stream.finish()
 
-    def chat(self, messages: str | Sequence[AnyMessage], **options: Unpack[Options]) -> Completion:
+    def chat(self, messages: str | Messages, **options: Unpack[Options]) -> Completion:
         """Answers a conversation, or one message of a user, through the chat template. Options as in `stream`."""
-        asked: Sequence[AnyMessage] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        asked: Messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         return self.generate(asked, **options)
 
     def stream(
@@ -137,7 +137,7 @@ class LLM:
         eos = frozenset() if flag("ignore_eos", options.get("ignore_eos", False)) else self._stop_ids
         request = Request(
             ids,
-            max_new_tokens(options, self.max_seq_len),
+            new_token_limit(options, self.max_seq_len),
             sampling_params(options),
             eos | stop_token_ids(options, self.config.vocab_size),
             flag("reuse_cache", reuse_cache),
@@ -160,7 +160,7 @@ class LLM:
             return ids
         begins, continues = generation_prompt(options)
         return self.encode_chat(
-            cast(Sequence[AnyMessage], prompt), verbatim, add_generation_prompt=begins, continue_final_message=continues
+            cast(Messages, prompt), verbatim, add_generation_prompt=begins, continue_final_message=continues
         )
 
     def serve_requests(self, *, slots: int = 16, max_waiting: int = 1024) -> "Server":
@@ -277,7 +277,7 @@ class LLM:
 
     def encode_chat(
         self,
-        messages: Sequence[AnyMessage],
+        messages: Messages,
         verbatim: Mapping[int, Sequence[int]] | None = None,
         *,
         add_generation_prompt: bool = True,

@@ -75,7 +75,7 @@ def sampling_params(options: Options) -> SamplingParams:
     return sampling
 
 
-def max_new_tokens(options: Options, context: int) -> int:
+def new_token_limit(options: Options, context: int) -> int:
     """How many tokens an answer may have. Raises RequestError."""
     wanted = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     return context if wanted is None else checks.integer("max_new_tokens", wanted, 1)

@@ -23,21 +23,8 @@ class Message(TypedDict):
     content: str
 
 
-class TextPart(TypedDict):
-    """A part of a content in OpenAI's form."""
-
-    type: Literal["text"]
-    text: str
-
-
-class MessageInParts(TypedDict):
-    """A message as OpenAI's clients may send it; newlines join its parts."""
-
-    role: str
-    content: Sequence[TextPart]
-
-
-AnyMessage = Message | MessageInParts
+# Where messages come in, a content may also be a list of text parts, as OpenAI's clients send it; newlines join them.
+Messages = Sequence[Message] | Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)

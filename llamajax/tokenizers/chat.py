@@ -16,7 +16,7 @@ from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
 from llamajax.tokenizers.gguf import template_of
-from llamajax.types import AnyMessage, Message
+from llamajax.types import Message, Messages
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -43,7 +43,7 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[AnyMessage],
+        messages: Messages,
         *,
         add_generation_prompt: bool = True,
         date_string: str | None = None,
@@ -67,7 +67,7 @@ class ChatTemplate:
 
     def render_each(
         self,
-        conversations: Sequence[Sequence[AnyMessage]],
+        conversations: Sequence[Messages],
         *,
         add_generation_prompt: bool = True,
         date_string: str | None = None,
@@ -93,7 +93,7 @@ class ChatTemplate:
 def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    messages: Sequence[AnyMessage],
+    messages: Messages,
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
@@ -192,7 +192,7 @@ def builtin_template(tokenizer: Tokenizer, eos_ids: Collection[int], name: str =
     return None
 
 
-def _checked(messages: Sequence[AnyMessage]) -> list[dict[str, str]]:
+def _checked(messages: Messages) -> list[dict[str, str]]:
     """The messages with each content as one string. Raises RequestError for what is none."""
     if not messages:
         raise RequestError("a conversation needs at least one message")

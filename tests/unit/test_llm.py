@@ -186,7 +186,7 @@ def test_an_answer_may_go_on_with_the_last_message(llama: LLM) -> None:
 def test_a_content_may_be_parts(llama: LLM) -> None:
     parts = [{"type": "text", "text": "Name the"}, {"type": "text", "text": "capital."}]
     whole: list[Message] = [{"role": "user", "content": "Name the\ncapital."}]
-    assert llama.prepare([{"role": "user", "content": parts}])[0] == llama.prepare(whole)[0]  # type: ignore[list-item]
+    assert llama.prepare([{"role": "user", "content": parts}])[0] == llama.prepare(whole)[0]
 
 
 def test_options_beside_sampling_are_refused_not_forgotten(llama: LLM) -> None:

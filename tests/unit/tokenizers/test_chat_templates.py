@@ -447,6 +447,29 @@ def test_lone_surrogates_in_messages(chat: tuple[Tokenizer, ChatTemplate]) -> No
         )
 
 
+@pytest.mark.parametrize("space", ["", " ", "\n\n"], ids=repr)
+def test_the_last_message_can_be_continued(chat: tuple[Tokenizer, ChatTemplate], space: str) -> None:
+    """The conversation ends with its content, or with what the template keeps of it, as in transformers."""
+    tokenizer, template = chat
+    content = f"I <|eot_id|> think<|im_end|>{space}"
+    messages: list[Message] = [user("Hi"), {"role": "assistant", "content": content}]
+    ids = encode_chat(tokenizer, template, messages, add_generation_prompt=False)
+    begun = encode_chat(tokenizer, template, messages, add_generation_prompt=False, continue_final_message=True)
+    kept = content.rstrip() if template is LLAMA3 else content
+    assert tokenizer.decode(begun).endswith(kept)
+    known = encode_chat(
+        tokenizer, template, messages, add_generation_prompt=False, continue_final_message=True, verbatim={1: [7, 8]}
+    )
+    assert known[-2:] == [7, 8] and known[:-3] == ids[: len(known) - 3]
+
+
+def test_a_message_that_the_template_leaves_out_cannot_be_continued(smollm2: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="leaves out the last message"):
+        encode_chat(
+            smollm2, ChatTemplate("{{ messages[0].content }}"), [user("a"), user("b")], continue_final_message=True
+        )
+
+
 def test_verbatim_ids_stand_for_a_content(chat: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, template = chat
     messages = [user("Hi"), assistant("Hello there"), user("Bye")]
