@@ -51,7 +51,7 @@ def synthetic(
 
 def sampling_name(sampling: SamplingParams) -> str:
     """What results call it: "greedy", or "temperature 0.6, top-p 0.9 (default)", with all that is not off."""
-    options = [("top-p", sampling.top_p, 1), ("top-k", sampling.top_k, 0), ("min-p", sampling.min_p, 0)]
+    options = [("top-p", sampling.top_p, 1), ("top-k", max(sampling.top_k, 0), 0), ("min-p", sampling.min_p, 0)]
     if sampling.temperature == 0:
         options = []  # the most probable token is never cut
     options.append(("repetition-penalty", sampling.repetition_penalty, 1))

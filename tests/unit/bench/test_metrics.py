@@ -160,7 +160,7 @@ def test_poisson_arrivals() -> None:
         (GREEDY, "greedy"),
         (SamplingParams(), "temperature 0.6, top-p 0.9 (default)"),
         (SamplingParams(seed=7), "temperature 0.6, top-p 0.9 (default)"),
-        (SamplingParams(1.0, 1.0), "temperature 1"),
+        (SamplingParams(1.0, 1.0, top_k=-1), "temperature 1"),
         (SamplingParams(0.0, 0.5, repetition_penalty=1.1), "greedy, repetition-penalty 1.1"),
         (SamplingParams(0.8, 1.0, 40, 0.05), "temperature 0.8, top-k 40, min-p 0.05"),
     ],
