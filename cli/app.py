@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn, cast
 
@@ -10,7 +11,7 @@ import typer
 
 import llamajax
 from llamajax.errors import LlamaJaxError
-from llamajax.text import one_line
+from llamajax.text import one_line, printable
 
 from .commands import models
 from .commands.batch import batch
@@ -94,27 +95,21 @@ def _run() -> int:
     except BrokenPipeError:
         raise
     except LlamaJaxError as e:
-        _raise_for_debugging()
         return _fail(str(e))
     except OSError as e:
-        _raise_for_debugging()
         return _fail(": ".join(filter(None, (e.filename and str(e.filename), e.strerror or str(e)))))
     except MemoryError:
-        _raise_for_debugging()
         return _fail("out of memory: choose a smaller model, or a shorter --max-seq-len")
     except Exception as e:
-        _raise_for_debugging()
         first_line = str(e).partition("\n")[0]
         if first_line.startswith("RESOURCE_EXHAUSTED"):
             return _fail("out of device memory: choose a smaller model, or a shorter --max-seq-len")
         return _fail(f"internal error, {type(e).__name__}: {first_line} (--debug shows where)")
 
 
-def _raise_for_debugging() -> None:
-    if "--debug" in sys.argv:
-        raise
-
-
 def _fail(message: str, code: int = 1) -> int:
-    print(f"llamajax: {one_line(message, longest=2000)}", file=sys.stderr)
+    if "--debug" in sys.argv and code == 1:
+        print(printable(traceback.format_exc()), file=sys.stderr, end="")
+    else:
+        print(f"llamajax: {one_line(message, longest=2000)}", file=sys.stderr)
     return code

@@ -1,13 +1,16 @@
 """Loads a model for a command, with a progress bar when it takes long."""
 
 import gc
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamajax import hub
+from llamajax.text import one_line
 from llamajax.types import Device, DType
 
 from .interrupt import raised
@@ -37,6 +40,15 @@ def prepare_jax(device: Device | None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
+    # What the library and those below it warn of are notes.
+    logging.basicConfig(handlers=[_Notes()])
+    warnings.showwarning = lambda message, *_: note(f"({one_line(message)})")
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = f": {record.exc_info[1]!r}" if record.exc_info else ""
+        note(f"({one_line(record.getMessage() + cause, longest=1000)})")
 
 
 def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | None) -> "LLM":

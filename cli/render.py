@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 def write_stream(pieces: Iterable[str]) -> None:
     """Writes an answer as it comes, and ends its last line. To a pipe it goes as it is."""
-    shown = printable if sys.stdout.isatty() else str
     end = ""
     try:
         with last_words("\n", sys.stdout.fileno()):
@@ -30,6 +29,11 @@ def write_stream(pieces: Iterable[str]) -> None:
         if end != "\n":
             sys.stdout.write("\n")
             sys.stdout.flush()
+
+
+def shown(text: str) -> str:
+    """What stdout gets of an answer or a name: all of it, but a terminal must not obey it."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def stats_line(completion: Completion) -> str:

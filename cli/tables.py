@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
+from llamajax.text import printable
+
 from .render import human_bytes
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def print_tables(about: dict[str, Any], results: "Sequence[Result]") -> None:
     # Away from a terminal, a line is as long as it needs to be.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
     console.print(
-        f"{about['model']}, {about['dtype']}, on {about['device']}, jax {about['jax']}; "
+        f"{printable(about['model'])}, {about['dtype']}, on {about['device']}, jax {about['jax']}; "
         f"memory is read at up to {human_bytes(round(about['read_bandwidth']))}/s; medians of {about['repeat']}"
     )
     served = [result for result in results if isinstance(result, Served)]

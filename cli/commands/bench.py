@@ -1,7 +1,6 @@
 """`llamajax bench`: how fast, in each strategy, here."""
 
 import csv
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from llamajax.hub.aliases import DEFAULT
 from llamajax.types import Device, DType, SamplingParams
 
 from .. import loading, options
-from ..render import note
+from ..render import note, print_json
 from ..tables import print_tables
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def bench(
         about |= {"new_tokens": new_tokens, "prompt_len": prompt_len, "arrival": arrival}
 
     if as_json:
-        print(json.dumps(about | {"results": [asdict(result) for result in results]}))
+        print_json(about | {"results": [asdict(result) for result in results]})
     elif csv_file == "-":
         _write_csv(sys.stdout, results)
     else:

@@ -9,7 +9,7 @@ from llamajax import hub
 from llamajax.hub.stored import remove, size_bytes, stored
 
 from .. import loading, options
-from ..render import human_bytes, human_count, note, print_json
+from ..render import human_bytes, human_count, note, print_json, shown
 
 app = typer.Typer()
 
@@ -33,7 +33,7 @@ def models(
 def pull(names: Names, debug: options.Debug = False) -> None:
     """Fetch models, and print where they are."""
     for name in names:
-        print(loading.resolve(name), flush=True)
+        print(shown(str(loading.resolve(name))), flush=True)
 
 
 @app.command()

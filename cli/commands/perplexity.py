@@ -1,6 +1,5 @@
 """`llamajax perplexity`: how well a model predicts a text, and what another dtype or file of it changes."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from llamajax.utf8 import from_utf8
 
 from .. import loading, options
 from ..interrupt import raised
-from ..render import note, print_rows, progress_bar
+from ..render import note, print_json, print_rows, progress_bar
 
 if TYPE_CHECKING:
     from llamajax.bench.perplexity import Estimate, Measured
@@ -85,7 +84,7 @@ def perplexity(
     dtype_kept = kept_dtype(llm)
     if as_json:
         about = {"model": model, "dtype": dtype_kept, "device": find_device(device).device_kind}
-        print(json.dumps(about | asdict(measured)))
+        print_json(about | asdict(measured))
     else:
         _print(measured)
     note(f"[{dtype_kept}, {measured.tokens_per_second:.1f} tokens/s]")

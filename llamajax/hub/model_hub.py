@@ -82,7 +82,7 @@ class _Repository:
                     f"{where}: architecture {self._gguf_architecture!r:.80} is not supported, only 'llama'"
                 )
             if self._name.wanted is None and self._progress:
-                print(f"{where} has GGUF files only: taking {chosen}", file=sys.stderr, flush=True)
+                print(f"{where} has GGUF files only: taking {one_line(chosen)}", file=sys.stderr, flush=True)
             return self._download_all(parts(chosen))
         inside = f"{chosen}/" if chosen else ""
         small = [inside + file for file in SMALL if inside + file in names]
@@ -143,7 +143,8 @@ def _bars(progress: bool) -> type:
 
     class Bars(tqdm):
         def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **{**kwargs, **ours})
+            named = {**kwargs, "desc": one_line(kwargs.get("desc") or "")}
+            super().__init__(*args, **{**named, **ours})
 
     return Bars
 

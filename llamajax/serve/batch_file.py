@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llamajax.errors import LlamaJaxError, RequestError
-from llamajax.text import one_line
+from llamajax.text import one_line, printable
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import Completion, Message
 from llamajax.utf8 import from_utf8
@@ -170,7 +170,7 @@ def line_seed(seed: int, number: int) -> int:
 
 def as_line(value: Mapping[str, Any]) -> bytes:
     """A line of JSON in UTF-8; a lone surrogate, which UTF-8 cannot have, becomes JSON's escape of it."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    return printable(json.dumps(value, ensure_ascii=False)).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _read_prompt(url: str | None, body: Mapping[str, Any], defaults: Defaults) -> protocol.Prompt:

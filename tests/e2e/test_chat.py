@@ -277,18 +277,6 @@ def test_an_answer_that_the_context_ends_says_so(shallow_model: str) -> None:
     assert done.notes[0] == "(cut off: the context is full)"
 
 
-@pytest.mark.parametrize("control", ["\x1b]0;title\x07", "\x9b31m", "\u202e"])
-def test_no_control_character_reaches_stderr(tmp_path: Path, control: str) -> None:
-    """`run` asserts that there is no escape sequence."""
-    for arguments in (
-        ["-p", f"@{control}"],
-        ["Hi", "-m", control],
-        ["Hi", "-m", f"{tmp_path}/{control}.gguf"],
-        [control, control],
-    ):
-        assert control not in run("chat", *arguments).stderr
-
-
 @pytest.fixture(scope="module")
 def no_models(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of what is not a model."""
