@@ -25,13 +25,16 @@ def write_plot(path: Path, results: Sequence[Result], title: str) -> None:
         axes = panels[0] if served else panels[names.index(rows[0].name)]
         _throughput(axes, rows)
         axes.set(title="throughput, lowest to highest", ylabel="tokens/s")
-        axes.legend(loc="upper left")
         if served:
             latencies = [x for x in served if _label(x) == label]
             _latency(panels[1], [(x.requests, x.time_to_first_token) for x in latencies])
             _latency(panels[2], [(x.requests, x.time_per_output_token) for x in latencies])
             panels[1].set(title="time to first token, p50 and p95 (dashed)", ylabel="ms", yscale="log")
             panels[2].set(title="time per output token, p50 and p95 (dashed)", ylabel="ms")
+        else:
+            axes.legend(loc="best", fontsize="small")
+    if served:  # all panels have the same lines
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axes in panels:
         axes.set_xscale("log", base=2)
         axes.xaxis.set(major_locator=FixedLocator(sorted({x.requests for x in results})), minor_locator=NullLocator())
