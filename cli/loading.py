@@ -58,7 +58,7 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     import jax
 
     import llamajax
-    from llamajax.llm import find_device
+    from llamajax.loading import find_device
     from llamajax.ops import native
 
     on_cpu = find_device(device).platform == "cpu"

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         RequestError,
         TokenizerError,
     )
-    from llamajax.llm import LLM, Server, generate_batch, load
+    from llamajax.llm import LLM, Server, generate_batch
+    from llamajax.loading import load
     from llamajax.types import Completion, Message, SamplingParams
 
 __version__ = "0.1.0"
@@ -63,7 +64,8 @@ _ROOMS = {
     "llamajax.config": ("CONFIGS", "LlamaConfig"),
     "llamajax.conversation": ("Conversation",),
     "llamajax.answer": ("ServedStream", "Stream"),
-    "llamajax.llm": ("LLM", "Server", "generate_batch", "load"),
+    "llamajax.llm": ("LLM", "Server", "generate_batch"),
+    "llamajax.loading": ("load",),
     "llamajax.types": ("Completion", "Message", "SamplingParams"),
 }
 

@@ -251,3 +251,26 @@ class Inbox:
         for loop, event in waiters:
             with suppress(RuntimeError):  # its event loop was closed
                 loop.call_soon_threadsafe(event.set)
+
+
+class Collector:
+    """A listener that keeps an answer until it is whole."""
+
+    def __init__(
+        self, answer: Answer, on_token: Callable[[], None], done: Callable[[Completion | Exception], None]
+    ) -> None:
+        self._answer = answer
+        self._on_token = on_token
+        self._done = done
+
+    def token(self, token: Token) -> bool:
+        self._on_token()
+        self._answer.push(token)
+        return not self._answer.stopped
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        try:
+            self._answer.finish(reason)
+        except Exception as failed:
+            error = error or failed
+        self._done(error or self._answer.completion)

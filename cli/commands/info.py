@@ -27,7 +27,7 @@ def info(
     loading.prepare_jax(device)
     import jax
 
-    from llamajax.llm import cache_dtype, find_device
+    from llamajax.loading import cache_dtype, find_device
     from llamajax.ops import native
     from llamajax.weights.checkpoint import open_checkpoint
     from llamajax.weights.load import bytes_in_memory

@@ -67,7 +67,7 @@ def perplexity(
     llm = loading.load(model, max_seq_len=None, dtype=dtype, device=device)
     from llamajax.bench.perplexity import measure
     from llamajax.bench.session import kept_dtype
-    from llamajax.llm import find_device
+    from llamajax.loading import find_device
 
     # Ctrl-C is raised, for half a file of logits is cleared away.
     with raised(), progress_bar("windows", shown=sys.stderr.isatty()) as bar:

@@ -3,7 +3,8 @@
 from llamajax.config import CONFIGS
 from llamajax.engine.runner import Runner
 from llamajax.errors import RequestError
-from llamajax.llm import LLM, cache_dtype, find_device
+from llamajax.llm import LLM
+from llamajax.loading import cache_dtype, find_device
 from llamajax.model.llama import Llama
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import Device, DType

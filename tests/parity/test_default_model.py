@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from llamajax import LLM, load
 from llamajax.bench.perplexity import measure
 from llamajax.config import LlamaConfig
-from llamajax.llm import LLM, load
 from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight

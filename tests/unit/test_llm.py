@@ -39,6 +39,7 @@ def test_a_warm_model_compiles_nothing(llama: LLM) -> None:
     with count_compilations() as compiled:
         llama.chat(FRANCE, max_new_tokens=4)
         llama.generate("word " * 150, max_new_tokens=4, temperature=0, top_k=5, stop="x")
+        llama.generate(START, max_new_tokens=4, logit_bias={7: 1.5}, min_tokens=3, stop_token_ids=range(9), seed=-1)
     assert compiled == []
 
 

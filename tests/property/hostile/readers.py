@@ -20,7 +20,7 @@ from llamajax import LLM, LlamaJaxError
 from llamajax.bench.saved_logits import SavedLogits
 from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
-from llamajax.llm import cache_dtype
+from llamajax.loading import cache_dtype
 from llamajax.model.llama import Llama
 from llamajax.serve import batch_file
 from llamajax.serve.input_file import Input
