@@ -54,8 +54,8 @@ def main() -> int:
             if "problem" in report:
                 failures += 1
                 print(f"input {report['input']}: {report['problem']}", flush=True)
-        done = following - arguments.first
-        print(f"{done} inputs, {failures} failures, {time.monotonic() - began:.0f} s", file=sys.stderr)
+            if (done := following - arguments.first) % 1000 == 0:
+                print(f"{done} inputs, {failures} failures, {time.monotonic() - began:.0f} s", file=sys.stderr)
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:8} {outcome}")
     print(

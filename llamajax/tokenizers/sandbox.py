@@ -30,8 +30,8 @@ MAX_BYTES = 2**29
 
 
 def start() -> None:
-    """Starts the process ahead of the first template, and does not wait for it."""
-    with _lock:
+    """Starts the process ahead of the first template, and does not wait for it. `render` says what went wrong."""
+    with _lock, suppress(TokenizerError):
         _running()
 
 
@@ -127,5 +127,10 @@ def _running() -> _Process:
     global _process
     if _process is None or not _process.is_usable:
         _process = _Process()
-        atexit.register(_process.end)
     return _process
+
+
+@atexit.register
+def _end() -> None:
+    if _process is not None:
+        _process.end()

@@ -311,6 +311,15 @@ def test_an_interrupt_leaves_no_late_reply(monkeypatch: pytest.MonkeyPatch) -> N
     assert ChatTemplate("{{ messages[0].content }}").render([user("Hi")]) == "Hi"
 
 
+def test_a_process_that_cannot_start_is_told_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_process", None)
+    for executable, problem in (("/none/python", "No such file or directory"), ("/bin/false", "/bin/false")):
+        monkeypatch.setattr(sys, "executable", executable)
+        sandbox.start()
+        with pytest.raises(TokenizerError, match=f"^cannot start the process that renders chat templates.*{problem}"):
+            ChatTemplate("").render([user("Hi")])
+
+
 def test_the_process_of_templates_ends_with_ours() -> None:
     code = (
         "import os, sys\nfrom llamajax.tokenizers import sandbox\nsandbox.render('a', {})\n"
