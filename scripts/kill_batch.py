@@ -47,14 +47,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
+    # A job in the background ignores it, and so would what we start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     with tempfile.TemporaryDirectory() as folder:
         lines, whole = Path(folder, "in.jsonl"), Path(folder, "whole.jsonl")
         write_lines(lines, arguments.lines)
-        began = time.monotonic()
         command = [COMMAND, "batch", str(lines), "-m", arguments.model, "--slots", "8"]
-        subprocess.run([*command, "-o", whole, "--keep-order"], check=False)
-        seconds = time.monotonic() - began
+        began = time.monotonic()
+        process = subprocess.Popen([*command, "-o", whole, "--keep-order"])
+        while process.poll() is None and not _size(whole):
+            time.sleep(0.01)
+        start = time.monotonic() - began
+        process.wait()
         expected = [path.read_bytes() for path in (whole, Path(f"{whole}.errors.jsonl"))]
 
         for order in (["--keep-order"], []):
@@ -64,8 +69,11 @@ def main() -> None:
             ended = {"by signal": 0, "by itself": 0}
             for i in range(arguments.kills // 2):
                 process = subprocess.Popen(resumed, stderr=subprocess.DEVNULL)
-                # Some die while they start, most while they answer.
-                time.sleep(rng.random() * (2 + 3 * seconds / arguments.kills))
+                # A third die while they start, the others when they have written something more.
+                latest = time.monotonic() + (rng.random() * start if rng.random() < 1 / 3 else 600)
+                enough = _size(out) + rng.random() * 4 * len(expected[0]) / arguments.kills
+                while process.poll() is None and time.monotonic() < latest and _size(out) <= enough:
+                    time.sleep(0.001)
                 process.send_signal(SIGNALS[i % 3])
                 code = process.wait()
                 ended["by itself" if code in (0, 1) else "by signal"] += 1
@@ -80,6 +88,10 @@ def main() -> None:
             if not same:
                 sys.exit("the files differ from those of the run without a kill")
     print("nothing lost, nothing doubled")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 if __name__ == "__main__":

@@ -99,10 +99,10 @@ def batch(
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
     if raw and system is not None:
         raise typer.BadParameter("a system message needs a chat template: leave out --raw or --system")
-    if resume and output is None:
-        raise typer.BadParameter("--resume needs the output to continue: name it with -o")
     if output == Path("-"):
         output = None
+    if resume and output is None:
+        raise typer.BadParameter("--resume needs the output to continue: name it with -o")
     if errors is None and output is not None:
         errors = _beside(output, ".errors.jsonl")
     named = [path.resolve() for path in (Path(file), output, errors) if path is not None]
@@ -161,7 +161,7 @@ def batch(
 
 def _beside(output: Path, suffix: str) -> Path | None:
     """A file that belongs to the output; None beside a pipe or a device, /dev/stdout for one."""
-    if (output.exists() and not output.is_file()) or output.absolute().is_relative_to("/dev"):
+    if (output.exists() and not output.is_file()) or output.absolute().parts[1] in ("dev", "proc"):
         return None
     return output.with_name(output.name + suffix)
 

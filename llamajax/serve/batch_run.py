@@ -100,6 +100,7 @@ class BatchRun:
 
     def run(self, llm: "LLM", *, slots: int, keep_order: bool) -> None:
         """Answers the lines."""
+        self.work.num_slots = slots
         answers = llm.stream_batch(self._requests(llm), slots=slots, on_token=self._token)
         for index, answer in _in_order(answers) if keep_order else answers:
             self._take(index, answer, llm)

@@ -3,24 +3,27 @@
 from collections import Counter
 from itertools import accumulate
 
-# Reading a token costs this much of generating one, many at a time: measured with the native kernels; less on a GPU.
+# Measured with the native kernels, in the cost of a token in a step of many: reading a token, and a step by itself.
 _READ = 0.4
+_STEP = 5.0
 _BYTES_PER_TOKEN = 4
 
 
 class Work:
-    """What requests have cost and will cost. Their unit is the cost of one generated token.
+    """What requests have cost and will cost. Their unit is the cost of one generated token, in a step of many.
 
     How long the answers will be is estimated from those so far, the unfinished ones too (Kaplan and Meier 1958): an
     answer of n tokens ends there as often as others of n tokens did. If none has ended by itself, each takes all that
     it may.
 
     Attributes:
+      num_slots: how many are answered at the same time.
       done: of all requests so far.
       tokens: generated so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_slots: int = 32) -> None:
+        self.num_slots = num_slots
         self.done = 0.0
         self.tokens = 0
         self._went_on: Counter[int] = Counter()  # answers that had a token more, by how many they had before
@@ -43,7 +46,7 @@ class Work:
         self._went_on[self._drawn[index]] += 1
         self._drawn[index] += 1
         self.tokens += 1
-        self.done += 1
+        self.done += 1 + _STEP / len(self._drawn)
 
     def end(self, index: int, *, by_itself: bool) -> None:
         """Its answer is whole; `by_itself` is before the most tokens that it may take."""
@@ -55,24 +58,26 @@ class Work:
     @property
     def left(self) -> float:
         """Of the requests that have not ended."""
-        # The share of answers that have more than n tokens, and its sums: the mean length of those cut at n.
-        shares = list(accumulate((self._chance_to_go_on(n) for n in range(len(self._went_on))), float.__mul__))
-        means = [0.0, *accumulate(shares)]
+        # The share of answers that reach n tokens, and its sums: the mean length of those cut at n.
+        chances = [self._chance_to_go_on(n) for n in range(len(self._went_on))]
+        shares = list(accumulate(chances, float.__mul__, initial=1.0))
+        means = list(accumulate(shares[1:], initial=0.0))
         # Answers longer than any so far go on as the longer half did.
-        longer = [n for n in self._went_on if 2 * n >= len(shares)]
+        longer = [n for n in self._went_on if 2 * n >= len(chances)]
         ended, went_on = (sum(counts[n] for n in longer) for counts in (self._ended, self._went_on))
         chance = went_on / (went_on + ended) if longer else 1.0
 
         def expected(limit: int, drawn: int = 0) -> float:
-            known = min(limit, len(shares))
-            share = shares[drawn - 1] if drawn else 1.0
+            known = min(limit, len(chances))
             beyond = limit - known
             tail = beyond if chance == 1 else chance * (1 - chance**beyond) / (1 - chance)
-            return (means[known] - means[drawn] + ([1.0, *shares][known]) * tail) / share if share else 0.0
+            return (means[known] - means[drawn] + shares[known] * tail) / shares[drawn] if shares[drawn] else 0.0
 
-        waiting = sum(count * expected(limit) for limit, count in self._waiting.items())
-        running = sum(expected(self._requests[index][0], drawn) for index, drawn in self._drawn.items())
-        return waiting + running + self._waiting_bytes / _BYTES_PER_TOKEN * _READ
+        waiting = {limit: expected(limit) for limit in self._waiting}
+        running = [expected(self._requests[index][0], drawn) for index, drawn in self._drawn.items()]
+        tokens = sum(self._waiting[limit] * length for limit, length in waiting.items()) + sum(running)
+        num_steps = max([tokens / self.num_slots, *waiting.values(), *running])
+        return tokens + num_steps * _STEP + self._waiting_bytes / _BYTES_PER_TOKEN * _READ
 
     def _begin(self, index: int) -> None:
         limit, num_bytes = self._requests[index]
