@@ -5,6 +5,7 @@ the file is read. Sources: ggml's docs/gguf.md, and llama.cpp's src/llama-vocab.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from llamajax.errors import TokenizerError
@@ -41,11 +42,9 @@ class _Vocabulary(NamedTuple):
 
     def of_types(self, *types: int) -> dict[str, int]:
         """Tokens of some types; of equal ones, the first."""
-        found: dict[str, int] = {}
-        for i, (token, token_type) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if token and token_type in types:
-                found.setdefault(token, i)
-        return found
+        pairs = enumerate(zip(self.tokens, self.types, strict=True))
+        found = [(token, i) for i, (token, token_type) in pairs if token_type in types and token]
+        return dict(reversed(found))
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -83,7 +82,8 @@ def _vocabulary(metadata: Metadata, kind: str) -> _Vocabulary:
     tokens = metadata.texts("tokenizer.ggml.tokens")
     if tokens is None:
         raise TokenizerError("GGUF metadata: tokenizer.ggml.tokens is missing")
-    tokens = list(map(well_formed, tokens))
+    if "".join(tokens) != well_formed("".join(tokens)):  # they seldom are not, and there are many
+        tokens = list(map(well_formed, tokens))
     ids = _ids(metadata, len(tokens), kind)
     declared = metadata.integers("tokenizer.ggml.token_type") or [_UNDEFINED] * len(tokens)
     if len(declared) < len(tokens):
@@ -94,7 +94,7 @@ def _vocabulary(metadata: Metadata, kind: str) -> _Vocabulary:
             raise TokenizerError(f"GGUF metadata: {name}_token_id {token_id} is not among {len(tokens)} tokens")
     control = {i for name, i in ids.items() if name in ("bos", *_ENDS)}
     types = [
-        _type(token, token_type, i in control)
+        token_type if token_type == _NORMAL else _type(token, token_type, i in control)
         for i, (token, token_type) in enumerate(zip(tokens, declared, strict=False))
     ]
     if _UNKNOWN not in types and "unknown" in ids and kind == "llama":
@@ -128,7 +128,7 @@ def _bos_id(metadata: Metadata, vocabulary: _Vocabulary, *, default: bool) -> in
 
 
 def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     from llamajax.tokenizers.hf import HFTokenizer
@@ -138,10 +138,7 @@ def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
     merges = metadata.texts("tokenizer.ggml.merges")
     if merges is None:
         raise TokenizerError("GGUF metadata: tokenizer.ggml.merges is missing")
-    pairs = (merge.split(" ") for merge in merges)
-    # As llama.cpp, which finds no use for others either.
-    known = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys()]
-    backend = Backend(models.BPE(vocab=vocab, merges=known, ignore_merges=split.ignore_merges))
+    backend = Backend(_merging(vocab, merges, split.ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns),
@@ -158,6 +155,17 @@ def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
         bos_id=_bos_id(metadata, vocabulary, default=split.adds_bos),
         eos_ids=[vocabulary.ids.get(name) for name in _ENDS],
     )
+
+
+def _merging(vocab: dict[str, int], merges: list[str], ignore_merges: bool) -> Any:
+    from tokenizers.models import BPE
+
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    with suppress(Exception):  # to look at each merge takes as long as the rest
+        return BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges)
+    # As llama.cpp, which has no use for other merges.
+    known = [pair for pair in pairs if len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys()]
+    return BPE(vocab=vocab, merges=known, ignore_merges=ignore_merges)
 
 
 def _split(metadata: Metadata, tokens: list[str]) -> Split:

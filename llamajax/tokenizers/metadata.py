@@ -38,19 +38,21 @@ class Metadata:
         return None if flag is None else bool(flag)
 
     def texts(self, key: str) -> list[str] | None:
-        return self._items(key, "texts", lambda item: isinstance(item, str))
+        return self._items(key, "texts", {str})
 
     def integers(self, key: str) -> list[int] | None:
-        return self._items(key, "integers", lambda item: type(item) is int)
+        return self._items(key, "integers", {int})
 
     def numbers(self, key: str) -> list[float] | None:
-        return self._items(key, "numbers", lambda item: type(item) in (int, float) and not math.isnan(item))
+        """None of them NaN."""
+        values = self._items(key, "numbers", {int, float})
+        return self._checked(key, "a list of numbers", values, not any(map(math.isnan, values or [])))
 
-    def _items(self, key: str, kind: str, fits: Any) -> list[Any] | None:
+    def _items(self, key: str, kind: str, types: set[type]) -> list[Any] | None:
         value = self._values.get(key)
         if isinstance(value, np.ndarray):
             value = value.tolist()
-        return self._checked(key, f"a list of {kind}", value, isinstance(value, list) and all(map(fits, value)))
+        return self._checked(key, f"a list of {kind}", value, isinstance(value, list) and {*map(type, value)} <= types)
 
     def _checked(self, key: str, expected: str, value: Any, fits: bool) -> Any:
         if value is not None and not fits:
