@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax import hub
+from llamajax import checks, hub
 from llamajax.engine.runner import Runner
 from llamajax.errors import PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
@@ -55,7 +55,9 @@ def load(
     _use_compilation_cache()
     path = hub.resolve(str(name))
     chosen = find_device(device)
-    checkpoint = open_checkpoint(path, max_seq_len)
+    # What is no length, the runner refuses once it can tell the model's context.
+    longest = int(max_seq_len) if max_seq_len is not None and checks.is_whole(max_seq_len) else None
+    checkpoint = open_checkpoint(path, longest)
     tokenizer = load_directory(path) if checkpoint.metadata is None else from_gguf(checkpoint.metadata)
     template = find_template(path if checkpoint.metadata is None else checkpoint.metadata)
     if template is None:

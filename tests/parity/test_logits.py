@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
+import llamajax
 from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
-from llamajax.errors import CheckpointError, ConfigError
+from llamajax.errors import CheckpointError, ConfigError, RequestError
 from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight
+from llamajax.tokenizers.hf import byte_alphabet
 from llamajax.types import DType, Request, SamplingParams
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
@@ -200,6 +203,19 @@ def test_a_weight_of_integers_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"unreadable, expected F32.*: model\.layers\.0\.mlp\.down_proj.weight I8"
     ):
         open_checkpoint(write_hf(tmp_path / "hf", CASES["llama3-8b"], weights))
+
+
+def test_a_dynamic_model_is_loaded_for_a_longer_context(tmp_path: Path) -> None:
+    """For PROMPT_LEN tokens, as the logits of transformers are."""
+    path = write_hf(tmp_path / "hf", CASES["dynamic"], state_dict("dynamic"))
+    tokenizer = Tokenizer(models.BPE(byte_alphabet(), []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    found = llamajax.load(path, max_seq_len=PROMPT_LEN, dtype="float32").logits(prompt("dynamic"))
+    assert relative_error(found, GOLDENS["dynamic/logits"]) < 1e-4
+    for length in (49, "40", 2.5):
+        with pytest.raises(RequestError, match="max_seq_len must be"):
+            llamajax.load(path, max_seq_len=length)
 
 
 # Refusals
