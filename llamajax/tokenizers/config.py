@@ -91,9 +91,9 @@ def _flat(special_tokens: Mapping[str, str | list[str]]) -> Iterator[str]:
 def _added_tokens(directory: Path, config: Mapping[str, Any], special: Collection[str | None]) -> dict[str, AddedToken]:
     """Those of the older added_tokens.json, and of tokenizer_config.json, which says more of each."""
     path = directory / "added_tokens.json"
+    older = {} if (directory / "tokenizer.json").is_file() else _read_json(path)  # tokenizer.json replaces it
     tokens = {
-        literal: AddedToken(_id(path, i), literal in special or looks_special(literal))
-        for literal, i in _read_json(path).items()
+        literal: AddedToken(_id(path, i), literal in special or looks_special(literal)) for literal, i in older.items()
     }
     path = directory / "tokenizer_config.json"
     decoder = config.get("added_tokens_decoder") or {}

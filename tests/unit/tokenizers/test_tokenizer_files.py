@@ -149,6 +149,8 @@ def test_added_tokens_that_only_tokenizer_config_json_has(tmp_path: Path) -> Non
     assert tokenizer.encode("a<think>") == [97, 258]
     assert tokenizer.encode_template("a [INST]<|role|>") == [97, 259, 260]
     assert tokenizer.decode([97, 258, 259, 260]) == "a<think>"
+    write_json(tmp_path / "added_tokens.json", {"<old>": 7})  # of use to a SentencePiece model only
+    assert "<old>" not in load_directory(tmp_path).decode(range(261))
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<think>"}}})
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: .* lacks '<think>', whose id is 300"):
         load_directory(tmp_path)
