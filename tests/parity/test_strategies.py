@@ -18,7 +18,20 @@ def mixed_requests() -> list[tuple[Any, dict[str, Any]]]:
             prompt = [{"role": "user", "content": prompt}]
         options: dict[str, Any] = {"max_new_tokens": rng.randint(1, 40), "temperature": rng.choice((0, 0.7, 1.2))}
         options |= rng.choice(({}, {"top_k": 40}, {"min_p": 0.05}, {"repetition_penalty": 1.2}))
-        requests.append((prompt, {**options, "seed": number, "ignore_eos": number % 2 == 0}))
+        options |= rng.choice(
+            ({}, {"logit_bias": {token: rng.uniform(-9, 9) for token in rng.sample(range(49152), 300)}})
+        )
+        options |= rng.choice(
+            (
+                {},
+                {
+                    "stop_token_ids": rng.sample(range(3000), 90),
+                    "min_tokens": options["max_new_tokens"] // 2,
+                    "stop": "e",
+                },
+            )
+        )
+        requests.append((prompt, {**options, "seed": number - 2**40 * (number % 3), "ignore_eos": number % 2 == 0}))
     return requests
 
 
