@@ -16,7 +16,7 @@ PROMPTS = ["Once upon a time", "The capital of France is", "1, 2, 3,", "def f(x)
 
 @pytest.fixture(scope="module")
 def llama(default_model: None) -> LLM:
-    return load(max_seq_len=512, dtype="bfloat16")  # exact, whoever shares the batch
+    return load(max_seq_len=512)  # of quantized weights: exact, whoever shares the batch
 
 
 @pytest.fixture
