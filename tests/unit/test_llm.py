@@ -1,6 +1,7 @@
 """The library's front door, with the default model."""
 
 from collections.abc import Sequence
+from copy import copy
 from threading import Event, Thread
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import llamajax
 from llamajax import LLM, Completion, InternalError, Message, PromptTooLongError, RequestError, SamplingParams
 from llamajax.answer import Answer
+from llamajax.tokenizers.hf import HFTokenizer
 from llamajax.types import Token
 
 from ..tiny_model import count_compilations
@@ -167,6 +169,19 @@ def test_a_bias_makes_a_token_certain_or_impossible(llama: LLM, tale: Completion
     assert tell(llama, logit_bias={777: 100}, max_new_tokens=3).token_ids == (777,) * 3
     without = tell(llama, logit_bias=dict.fromkeys(tale.token_ids, -100.0))
     assert set(without.token_ids).isdisjoint(tale.token_ids)
+
+
+def test_a_drawn_token_that_the_tokenizer_lacks_is_no_text(llama: LLM) -> None:
+    """Embeddings may be padded to more rows than there are tokens."""
+    smaller = copy(llama.tokenizer)
+    assert isinstance(smaller, HFTokenizer)
+    smaller.vocab_size = 49000
+    smaller._tokens = {token_id: token for token_id, token in smaller._tokens.items() if token_id < 49000}
+    padded = LLM(llama._runner, smaller, llama.template, frozenset())
+    options: dict[str, Any] = {"max_new_tokens": 3, "logit_bias": {49100: 100}}
+    [batched] = padded.generate_batch([START], raise_errors=True, **options)
+    for answer in (padded.generate(START, **options), padded.chat(FRANCE, **options), batched):
+        assert (answer.text, answer.token_ids) == ("", (49100,) * 3)
 
 
 def test_no_limit_is_the_context_s(llama: LLM) -> None:
