@@ -132,5 +132,5 @@ def _running() -> _Process:
 
 @atexit.register
 def _end() -> None:
-    if _process is not None:
+    if _process is not None and _process.is_usable:
         _process.end()

@@ -121,7 +121,8 @@ def _other_ids(path: Path, text: str) -> list[int]:
 
 def _added_tokens(path: Path) -> list[str]:
     if (path / "tokenizer.json").is_file():
-        return [token["content"] for token in json.loads((path / "tokenizer.json").read_bytes())["added_tokens"]]
+        tokens = json.loads((path / "tokenizer.json").read_bytes()).get("added_tokens") or []
+        return [token["content"] for token in tokens]
     return list(json.loads((path / "added_tokens.json").read_bytes())) if (path / "added_tokens.json").is_file() else []
 
 
