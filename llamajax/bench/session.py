@@ -44,10 +44,11 @@ class Session:
 
     def check(self, num_tokens: int, more: int) -> None:
         """Raises PromptTooLongError if a sequence of so many tokens cannot grow by so many more."""
-        if num_tokens + more > self.llm.max_seq_len:
+        context = self.llm.max_seq_len
+        if num_tokens + more > context:
+            longer = ", or raise max_seq_len" if context < self.llm.config.max_position_embeddings else ""
             raise PromptTooLongError(
-                f"{num_tokens} tokens and {more} more are beyond the context of {self.llm.max_seq_len}: ask for fewer, "
-                "or raise max_seq_len"
+                f"{num_tokens} tokens and {more} more are beyond the context of {context}: ask for fewer{longer}"
             )
 
     def measure(self, warm_up: Callable[[], object], run: Callable[[], R]) -> tuple[list[R], dict[str, Any]]:
