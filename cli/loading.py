@@ -54,7 +54,8 @@ class _Notes(logging.Handler):
 def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | None) -> "LLM":
     """As `llamajax.load`, showing on stderr how far it is."""
     path = resolve(model)
-    prepare_jax(device)
+    if "jax" not in sys.modules:  # the first model of this process
+        prepare_jax(device)
     import jax
 
     import llamajax

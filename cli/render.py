@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-def write_stream(pieces: Iterable[str]) -> None:
-    """Writes an answer as it comes, and ends its last line. To a pipe it goes as it is."""
+def write_stream(pieces: Iterable[str], show: Callable[[str], str] | None = None) -> None:
+    """Writes an answer as it comes, and ends its last line: what `show` makes of each piece, or `shown`."""
+    show = show or shown
     end = ""
     try:
         with last_words("\n", sys.stdout.fileno()):
             for piece in pieces:
-                sys.stdout.write(shown(piece))
+                sys.stdout.write(show(piece))
                 sys.stdout.flush()
                 end = piece[-1]
     finally:

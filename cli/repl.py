@@ -1,160 +1,264 @@
-"""A conversation on a terminal: line editing, commands, Ctrl-C."""
+"""A conversation on a terminal: questions, commands, Ctrl-C."""
 
-import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from types import FrameType
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import create_output
+from prompt_toolkit.completion import Completer, PathCompleter, WordCompleter, merge_completers
 
-from llamajax import LLM, Conversation, LlamaJaxError, SamplingParams, Stream
-from llamajax.hub import home
-from llamajax.types import Completion
+from llamajax import LLM, Conversation, LlamaJaxError, Stream, hub
+from llamajax.engine.ahead import AheadCompiler
+from llamajax.text import one_line
+from llamajax.types import Completion, Message
 
-from .render import note, stats_line, write_stream
+from . import saved, settings
+from .line_editor import LineEditor
+from .render import note, note_cut, stats_line, write_stream
+from .settings import Settings
+from .terminal import Status, WordWrap, understands_escapes
 
-# Programs for a conversation of this many tokens are compiled while the first question is typed.
-_WARM_TOKENS = 1024
+# What conversations of up to this many tokens need is compiled while the user reads and types.
+_AHEAD_TOKENS = 8192
+# What takes no longer goes without a word.
+_PATIENCE_SECONDS = 0.3
+_LEAVE = ("/exit", "/quit", "/bye", "exit", "quit")
 
 _HELP = """\
-/regen           another answer to the last question
-/clear           forget the conversation
-/system [TEXT]   show the system message; with a text, begin again with it
-/save FILE       write the conversation as JSON
-/load FILE       go on with a saved conversation
-/stats           tokens so far, and the last answer's speed
-/help            this list
-/exit            leave (Ctrl-D)
-Enter sends; Alt-Enter, or \\ at the end of a line, begins a new line. Ctrl-C stops an answer."""
+/regen             another answer to the last question
+/edit [TEXT]       write the next message in $VISUAL or $EDITOR
+/clear             forget the conversation
+/system [TEXT]     show the system message; with a text, begin again with it
+/set [NAME VALUE]  show or change temperature, top_p, top_k, min_p, penalties, seed, n, stop
+/model [NAME]      show the model; with a name, go on with another
+/save FILE         write the conversation as JSON
+/load FILE         go on with a saved conversation (llamajax chat -c: with the last)
+/stats             tokens so far, and the last answer's speed
+/help              this list
+/exit              leave (/bye, exit, quit, Ctrl-D)
+Enter sends; Alt-Enter, or \\ at the end of a line, begins a new line; Tab completes commands and files.
+Ctrl-C stops an answer."""
 
 
 class Repl:
-    """Reads questions and commands until /exit; answers go to stdout, all else to stderr."""
+    """Reads questions and commands until the user leaves; answers go to stdout, all else to stderr.
+
+    Args:
+      llm: the model to begin with, and its name.
+      load: gives a model by its name.
+      messages: said before.
+      asked: what each answer is asked for; `/set` changes it.
+      stats: whether a line of figures follows each answer.
+    """
 
     def __init__(
-        self, llm: LLM, system: str | None, sampling: SamplingParams, max_new_tokens: int, stop: list[str], stats: bool
+        self,
+        llm: LLM,
+        model: str,
+        load: Callable[[str], LLM],
+        messages: list[Message],
+        asked: Settings,
+        stats: bool,
     ) -> None:
-        self._llm = llm
-        self._conversation = Conversation(llm, system)
-        self._sampling = sampling
-        self._max_new_tokens = max_new_tokens
-        self._stop = stop
+        self._load_model = load
+        self._asked = asked
         self._stats = stats
         self._last: Completion | None = None
         self._again = 0
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/regen": self._regenerate,
-            "/clear": self._clear,
-            "/system": self._system,
-            "/save": self._save,
-            "/load": self._load,
-            "/stats": self._show_stats,
-            "/help": lambda _: note(_HELP),
+        self._keeps_last = True
+        self._status = Status()
+        self._llm, self._name, self._conversation = llm, model, Conversation(llm)
+        self._compiler = self._compile_ahead(messages)
+        self._conversation.restart(messages=messages)
+        files = PathCompleter(expanduser=True)
+        names = WordCompleter(sorted(hub.ALIASES), sentence=True)
+        self._commands: dict[str, tuple[Callable[[str], None], Completer | None]] = {
+            "/regen": (self._regenerate, None),
+            "/edit": (self._edit, None),
+            "/clear": (self._clear, None),
+            "/system": (self._system, None),
+            "/set": (self._set, WordCompleter(list(settings.NAMES), sentence=True)),
+            "/model": (self._model, merge_completers([names, files])),
+            "/save": (self._save, files),
+            "/load": (self._load, files),
+            "/stats": (self._show_stats, None),
+            "/help": (lambda _: note(_HELP), None),
+            "/exit": (lambda _: None, None),
         }
 
     def run(self) -> None:
         """Returns when the user leaves."""
-        warming = Thread(target=self._llm.warm_up, args=(_WARM_TOKENS,), daemon=True)
-        warming.start()
+        if self._conversation.messages:
+            note(f"(going on after {_count(len(self._conversation.messages), 'message')})")
         note("Ask something; /help lists the commands, Ctrl-D leaves.")
-        session: PromptSession[str] = PromptSession(
-            history=_history(), key_bindings=_keys(), multiline=True, output=create_output(sys.stderr)
-        )
-        while True:
-            try:
-                line = session.prompt("> ", prompt_continuation="  ").strip()
-            except KeyboardInterrupt:
-                note("(Ctrl-D or /exit leaves)")
-                continue
-            except EOFError:
-                return
-            if line in ("/exit", "/quit"):
-                return
-            if not line:
-                continue
-            try:
-                warming.join()
-                self._handle(line)
-            except KeyboardInterrupt:
-                note("(stopped)")
-            except LlamaJaxError as e:
-                note(str(e))
+        editor = self._editor = LineEditor({name: completer for name, (_, completer) in self._commands.items()})
+        with editor.open():
+            while True:
+                try:
+                    line = editor.read()
+                except KeyboardInterrupt:
+                    note("(Ctrl-D or /exit leaves)")
+                    continue
+                except EOFError:
+                    return
+                if line in _LEAVE:
+                    return
+                try:
+                    self._handle(line)
+                except KeyboardInterrupt:
+                    note("(stopped)")
+                except LlamaJaxError as e:
+                    note(str(e))
+                finally:
+                    self._status.clear()
 
     def _handle(self, line: str) -> None:
         name, _, argument = line.partition(" ")
-        if command := self._commands.get(name):
-            command(argument.strip())
+        if not line:
+            return
+        if name in self._commands:
+            self._commands[name][0](argument.strip())
         elif line.startswith("/") and "\n" not in line and "/" not in name[1:]:
             note(f"no such command: {name} (/help lists them)")
         else:
-            self._again = 0
-            self._answer(
-                self._conversation.ask(
-                    line, max_new_tokens=self._max_new_tokens, stop=self._stop, sampling=self._sampling
-                )
+            self._ask(line)
+
+    def _ask(self, question: str) -> None:
+        self._again = 0
+        asked = self._asked
+        self._answer(
+            self._conversation.ask(
+                question, max_new_tokens=asked.max_new_tokens, stop=asked.stop, sampling=asked.sampling
             )
+        )
 
     def _answer(self, stream: Stream) -> None:
         if self._conversation.forgotten:
             note(f"(the context is full, forgotten: {_count(self._conversation.forgotten, 'oldest exchange')})")
+        with self._compiler.answering(stream.request):
+            if not self._compiler.wait(_PATIENCE_SECONDS):
+                self._status.show("compiling for this machine, once ...")
+                self._compiler.wait()
+                self._status.clear()
+            self._write(stream)
+        self._last = stream.completion
+        self._keep()
+        note_cut(self._last, self._asked.max_new_tokens, self._llm.max_seq_len)
+        if self._last.finish_reason == "cancelled":
+            note("(stopped)" if self._last.token_ids else "(stopped; /regen asks again)")
+        if self._stats:
+            note(stats_line(self._last))
+
+    def _write(self, stream: Stream) -> None:
+        began = time.monotonic()
+
+        def show_progress(read: int, total: int) -> None:
+            if time.monotonic() - began > _PATIENCE_SECONDS:
+                self._status.show(f"reading {read:,} of {total:,} tokens")
+
+        def pieces() -> Iterator[str]:
+            for piece in stream:
+                self._status.clear()
+                yield piece
+            self._status.clear()
 
         def stop(signum: int, frame: FrameType | None) -> None:
             stream.cancel()
 
+        stream.on_read = show_progress
         before = signal.signal(signal.SIGINT, stop)
         try:
-            with _no_echo():
-                write_stream(stream)
+            write_stream(pieces(), WordWrap().push if sys.stdout.isatty() and understands_escapes() else None)
         finally:
             signal.signal(signal.SIGINT, before)
-        self._last = stream.completion
-        if self._last.finish_reason == "length":
-            room = self._llm.max_seq_len - self._last.prompt_tokens
-            limit = f"-n {self._max_new_tokens}" if self._max_new_tokens <= room else "the context is full"
-            note(f"(cut off: {limit})")
-        elif self._last.finish_reason == "cancelled":
-            note("(stopped)")
-        if self._stats:
-            note(stats_line(self._last))
+
+    def _keep(self) -> None:
+        """Keeps the conversation for `--continue`."""
+        try:
+            saved.keep_last(self._conversation.messages)
+        except OSError as e:
+            if self._keeps_last:
+                note(f"(not kept for --continue: {e.strerror})")
+            self._keeps_last = False
 
     def _regenerate(self, _: str) -> None:
         # The same seed would draw the same answer.
         self._again += 1
-        sampling = replace(self._sampling, seed=(self._sampling.seed + self._again) % 2**32)
+        asked = self._asked
+        sampling = replace(asked.sampling, seed=(asked.sampling.seed + self._again) % 2**32)
         self._answer(
-            self._conversation.ask_again(max_new_tokens=self._max_new_tokens, stop=self._stop, sampling=sampling)
+            self._conversation.ask_again(max_new_tokens=asked.max_new_tokens, stop=asked.stop, sampling=sampling)
         )
 
+    def _edit(self, text: str) -> None:
+        if message := self._editor.compose(text):
+            note(message)
+            self._ask(message)
+        else:
+            note("(nothing written, nothing sent)")
+
     def _clear(self, _: str) -> None:
-        messages = self._conversation.messages
-        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-        self._conversation.restart(system)
+        self._conversation.restart(self._system_message)
         note("(forgotten)")
 
     def _system(self, text: str) -> None:
         if text:
             self._conversation.restart(text)
             note("(begun again)")
+        else:
+            note(self._system_message or "(no system message, or the template's own)")
+
+    @property
+    def _system_message(self) -> str | None:
+        messages = self._conversation.messages
+        return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+
+    def _set(self, text: str) -> None:
+        name, *value = text.replace("=", " ", 1).split(maxsplit=1) or [""]
+        names = [settings.name_of(name)] if name else settings.NAMES
+        if value:
+            self._asked = self._asked.changed(names[0], value[0])
+        note("\n".join(map(self._asked.show, names)))
+
+    def _model(self, name: str) -> None:
+        if not name:
+            note(self._name)
             return
         messages = self._conversation.messages
-        has_system = messages and messages[0]["role"] == "system"
-        note(messages[0]["content"] if has_system else "(no system message, or the template's own)")
+        try:
+            llm = self._load_model(name)
+        except (OSError, MemoryError, RuntimeError) as e:  # of the last kind are those of a device's memory
+            note(f"cannot load {name}: {one_line(e)}")
+            return
+        if messages:
+            llm.encode_chat(messages)  # its template says what it does not take, while the present model is still there
+        self._compiler.close()
+        self._llm, self._name, self._conversation = llm, name, Conversation(llm)
+        self._compiler = self._compile_ahead(messages)
+        self._conversation.restart(messages=messages)
+        note(f"({name}; {_count(len(messages), 'message')} kept)")
+
+    def _compile_ahead(self, messages: list[Message]) -> AheadCompiler:
+        compiler = self._llm.compile_ahead(_AHEAD_TOKENS)
+        with suppress(LlamaJaxError):  # a model that cannot chat: the first question says so
+            question: Message = {"role": "user", "content": "A question of some ten words, as most first ones are?"}
+            request, _ = self._llm.prepare([*messages, question], max_new_tokens=self._asked.max_new_tokens)
+            compiler.expect(request)
+        return compiler
 
     def _save(self, file: str) -> None:
         if not file:
             note("/save needs a file name")
             return
+        if not self._conversation.messages:
+            note("nothing to save: nothing was said yet")
+            return
         try:
-            text = json.dumps({"messages": self._conversation.messages}, ensure_ascii=False, indent=1)
-            Path(file).expanduser().write_text(text + "\n", "utf-8", errors="replace")
+            saved.save(self._conversation.messages, Path(file).expanduser())
             note(f"(saved to {file})")
         except OSError as e:
             note(f"cannot write {file}: {e.strerror}")
@@ -166,12 +270,12 @@ class Repl:
             note("/load needs a file name")
             return
         try:
-            messages = list(json.loads(Path(file).expanduser().read_text("utf-8"))["messages"])
+            messages = saved.load(Path(file).expanduser())
         except OSError as e:
             note(f"cannot read {file}: {e.strerror}")
             return
-        except (ValueError, KeyError, TypeError, RuntimeError):
-            note(f"{file} is not a saved conversation")
+        except (ValueError, RuntimeError) as e:
+            note(f"cannot read {file}: {e}")
             return
         # The template says what is wrong with malformed messages, before they replace the present ones.
         self._llm.encode_chat(messages)
@@ -188,50 +292,3 @@ class Repl:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-@contextmanager
-def _no_echo() -> Iterator[None]:
-    """Keys pressed while an answer is written do not show up in it."""
-    if sys.platform == "win32":
-        yield
-        return
-    import termios
-
-    settings = termios.tcgetattr(sys.stdin)
-    quiet = settings.copy()
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
-
-
-def _history() -> History:
-    file = home() / "history"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(file))
-
-
-def _keys() -> KeyBindings:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.char_before_cursor == "\\":
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys

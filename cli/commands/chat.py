@@ -1,5 +1,6 @@
 """`llamajax chat`: one answer, or a conversation."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -8,7 +9,7 @@ from llamajax.errors import RequestError
 from llamajax.hub.aliases import DEFAULT
 from llamajax.types import Message, SamplingParams
 
-from .. import loading, options, render
+from .. import loading, options, render, saved
 from ..interrupt import raised
 from ..prompt import read_prompt, read_text
 
@@ -37,6 +38,7 @@ def chat(
     ] = None,
     model: options.Model = DEFAULT,
     system: options.System = None,
+    goes_on: Annotated[bool, typer.Option("-c", "--continue", help="Go on with the last conversation.")] = False,
     temperature: options.Temperature = 0.6,
     top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
@@ -77,31 +79,41 @@ def chat(
         raise typer.BadParameter(str(e)) from None
     if not all(stop):
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
-    if raw and system is not None:
-        raise typer.BadParameter("a system message needs a chat template: leave out --raw or --system")
+    if raw and (system is not None or goes_on):
+        raise typer.BadParameter("messages need a chat template: leave out --raw, or --system and --continue")
     text = read_prompt(prompt)
     if text is None and (raw or as_json):
         raise typer.BadParameter("--raw and --json need a prompt")
     if text is not None and not text.strip() and not raw:
         raise RequestError("the prompt is empty: give a text, @FILE, or a text on stdin")
 
+    messages = saved.load_last() if goes_on else []
     if system is not None:
-        system = read_text(system, "the system message")
+        said: Message = {"role": "system", "content": read_text(system, "the system message")}
+        messages = [said, *(message for message in messages if message["role"] != "system")]
     if stats:
         options.note_seed(seed)
-    llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device)
+    load = partial(loading.load, max_seq_len=max_seq_len, dtype=dtype, device=device)
+    llm = load(model)
+    from llamajax import Conversation
+
     if text is None:
         from ..repl import Repl
+        from ..settings import Settings
 
         with raised():
-            Repl(llm, system, sampling, max_new_tokens or CONVERSATION_TOKENS, stop, stats).run()
+            asked = Settings(sampling, max_new_tokens or CONVERSATION_TOKENS, stop)
+            Repl(llm, model, load, messages, asked, stats).run()
         return
 
-    messages: list[Message] = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
     limit = max_new_tokens or ONE_ANSWER_TOKENS
-    stream = llm.stream(text if raw else messages, max_new_tokens=limit, stop=stop, sampling=sampling)
+    if goes_on:
+        conversation = Conversation(llm)
+        conversation.restart(messages=messages)
+        stream = conversation.ask(text, max_new_tokens=limit, stop=stop, sampling=sampling)
+    else:
+        question: Message = {"role": "user", "content": text}
+        stream = llm.stream(text if raw else [*messages, question], max_new_tokens=limit, stop=stop, sampling=sampling)
     if as_json:
         render.print_answer_json(stream.finish(), model, seed)
     else:
@@ -109,3 +121,5 @@ def chat(
     if stats:
         render.note_cut(stream.completion, limit, llm.max_seq_len)
         render.note(render.stats_line(stream.completion))
+    if goes_on:
+        saved.keep_last(conversation.messages)

@@ -83,18 +83,20 @@ class Reply(NamedTuple):
 
 
 class Terminal:
-    """`llamajax chat` on a terminal of 100 x 30. A context manager; it is killed in the end if it is still there."""
+    """`llamajax chat` on a terminal. A context manager; it is killed in the end if it is still there."""
 
-    # The prompt stands and keys are read; the line was taken.
-    _READY, _TAKEN = "\x1b[?2004h", "\x1b[?2004l"
+    # The prompt stands and keys are read; the line was taken, and a paste from now on stays one.
+    _READY, _TAKEN = "\x1b[?2004h", "\x1b[?2004l\x1b[?2004h"
+    # Lines of progress, and what takes them away.
+    _PASSING = re.compile(r"\r\x1b\[2m[^\n]*?\x1b\[K|\r\x1b\[K")
 
-    def __init__(self, *arguments: str, **env: str) -> None:
+    def __init__(self, *arguments: str, columns: int = 1000, **env: str) -> None:
         self.process = pexpect.spawn(
             COMMAND,
             ["chat", *arguments],
             # No terminal answers here where the cursor is.
             env=environment(PROMPT_TOOLKIT_NO_CPR="1", **env),
-            dimensions=(30, 100),
+            dimensions=(30, columns),
             encoding="utf-8",
             timeout=120,
         )
@@ -111,10 +113,15 @@ class Terminal:
         self.process.send(keys)
         self.process.expect_exact(self._TAKEN)
 
+    def begun(self) -> str:
+        """Waits for the answer's first character."""
+        self.process.expect(r"\A(?:\r\x1b\[2m[^\x1b]*\x1b\[0m\x1b\[K|\r\x1b\[K)*[^\r\x1b]")
+        return self._PASSING.sub("", self.process.after)
+
     def reply(self) -> Reply:
         """All that is written until the prompt stands again."""
         self.process.expect_exact(self._READY)
-        written = self.process.before.replace("\r\n", "\n")
+        written = self._PASSING.sub("", self.process.before.replace("\r\n", "\n"))
         self.process.expect_exact("\x1b[?25h")
         note = r"\x1b\[2m(.*?)\x1b\[0m\n"
         return Reply(re.sub(note, "", written, flags=re.DOTALL), re.findall(note, written, flags=re.DOTALL))

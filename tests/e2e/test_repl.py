@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from .command import Terminal
+from .command import Terminal, run
 
 
 def messages_in(file: Path) -> list[dict[str, str]]:
@@ -89,8 +89,7 @@ def test_keys(shallow_model: str, tmp_path: Path) -> None:
     with Terminal("-m", shallow_model, *endless) as terminal:
         # Ctrl-C stops an answer as it is written, and what is typed meanwhile stays out of it.
         terminal.send("Count to a million.\r")
-        terminal.process.expect(r"\w")
-        begun = terminal.process.before + terminal.process.after
+        begun = terminal.begun()
         terminal.process.send("typed too soon")
         terminal.process.sendintr()
         stopped = terminal.reply()
@@ -102,7 +101,7 @@ def test_keys(shallow_model: str, tmp_path: Path) -> None:
 
         # The conversation is kept.
         terminal.send("And then?\r")
-        terminal.process.expect(r"\w")
+        terminal.begun()
         terminal.process.sendintr()
         assert int(terminal.reply().stats["cached"] or 0) >= int(stopped.stats["prompt"] or 0)
         assert terminal.ask("/stats").notes[0].startswith("4 messages, ")
@@ -113,7 +112,7 @@ def test_keys(shallow_model: str, tmp_path: Path) -> None:
 
         # Alt-Enter, and Enter after a backslash, begin a new line.
         terminal.send("one\\\rtwo 🦙\x1b\rthree\r")
-        terminal.process.expect(r"\w")
+        terminal.begun()
         terminal.process.sendintr()
         terminal.reply()
         assert terminal.note(f"/save {file}") == f"(saved to {file})"
@@ -161,6 +160,7 @@ def test_mistakes_are_told_and_change_nothing(shallow_model: str, tmp_path: Path
         assert terminal.ask("/stats").notes == before
         # A terminal of another encoding sends bytes that are no UTF-8.
         os.write(terminal.process.child_fd, "Grüße\r".encode("latin-1"))
+        terminal.send("")
         assert terminal.reply().stats["generated"] == "5"
         assert terminal.note(f"/save {tmp_path}/saved") == f"(saved to {tmp_path}/saved)"
         assert messages_in(tmp_path / "saved")[-2]["content"] == "Gr??e"
@@ -172,3 +172,106 @@ def test_leaving_while_programs_are_compiled(shallow_model: str, tmp_path: Path)
         code, written = terminal.end("\x04")
     assert code == 0
     assert "terminate" not in written
+
+
+def test_what_is_typed_or_pasted_during_an_answer_is_the_next_message(shallow_model: str, tmp_path: Path) -> None:
+    pasted = [f"line {number} of a paste" for number in range(300)]
+    with Terminal("-m", shallow_model, "-n", "300", "--temperature", "0") as terminal:
+        terminal.send("Count.\r")
+        terminal.begun()
+        terminal.process.send("typed " + "\x1b[200~" + "\r".join(pasted[:100]) + "\x1b[201~")
+        answer = terminal.reply().answer
+        assert "typed" not in answer and "paste" not in answer
+        terminal.send("!\r")
+        terminal.reply()
+        file = tmp_path / "conversation.json"
+        terminal.note(f"/save {file}")
+        assert [message["content"] for message in messages_in(file)[::2]] == [
+            "Count.",
+            "typed " + "\n".join(pasted[:100]) + "!",
+        ]
+
+
+def test_settings_models_and_words_that_leave(shallow_model: str, tmp_path: Path) -> None:
+    with Terminal("-m", shallow_model, "-n", "5") as terminal:
+        shown = terminal.note("/set").splitlines()
+        assert {"temperature 0.6", "top_p 0.9", "n 5", "seed 42", "stop off"} <= set(shown)
+        assert terminal.note("/set temperature 0") == "temperature 0.0"
+        assert terminal.note("/set --top-p=0.5") == "top_p 0.5"
+        assert terminal.note("/set n 7") == "n 7"
+        assert terminal.ask("Hi").stats["generated"] == "7"
+        assert "temperature must be in [0, 1000000], not -1" in terminal.note("/set temperature -1")
+        assert terminal.note("/set n 0") == "n must be an integer of at least 1, not 0"
+        assert terminal.note("/set seed x") == "seed must be an integer, not x"
+        assert terminal.note("/set heat 1").startswith("no such setting: heat (there are temperature, ")
+        assert terminal.note("/set temperature") == "temperature 0.0"
+        assert terminal.note("/set stop 'the end' .") == "stop 'the end' ."
+        assert terminal.note("/set stop off") == "stop off"
+
+        assert terminal.note("/model") == shallow_model
+        assert "no-such" in terminal.note("/model no-such")
+        assert terminal.note("/model") == shallow_model
+        loaded = terminal.note(f"/model {shallow_model}")
+        assert loaded == f"({shallow_model}; 2 messages kept)"
+        assert terminal.ask("/stats").notes[0].startswith("2 messages, ")
+        assert terminal.end("quit\r")[0] == 0
+
+
+def test_tab_completes_commands_and_files(shallow_model: str, tmp_path: Path) -> None:
+    (tmp_path / "a conversation.json").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+    with Terminal("-m", shallow_model, "-n", "5") as terminal:
+        for keys, added, says in (
+            ("/cl", "ear", "(forgotten)"),
+            (f"/load {tmp_path}/a", "conversation.json", "(1 message)"),
+            ("/set rep", "etition_penalty", "repetition_penalty 1.0"),
+        ):
+            terminal.process.send(keys + "\t")
+            terminal.process.expect_exact(added)
+            assert terminal.note("") == says
+        assert terminal.note("/clear") == "(forgotten)"
+        assert terminal.note("/save x") == "nothing to save: nothing was said yet"
+        assert terminal.end("/bye\r")[0] == 0
+
+
+def test_edit_opens_the_users_editor(shallow_model: str, tmp_path: Path) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nprintf "%s and\\nmore" "$(cat "$1")" > "$1.new" && mv "$1.new" "$1"\n')
+    editor.chmod(0o755)
+    file = tmp_path / "conversation.json"
+    with Terminal("-m", shallow_model, "-n", "5", VISUAL="", EDITOR=str(editor)) as terminal:
+        assert terminal.ask("/edit this").notes[0] == "this and\nmore"
+        terminal.note(f"/save {file}")
+        assert messages_in(file)[0] == {"role": "user", "content": "this and\nmore"}
+    with Terminal("-m", shallow_model, VISUAL="false", EDITOR=str(editor)) as terminal:
+        assert terminal.ask("/edit").notes == ["the editor 'false' ended with code 1: nothing is sent"]
+    with Terminal("-m", shallow_model, VISUAL="/no/editor") as terminal:
+        assert terminal.ask("/edit").notes[0].startswith("cannot run the editor '/no/editor'")
+
+
+def test_continue_goes_on_with_the_last_conversation(shallow_model: str, tmp_path: Path) -> None:
+    home = str(tmp_path)
+    assert (
+        "begin one without --continue" in run("chat", "-m", shallow_model, "-c", "-p", "Hi", LLAMAJAX_HOME=home).error
+    )
+    with Terminal("-m", shallow_model, "-n", "5", LLAMAJAX_HOME=home) as terminal:
+        terminal.ask("One")
+        terminal.end("exit\r")
+    kept = tmp_path / "conversation.json"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert messages_in(kept)[0]["content"] == "One"
+    done = run("chat", "-m", shallow_model, "-n", "5", "-c", "-p", "Two", LLAMAJAX_HOME=home)
+    assert done.code == 0
+    assert [message["content"] for message in messages_in(kept)[::2]] == ["One", "Two"]
+    assert messages_in(kept)[3]["content"] == done.stdout.removesuffix("\n")
+    with Terminal("-m", shallow_model, "-n", "5", "-c", LLAMAJAX_HOME=home) as terminal:
+        assert terminal.greeting.notes[-2] == "(going on after 4 messages)"
+        assert terminal.ask("/stats").notes[0].startswith("4 messages, ")
+
+
+def test_a_long_prompt_shows_how_far_it_is_read_and_can_be_stopped(default_model: None) -> None:
+    with Terminal("-n", "5") as terminal:
+        terminal.send("word " * 7000 + "\r")
+        terminal.process.expect(r"reading [\d,]+ of 7,\d+ tokens")
+        terminal.process.sendintr()
+        assert terminal.reply().notes[0] == "(stopped; /regen asks again)"
+        assert int(terminal.ask("/regen").stats["prompt"] or 0) > 7000
