@@ -4,7 +4,8 @@
 
 Lines of each kind (plain, OpenAI's, several choices, bad ones) are answered once without a kill. Then runs are ended
 by SIGKILL, SIGTERM and SIGINT in turn, and resumed. Results and bad lines must be those of the run without a kill;
-results in the same order with --keep-order.
+results in the same order with --keep-order. (A model with float32 weights and few heads is no subject: who shares its
+batch shows in the last digits of its log-probabilities.)
 """
 
 import argparse
