@@ -42,6 +42,7 @@ def run(arguments: list[str], moment: float) -> tuple[str, float]:
 
 def main() -> None:
     moments, model = int(sys.argv[1]), sys.argv[2]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background job, commands would ignore it
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.txt")
