@@ -266,12 +266,3 @@ def test_continue_goes_on_with_the_last_conversation(shallow_model: str, tmp_pat
     with Terminal("-m", shallow_model, "-n", "5", "-c", LLAMAJAX_HOME=home) as terminal:
         assert terminal.greeting.notes[-2] == "(going on after 4 messages)"
         assert terminal.ask("/stats").notes[0].startswith("4 messages, ")
-
-
-def test_a_long_prompt_shows_how_far_it_is_read_and_can_be_stopped(default_model: None) -> None:
-    with Terminal("-n", "5") as terminal:
-        terminal.send("word " * 7000 + "\r")
-        terminal.process.expect(r"reading [\d,]+ of 7,\d+ tokens")
-        terminal.process.sendintr()
-        assert terminal.reply().notes[0] == "(stopped; /regen asks again)"
-        assert int(terminal.ask("/regen").stats["prompt"] or 0) > 7000
