@@ -216,8 +216,7 @@ class Inbox:
             rest = self.answer.finish(reason)
         except Exception as failed:  # whoever reads must not wait for ever
             error = error or failed
-        self._error, self._ended = error, True
-        self._put(rest)
+        self._put(rest, ended=True, error=error)
 
     def get(self) -> str | None:
         """Waits for a piece; None at the end."""
@@ -242,10 +241,11 @@ class Inbox:
             raise self._error
         return None
 
-    def _put(self, piece: str) -> None:
+    def _put(self, piece: str, *, ended: bool = False, error: Exception | None = None) -> None:
         with self._changed:
             if piece:
                 self._pieces.append(piece)
+            self._ended, self._error = ended, error
             self._changed.notify_all()
             waiters, self._waiters = self._waiters, []
         for loop, event in waiters:

@@ -132,14 +132,21 @@ class LLM:
         )
 
     def _encode(self, prompt: Prompt, options: Options, verbatim: Mapping[int, Sequence[int]] | None) -> list[int]:
+        begins, continues = generation_prompt(options)
+        ids = _token_ids(prompt)
+        if (isinstance(prompt, str) or ids is not None) and (continues or not begins):
+            raise RequestError(
+                "add_generation_prompt and continue_final_message need messages, not a text or token ids"
+            )
         if isinstance(prompt, str):
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             return bos + self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
-            raise RequestError(f"a prompt must be a text, messages or token ids, not {shown(prompt)}")
-        if (ids := _token_ids(prompt)) is not None:
+        if ids is not None:
             return ids
-        begins, continues = generation_prompt(options)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise RequestError(f"a prompt must be a text, messages or token ids, not {shown(prompt)}")
+        if not isinstance(verbatim or {}, Mapping):
+            raise RequestError(f"verbatim must map a message's index to token ids, not {shown(verbatim)}")
         return self.encode_chat(
             cast(Messages, prompt), verbatim, add_generation_prompt=begins, continue_final_message=continues
         )
@@ -356,13 +363,16 @@ class Server:
 
 def _token_ids(value: object) -> list[int] | None:
     """Token ids as plain integers; None for what is none or empty."""
-    if isinstance(value, Sequence | np.ndarray) and len(value) and all(map(is_whole, value)):
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, bytes) and value and all(map(is_whole, value)):
         return [int(i) for i in value]
     return None
 
 
-def _pair(item: object) -> tuple[Prompt, Mapping[str, Any]]:
-    if not isinstance(item, Sequence) or len(item) != 2 or not isinstance(item[1], Mapping):
+def _pair(item: Any) -> tuple[Prompt, Mapping[str, Any]]:
+    pair = isinstance(item, Sequence) and len(item) == 2 and isinstance(item[1], Mapping)
+    if not pair or not all(isinstance(name, str) for name in item[1]):
         raise RequestError(f"stream_batch takes pairs of a prompt and its options, not {shown(item)}")
     return item[0], item[1]
 

@@ -30,8 +30,9 @@ class AheadCompiler:
     @contextmanager
     def answering(self, request: Request) -> Iterator[None]:
         """Inside, only what this request needs is compiled."""
-        self._only_urgent = True
-        self.expect(request)
+        with self._changed:
+            self._only_urgent = True
+            self.expect(request)
         try:
             yield
         finally:

@@ -162,7 +162,8 @@ class Runner:
         """How many of the prompt's tokens the cache holds, the chunks in which to read the others, the room to make."""
         num_tokens = len(request.token_ids)
         # The last token is read in any case: its logits are not kept.
-        reused = _common_prefix(self.cached_ids, request.token_ids[:-1]) if request.reuse_cache else 0
+        reuses = request.reuse_cache and self._cache
+        reused = _common_prefix(self.cached_ids, request.token_ids[:-1]) if reuses else 0
         chunks = chunk_lens(num_tokens - reused)
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - num_tokens, RESERVED_LEN)
         return reused, chunks, max(num_tokens + max_new_tokens, reused + sum(chunks))
@@ -173,7 +174,7 @@ class Runner:
         self.reserve(self._drawn_len)
         drawn, self._cache, self._slots = steps.decode(
             self.model,
-            self._cache,
+            self._take_cache(),
             self._slots,
             self.step_counts[num_steps],
             self._requests,
@@ -181,6 +182,11 @@ class Runner:
         )
         self.copy_ahead(drawn)
         return drawn
+
+    def _take_cache(self) -> Cache:
+        """The cache, for a step that it is donated to: if Ctrl-C or an error comes meanwhile, nothing is left of it."""
+        cache, self._cache = self._cache, ()
+        return cache
 
     def copy_ahead(self, drawn: Drawn) -> None:
         """Lets tokens come to the host when they are drawn, not when they are read."""
@@ -217,7 +223,7 @@ class Runner:
         needed = self.bucket(num_positions)
         if needed <= self.cache_len:
             return
-        if not self.cached_ids:
+        if not self.cached_ids or not self._cache:
             self._cache = self.empty_rows(1, needed).cache
         while self.cache_len < needed:
             self._cache = steps.grow(self._cache, length=self.bucket(self.cache_len + 1))
@@ -334,7 +340,7 @@ class Runner:
         chunk[0, : end - start] = ids[start:end]
         drawn, self._cache, self._slots = steps.prefill(
             self.model,
-            self._cache,
+            self._take_cache(),
             chunk,
             np.array([start], np.int32),
             np.array([end - start], np.int32),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,7 +109,9 @@ class Input:
             yield from self._file
             return
         lines: Queue[bytes | Exception] = Queue(_AHEAD)
-        Thread(target=_pump, args=(self._file, lines), name="llamajax input", daemon=True).start()
+        # A file of the thread's own: to close one that is being read waits for the end of the read.
+        file = os.fdopen(os.dup(self._file.fileno()), "rb")
+        Thread(target=_pump, args=(file, lines), name="llamajax input", daemon=True).start()
         while True:
             try:
                 data = lines.get(block=may_wait())
@@ -150,7 +153,7 @@ class Input:
 
 def _begins_json(data: bytes) -> bool:
     start = data.removeprefix(b"\xef\xbb\xbf").strip()
-    return start.startswith((b"{", b"[{")) or start == b"["
+    return start == b"[" or re.match(rb'\{|\[\s*["{\[]', start) is not None
 
 
 def _is_object(data: bytes) -> bool:

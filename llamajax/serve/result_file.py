@@ -117,7 +117,8 @@ class Settings:
         """What tells a line, read with these options, from any other: 16 hexadecimal digits."""
         digest = self._hash.copy()
         digest.update(b"JSON" if as_json else b"text")
-        digest.update(data.removeprefix(b"\xef\xbb\xbf").strip())
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        digest.update(data.strip() if as_json else data.rstrip(b"\r\n"))
         return digest.hexdigest()[:16]
 
     def check(self, path: Path) -> None:

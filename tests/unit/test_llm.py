@@ -184,6 +184,17 @@ def test_a_drawn_token_that_the_tokenizer_lacks_is_no_text(llama: LLM) -> None:
         assert (answer.text, answer.token_ids) == ("", (49100,) * 3)
 
 
+def test_prompts_and_options_of_other_kinds_are_that_prompt_s_error(llama: LLM) -> None:
+    for prompt in (np.array([[1, 2]]), np.array([], int), np.float32(1), b"Hi", [[1]], None):
+        with pytest.raises(RequestError):
+            llama.prepare(prompt)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="verbatim"):
+        llama.prepare(FRANCE, verbatim=5)  # type: ignore[arg-type]
+    pairs: list[Any] = [("Hi", {1: 2}), ("Hi", {"max_new_tokens": 1}), (np.array([[1]]), {})]
+    found = dict(llama.stream_batch(pairs))
+    assert [isinstance(found[i], RequestError) for i in range(3)] == [True, False, True]
+
+
 def test_no_limit_is_the_context_s(llama: LLM) -> None:
     answer = llama.generate("word " * 1000, max_new_tokens=None, ignore_eos=True)
     assert (answer.prompt_tokens + len(answer.token_ids), answer.finish_reason) == (1024, "length")
@@ -197,6 +208,11 @@ def test_an_answer_may_go_on_with_the_last_message(llama: LLM) -> None:
     assert len(llama.encode_chat(FRANCE)) > len(llama.encode_chat(FRANCE, add_generation_prompt=False))
     with pytest.raises(RequestError, match="cannot both be true"):
         llama.chat(begun, continue_final_message=True, add_generation_prompt=True)
+    for prompt in ("Hi", [1, 2]):
+        with pytest.raises(RequestError, match="need messages"):
+            llama.prepare(prompt, continue_final_message=True)
+        with pytest.raises(RequestError, match="need messages"):
+            llama.prepare(prompt, add_generation_prompt=False)
 
 
 def test_a_content_may_be_parts(llama: LLM) -> None:

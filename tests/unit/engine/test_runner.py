@@ -186,3 +186,20 @@ def test_warm_up_reports_broken_weights() -> None:
     weights["norm.weight"][3] = np.nan
     with pytest.raises(CheckpointError, match="not finite numbers"):
         tiny_runner(512, weights=weights).warm_up()
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_a_step_that_ctrl_c_ends_takes_the_cache_with_it(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, request = tiny_runner(256), Request([1, 2, 3], 5, GREEDY, reuse_cache=True)
+    expected = [token.id for token in Sequential(runner, request)]
+    interrupted = getattr(steps, step)
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        interrupted(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(Sequential(runner, replace(request, token_ids=[1, 2, 4])))
+    monkeypatch.undo()
+    assert [token.id for token in Sequential(runner, request)] == expected

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -126,3 +127,23 @@ def test_a_pipe_is_waited_for_only_if_it_may_be() -> None:
         assert second is not None and (second.number, second.fields()) == (2, {"prompt": "there"})
         os.close(writing)
         assert list(found) == []
+
+
+@pytest.mark.parametrize("first", ['[ {"prompt": "Hi"},', '["a", "b"]', "[[1]]"])
+def test_a_guess_does_not_send_an_array_as_a_prompt(tmp_path: Path, first: str) -> None:
+    with pytest.raises(RequestError, match="--format"):
+        read(tmp_path / "in", f"{first}\nHi\n")
+    assert read(tmp_path / "in", "[1] Hi\n") == [(1, {"prompt": "[1] Hi"})]
+
+
+def test_a_pipe_that_stays_open_can_be_closed_while_it_is_read() -> None:
+    ours, partner = os.pipe()
+    file = os.fdopen(ours, "rb")
+    os.write(partner, b'{"prompt": "Hi"}\n')
+    lines = Input(file, "stdin", None).lines()
+    assert next(lines)
+    closing = Thread(target=file.close, daemon=True)
+    closing.start()
+    closing.join(timeout=30)
+    assert not closing.is_alive()
+    os.close(partner)

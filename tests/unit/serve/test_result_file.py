@@ -89,6 +89,7 @@ def test_a_digest_tells_lines_and_options_apart_but_not_their_ends() -> None:
     def digest(data: bytes, as_json: bool = True, **changes: Any) -> str:
         return Settings(OPTIONS | changes).digest(data, as_json=as_json)
 
+    assert len({digest(spaced, as_json=False) for spaced in (b"Hi", b"  Hi", b"Hi ")}) == 3
     same = {digest(b"Hi\n"), digest(b"\xef\xbb\xbfHi\r\n"), digest(b"  Hi")}
     assert len(same) == 1 and len(same.pop()) == 16
     others = [digest(b"hi"), digest(b"Hi", False), digest(b"Hi", temperature=0.9), digest(b"Hi", stop=["a", "b"])]
