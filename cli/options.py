@@ -20,7 +20,7 @@ class DrawnSeed(int):
     """A seed that nobody knows before it is printed."""
 
 
-def _seed(text: str | int) -> int:
+def parse_seed(text: str | int) -> int:
     if text == "random":
         return DrawnSeed(secrets.randbits(32))
     try:
@@ -86,7 +86,7 @@ Seed = Annotated[
     int,
     typer.Option(
         "--seed",
-        parser=_seed,
+        parser=parse_seed,
         metavar="<int|random>",
         help="The same seed draws the same answer; random: one that is drawn now, and printed.",
     ),

@@ -6,8 +6,10 @@ from llamajax.errors import RequestError
 def from_utf8(data: bytes, source: str) -> str:
     """The text, without a byte order mark.
 
-    Raises RequestError, naming the source, for UTF-16, UTF-32 and other bytes that are not UTF-8 text.
+    Raises RequestError, naming the source, for UTF-16, UTF-32, gzip and other bytes that are not UTF-8 text.
     """
+    if data.startswith(b"\x1f\x8b"):
+        raise RequestError(f"{source} is compressed by gzip: unpack it first")
     expected = "expected UTF-8: convert it with iconv -t UTF-8"
     for mark, encoding in _OTHER_MARKS.items():
         if data.startswith(mark):

@@ -67,7 +67,15 @@ def batch(
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="What each line's own seed is made of.")] = 42,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            parser=options.parse_seed,
+            metavar="<int|random>",
+            help="What each line's own seed is made of; random: a number that is drawn now, and printed.",
+        ),
+    ] = 42,
     stop: options.Stop = [],  # noqa: B006 (Typer's way of an option that may be repeated)
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue prompts as they stand, without a chat template.")
@@ -105,9 +113,10 @@ def batch(
         raise typer.BadParameter("--resume needs the output to continue: name it with -o")
     if errors is None and output is not None:
         errors = _beside(output, ".errors.jsonl")
-    named = [path.resolve() for path in (Path(file), output, errors) if path is not None]
+    saved = output and _beside(output, SETTINGS_SUFFIX)
+    named = [path.resolve() for path in (Path(file), output, errors, saved) if path is not None]
     if len(set(named)) < len(named):
-        raise typer.BadParameter("the input, --output and --errors must be different files")
+        raise typer.BadParameter(f"the input, --output, --errors and OUTPUT{SETTINGS_SUFFIX} must be different files")
 
     options.note_seed(seed)
     if system is not None:
@@ -117,6 +126,7 @@ def batch(
     settings = Settings(
         {
             "model": str(Path(model).resolve()) if Path(model).exists() else model,
+            "model files": _written(Path(model)),
             "dtype": dtype,
             "device": device,
             "max_seq_len": max_seq_len,
@@ -140,7 +150,6 @@ def batch(
             report=lambda line, error: faults.write(line.error(error)) if faults else _note_fault(line, error),
             on_token=progress.token,
         )
-        saved = output and _beside(output, SETTINGS_SUFFIX)
         if saved and run.num_done:
             settings.check(saved)
         run.check()
@@ -164,6 +173,12 @@ def _beside(output: Path, suffix: str) -> Path | None:
     if (output.exists() and not output.is_file()) or output.absolute().parts[1] in ("dev", "proc"):
         return None
     return output.with_name(output.name + suffix)
+
+
+def _written(model: Path) -> dict[str, list[int]]:
+    """The size of each file of a local model, and when it was written, in ns: another file answers otherwise."""
+    files = [model] if model.is_file() else sorted(model.iterdir()) if model.is_dir() else []
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
 
 
 def _print_result(value: Mapping[str, Any]) -> None:

@@ -105,7 +105,9 @@ def read_object(data: bytes) -> dict[str, Any]:
     # A byte order mark may be where files from Windows begin, wherever they were put together.
     text = from_utf8(data, "the line").rstrip("\r\n")
     try:
-        found = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        found = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=without_repeats
+        )
     except json.JSONDecodeError as e:
         raise RequestError(f"not JSON: {e.msg} (column {e.colno})") from None
     except (ValueError, RecursionError) as e:  # a number of too many digits; too deep
@@ -212,6 +214,15 @@ def _choice(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         **({"logprobs": logprobs} if logprobs else {}),
     }
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a name that is given twice: one of its values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r:.80} is given twice")
+    return found
 
 
 def _refuse_constant(name: str) -> float:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from llamajax.errors import RequestError
 from llamajax.utf8 import from_utf8
 
-from .batch_file import read_object, read_text
+from .batch_file import read_object, read_text, without_repeats
 
 Format = Literal["text", "jsonl", "json"]
 
@@ -96,8 +96,8 @@ class Input:
                 yield None
                 continue
             number += 1
-            if number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
-                from_utf8(data, self._name)  # says which encoding it is
+            if number == 1 and (b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"))):
+                from_utf8(data, self._name)  # says what it is
             if self._format is None and data.strip():
                 self._format = "jsonl" if self._shows_json(data) else "text"
             as_json = self._format != "text"
@@ -139,7 +139,7 @@ class Input:
     def _read_document(self, lines_too: bool) -> None:
         text = from_utf8(self._file.read(), self._name)
         try:
-            found = json.loads(text) if text.strip() else []
+            found = json.loads(text, object_pairs_hook=without_repeats) if text.strip() else []
             # Each is read again as a line is, which says what is wrong with it.
             elements = found if isinstance(found, list) else [found]
             self._elements = [json.dumps(element).encode() for element in elements]

@@ -74,7 +74,7 @@ class ResultFile:
         if number in self.done and self.done[number] != digest:
             raise RequestError(
                 f"line {number} of the input is not the one that {self.path} has a result of: lines were changed, "
-                "inserted, removed or moved. Put the input back, or choose another file"
+                "inserted, removed or moved, or an option was changed. Put it back, or choose another file"
             )
         return number in self.done
 

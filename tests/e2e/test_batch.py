@@ -524,6 +524,8 @@ def test_no_more_is_read_than_is_soon_answered(order: list[str], tiny_model: str
         (["in.txt", "--resume"], "--resume needs the output to continue"),
         (["in.txt", "-o", "./in.txt", "--resume"], "must be different files"),
         (["in.txt", "-o", "out", "--errors", "out"], "must be different files"),
+        (["in.txt", "-o", "out", "--errors", "out.options.json"], "must be different files"),
+        (["in.txt", "--seed", "any"], "--seed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

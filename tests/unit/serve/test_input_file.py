@@ -1,5 +1,6 @@
 """What a batch's input is: by its name, by --format, by its first line; and pipes that are slow."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -147,3 +148,21 @@ def test_a_pipe_that_stays_open_can_be_closed_while_it_is_read() -> None:
     closing.join(timeout=30)
     assert not closing.is_alive()
     os.close(partner)
+
+
+def test_what_is_no_text_is_said_once(tmp_path: Path) -> None:
+    for data, said in (
+        (gzip.compress(b"Hi"), "gzip"),
+        ("Hi\nHi\n".encode("utf-16-be"), "UTF-16"),
+        (b"\xff\xfeH\0", "UTF-16"),
+    ):
+        for name in ("in.jsonl", "in.txt", "in"):
+            with pytest.raises(RequestError, match=said):
+                read(tmp_path / name, data)
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    twice = '{"prompt": "A", "body": {"n": 1, "n": 2}}'
+    assert read(tmp_path / "in.jsonl", twice) == [(1, "not JSON: 'n' is given twice")]
+    with pytest.raises(RequestError, match="'n' is given twice"):
+        read(tmp_path / "in.json", f"[{twice}]")
