@@ -230,7 +230,7 @@ def test_no_color_leaves_a_terminal_without_styles(shallow_model: str) -> None:
         (["--dtype", "int3"], "'--dtype'"),
         (["--device", "abacus"], "'--device'"),
         (["--stop", ""], "a stop text must not be empty"),
-        (["--raw", "--system", "Be brief."], "leave out --raw or --system"),
+        (["--raw", "--system", "Be brief."], "leave out --raw, or --system"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
