@@ -19,6 +19,7 @@ from .commands.bench import bench
 from .commands.chat import chat
 from .commands.info import info
 from .commands.perplexity import perplexity
+from .commands.serve import serve
 from .interrupt import INTERRUPTED
 
 # Typer has click's exceptions, but does not export the base classes.
@@ -28,13 +29,14 @@ BROKEN_PIPE = 141
 
 app = typer.Typer(
     name="llamajax",
-    help="Llama models on JAX: chat with one, answer a file of prompts, measure.",
+    help="Llama models on JAX: chat with one, answer a file of prompts, serve, measure.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables cut names that are too long for their column
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(short_help="Answer a prompt, or hold a conversation.")(chat)
 app.command(short_help="Answer each line of a file.")(batch)
+app.command(short_help="Serve a model to programs and browsers.")(serve)
 app.add_typer(models.app, name="models", short_help="List, fetch and remove models.")
 app.command(short_help="Describe a model, without loading it.")(info)
 app.command(short_help="Measure how fast a model is here.")(bench)

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from select import select
+from threading import current_thread, main_thread
 from types import FrameType
 
 INTERRUPTED = 130
@@ -42,7 +43,13 @@ def last_words(text: str, stream: int) -> Iterator[None]:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt meanwhile: for code that has files or processes to clear away."""
+    """Ctrl-C raises KeyboardInterrupt meanwhile: for code that has files or processes to clear away.
+
+    Not in other threads than the main one, which Ctrl-C does not reach.
+    """
+    if current_thread() is not main_thread():
+        yield
+        return
     before = signal.getsignal(signal.SIGINT)
     if before is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         QueueFullError,
         RequestError,
         TokenizerError,
+        UnavailableError,
     )
     from llamajax.llm import LLM, Server, generate_batch
     from llamajax.loading import load
@@ -56,6 +57,7 @@ __all__ = [
     "Server",
     "Stream",
     "TokenizerError",
+    "UnavailableError",
     "generate_batch",
     "load",
 ]

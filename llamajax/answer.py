@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from threading import Condition, Lock
-from typing import Self
+from typing import NamedTuple, Self
 
 from llamajax.engine.sequential import Sequential
 from llamajax.tokenizers.stream import StopStrings, StreamDecoder
@@ -36,6 +36,14 @@ class Answer:
     @property
     def stopped(self) -> bool:
         return self._stops.matched
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._drawn)
+
+    def tokens(self, start: int, stop: int) -> list[Token]:
+        """Some of those that were drawn."""
+        return self._drawn[start:stop]
 
     def push(self, token: Token) -> str:
         """Adds a token. Returns the text that is certain now."""
@@ -137,15 +145,52 @@ class Stream(Iterator[str]):
             yield rest
 
 
+class Piece(NamedTuple):
+    """A part of an answer's text.
+
+    Attributes:
+      text: not empty.
+      num_tokens: how many of the answer's tokens were drawn when it was certain.
+    """
+
+    text: str
+    num_tokens: int
+
+
 class ServedStream(Iterator[str]):
     """An answer's text, piece by piece, computed by a server whether it is read or not.
 
-    An iterator of text, and an async one. One that nobody holds any more is cancelled.
+    An iterator of text, and an async one; or `take` what is there. One that nobody holds any more is cancelled.
     """
 
     def __init__(self, inbox: "Inbox", cancel: Callable[[], None]) -> None:
         self._inbox = inbox
         self._cancel = cancel
+
+    @property
+    def request(self) -> Request:
+        """What was asked, in token ids."""
+        return self._inbox.answer.request
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer has ended and all of it was read; never if there is an error, which `take` raises."""
+        return self._inbox.ended
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Has this called, from the engine's thread, whenever there is more to read or the answer has ended."""
+        self._inbox.on_change = callback
+
+    def take(self) -> list[Piece]:
+        """All pieces that are there and were not read, without waiting.
+
+        Raises what went wrong with the request, if anything did, once all pieces are read.
+        """
+        return self._inbox.take()
+
+    def tokens(self, start: int, stop: int) -> list[Token]:
+        """Some of the answer's tokens."""
+        return self._inbox.answer.tokens(start, stop)
 
     def __iter__(self) -> Self:
         return self
@@ -155,7 +200,7 @@ class ServedStream(Iterator[str]):
         piece = self._inbox.get()
         if piece is None:
             raise StopIteration
-        return piece
+        return piece.text
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self
@@ -168,7 +213,7 @@ class ServedStream(Iterator[str]):
             raise
         if piece is None:
             raise StopAsyncIteration
-        return piece
+        return piece.text
 
     def __del__(self) -> None:
         self._cancel()
@@ -196,11 +241,18 @@ class ServedStream(Iterator[str]):
 
 
 class Inbox:
-    """A listener that keeps an answer's text until it is fetched, from another thread or an event loop."""
+    """A listener that keeps an answer's text until it is fetched, from another thread or an event loop.
+
+    Attributes:
+      on_change: called when there is more to read, or the answer has ended.
+      on_end: called before that, when the answer has ended.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self._pieces: deque[str] = deque()
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
+        self._pieces: deque[Piece] = deque()
         self._ended = False
         self._error: Exception | None = None
         self._changed = Condition()
@@ -216,15 +268,32 @@ class Inbox:
             rest = self.answer.finish(reason)
         except Exception as failed:  # whoever reads must not wait for ever
             error = error or failed
-        self._put(rest, ended=True, error=error)
+        try:
+            self.on_end()
+        finally:
+            self._put(rest, ended=True, error=error)
 
-    def get(self) -> str | None:
+    @property
+    def ended(self) -> bool:
+        with self._changed:
+            return self._ended and not self._pieces and not self._error
+
+    def take(self) -> list[Piece]:
+        """All pieces that are there. Raises what went wrong if there are none, and the answer has ended."""
+        with self._changed:
+            pieces = list(self._pieces)
+            self._pieces.clear()
+        if not pieces and self._ended and self._error:
+            raise self._error
+        return pieces
+
+    def get(self) -> Piece | None:
         """Waits for a piece; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._pieces or self._ended)
             return self._pop()
 
-    async def get_async(self) -> str | None:
+    async def get_async(self) -> Piece | None:
         """As `get`, without blocking the event loop."""
         while True:
             with self._changed:
@@ -234,23 +303,24 @@ class Inbox:
                 self._waiters.append((asyncio.get_running_loop(), event))
             await event.wait()
 
-    def _pop(self) -> str | None:
+    def _pop(self) -> Piece | None:
         if self._pieces:
             return self._pieces.popleft()
         if self._error:
             raise self._error
         return None
 
-    def _put(self, piece: str, *, ended: bool = False, error: Exception | None = None) -> None:
+    def _put(self, text: str, *, ended: bool = False, error: Exception | None = None) -> None:
         with self._changed:
-            if piece:
-                self._pieces.append(piece)
+            if text:
+                self._pieces.append(Piece(text, self.answer.num_tokens))
             self._ended, self._error = ended, error
             self._changed.notify_all()
             waiters, self._waiters = self._waiters, []
         for loop, event in waiters:
             with suppress(RuntimeError):  # its event loop was closed
                 loop.call_soon_threadsafe(event.set)
+        self.on_change()
 
 
 class Collector:

@@ -53,5 +53,9 @@ class QueueFullError(CapacityError):
     """As many requests wait as may. The same request may succeed later."""
 
 
+class UnavailableError(CapacityError):
+    """A server loads its model, or stops. The same request may succeed later."""
+
+
 class DiskFullError(CapacityError):
     """A file does not fit the disk."""

@@ -36,6 +36,7 @@ from llamajax.types import (
     Completion,
     Messages,
     Request,
+    TokenLogprobs,
 )
 
 Prompt = str | Sequence[int] | Messages
@@ -151,14 +152,22 @@ class LLM:
             cast(Messages, prompt), verbatim, add_generation_prompt=begins, continue_final_message=continues
         )
 
-    def serve_requests(self, *, slots: int = 16, max_waiting: int = 1024) -> "Server":
+    def serve_requests(
+        self,
+        *,
+        slots: int = 16,
+        max_waiting: int = 1024,
+        on_answer: Callable[[Completion, float], None] = lambda completion, queue_time: None,
+    ) -> "Server":
         """Starts a server of many requests at once: the concurrent strategy.
 
         Args:
           slots: how many are answered at once, token by token.
           max_waiting: how many more may wait.
+          on_answer: called, from the engine's thread, with each answer that has ended and the seconds that it had
+            waited for its turn.
         """
-        return Server(self, Engine(self._runner, num_slots=slots, max_waiting=max_waiting))
+        return Server(self, Engine(self._runner, num_slots=slots, max_waiting=max_waiting), on_answer)
 
     @overload
     def generate_batch(
@@ -295,6 +304,15 @@ class LLM:
             raise RequestError(f"logits takes token ids, not {shown(token_ids)}: encode a text with tokenizer.encode")
         return self._runner.logits(ids)
 
+    def prompt_logprobs(self, token_ids: Sequence[int], num_top: int = 0) -> tuple[TokenLogprobs | None, ...]:
+        """Of each token of a text, given those before it; None for the first. Errors as in `logits`."""
+        scores = np.asarray(jax.nn.log_softmax(self.logits(token_ids), axis=-1))
+        found: list[TokenLogprobs | None] = [None]
+        for row, token_id in zip(scores, token_ids[1:], strict=False):
+            top = np.argsort(-row)[:num_top]
+            found.append(TokenLogprobs(float(row[token_id]), tuple((int(i), float(row[i])) for i in top)))
+        return tuple(found)
+
     def warm_up(self, num_tokens: int = 1) -> None:
         """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""
         with self._runner.turn:
@@ -318,9 +336,10 @@ class Server:
     A context manager: leaving it cancels what is not finished.
     """
 
-    def __init__(self, llm: LLM, engine: Engine) -> None:
+    def __init__(self, llm: LLM, engine: Engine, on_answer: Callable[[Completion, float], None]) -> None:
         self._llm = llm
         self._engine = engine
+        self._on_answer = on_answer
         self._concurrent = Concurrent(engine)
 
     def __enter__(self) -> Self:
@@ -353,8 +372,30 @@ class Server:
         if deadline is not None:
             deadline = time.monotonic() + number("deadline", deadline, -1e12, 1e12, "a number of seconds, or None")
         job = self._engine.job(request, inbox, deadline)
+        inbox.on_end = lambda: self._on_answer(answer.completion, job.queue_time)
         self._concurrent.submit(job, wait=flag("wait", wait))
         return ServedStream(inbox, job.cancel)
+
+    @property
+    def is_alive(self) -> bool:
+        return True
+
+    @property
+    def kv_usage(self) -> float:
+        return 0.0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._engine.scheduler.running) + len(self._engine.scheduler.reading)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self._engine.scheduler.num_waiting
+
+    def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        progress(0, 0)
 
     def close(self) -> None:
         """Cancels what is not finished, and waits until all has stopped. May be called again."""

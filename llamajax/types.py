@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from llamajax import checks
 from llamajax.errors import RequestError
@@ -17,10 +17,17 @@ MAX_LOGIT_BIAS = 300  # as OpenAI's API takes
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+      tool_calls: what an assistant's message asks of tools, as OpenAI's clients send it.
+      tool_call_id: which of them a tool's message answers.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
 
 
 # Where messages come in, a content may also be a list of text parts, as OpenAI's clients send it; newlines join them.

@@ -33,6 +33,7 @@ class Job:
       drawn: tokens that were delivered.
       left: tokens that no block was dispatched for yet.
       position: positions of the cache that the blocks dispatched so far may take.
+      queue_time: seconds that it has waited to be read.
     """
 
     request: Request
@@ -45,6 +46,16 @@ class Job:
     drawn: int = 0
     left: int = 0
     position: int = 0
+    _made: float = field(default_factory=time.perf_counter)
+    _admitted: float | None = None
+
+    def admit(self) -> None:
+        """Its prompt is going to be read."""
+        self.state, self._admitted = "reading", time.perf_counter()
+
+    @property
+    def queue_time(self) -> float:
+        return (self._admitted or time.perf_counter()) - self._made
 
     def cancel(self) -> None:
         """Ends it at the next step. May be called from any thread."""
@@ -112,7 +123,7 @@ class Scheduler:
             group = group[:1]
         for job in group:
             self._waiting.remove(job)
-            job.state = "reading"
+            job.admit()
         self.reading = group
         return group
 

@@ -1,32 +1,58 @@
 """Answers and errors as JSON, in OpenAI's form."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
-from llamajax.errors import LlamaJaxError, PromptTooLongError, RequestError
+from llamajax.errors import LlamaJaxError, PromptTooLongError, QueueFullError, RequestError, UnavailableError
 from llamajax.text import one_line
 from llamajax.tokenizers.base import Tokenizer
-from llamajax.types import Completion
+from llamajax.types import Completion, FinishReason, TokenLogprobs
 
 from .protocol import CHAT
 
 
-def usage(completions: Sequence[Completion]) -> dict[str, int]:
-    """What the answers to one prompt took."""
-    prompt_tokens = completions[0].prompt_tokens
+class Choice(NamedTuple):
+    """What is sent of an answer: all of it, or a part.
+
+    Attributes:
+      logprobs: one for each of `token_ids`; None for a prompt's first token, or if they were not asked for.
+      offset: characters of the choice that were sent before.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs | None] | None
+    finish_reason: FinishReason | None
+    offset: int = 0
+
+    @classmethod
+    def of(cls, completion: Completion) -> "Choice":
+        return cls(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason)
+
+
+def usage(completions: Sequence[Completion], num_choices: int | None = None) -> dict[str, Any]:
+    """What answers took.
+
+    Args:
+      completions: of one prompt, or of several, `num_choices` of each.
+      num_choices: all if None.
+    """
+    firsts = completions[:: num_choices or len(completions)]
+    prompt_tokens = sum(completion.prompt_tokens for completion in firsts)
     generated = sum(len(completion.token_ids) for completion in completions)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(completion.cached_tokens for completion in firsts)},
     }
 
 
-def chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Of an answer's tokens, as a chat gives them; None if they were not asked for."""
-    if completion.logprobs is None:
+def chat_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Of a choice's tokens, as a chat gives them; None if they were not asked for."""
+    if choice.logprobs is None:
         return None
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -36,18 +62,43 @@ def chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any
     return {
         "content": [
             entry(i, at.logprob) | {"top_logprobs": [entry(*top) for top in at.top]}
-            for i, at in zip(completion.token_ids, completion.logprobs, strict=True)
+            for i, at in zip(choice.token_ids, choice.logprobs, strict=True)
+            if at is not None
         ]
     }
 
 
+def text_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Of a choice's tokens, as a completion gives them; None if they were not asked for."""
+    if choice.logprobs is None:
+        return None
+
+    def text(token_id: int) -> str:
+        return tokenizer.token_bytes(token_id).decode(errors="replace")
+
+    tokens = [text(i) for i in choice.token_ids]
+    return {
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=choice.offset))[: len(tokens)],
+        "token_logprobs": [at and at.logprob for at in choice.logprobs],
+        "tokens": tokens,
+        "top_logprobs": [at and {text(i): logprob for i, logprob in at.top} for at in choice.logprobs],
+    }
+
+
 def answer_body(
-    url: str, completions: Sequence[Completion], tokenizer: Tokenizer, *, number: int, created: int, model: str
+    url: str,
+    choices: Sequence[Choice],
+    tokenizer: Tokenizer,
+    *,
+    id: str,
+    created: int,
+    model: str,
+    usage: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The object that an endpoint answers with; each completion is a choice."""
+    """The object that an endpoint answers with."""
     is_chat = url == CHAT
     return {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{number}",
+        "id": id,
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": model,
@@ -55,21 +106,25 @@ def answer_body(
             {
                 "index": index,
                 **({"message": {"role": "assistant", "content": it.text}} if is_chat else {"text": it.text}),
-                "logprobs": (chat_logprobs if is_chat else _text_logprobs)(it, tokenizer),
+                "logprobs": (chat_logprobs if is_chat else text_logprobs)(it, tokenizer),
                 "finish_reason": it.finish_reason,
             }
-            for index, it in enumerate(completions)
+            for index, it in enumerate(choices)
         ],
-        "usage": usage(completions),
+        "usage": usage,
     }
 
 
 def error_status(error: LlamaJaxError) -> int:
-    """The HTTP status: 400 if the request must change, 500 if it is not the request's fault."""
+    """The HTTP status: 400 if the request must change, 429 or 503 if it may come again, 500 if it is not its fault."""
+    if isinstance(error, QueueFullError):
+        return 429
+    if isinstance(error, UnavailableError):
+        return 503
     return 400 if isinstance(error, RequestError | PromptTooLongError) else 500
 
 
-def error_body(error: LlamaJaxError, names: Collection[str]) -> dict[str, Any]:
+def error_body(error: LlamaJaxError, names: Collection[str] = ()) -> dict[str, Any]:
     """The object that an endpoint answers a bad request with.
 
     Args:
@@ -77,27 +132,12 @@ def error_body(error: LlamaJaxError, names: Collection[str]) -> dict[str, Any]:
       names: the fields of the request, one of which may be to blame.
     """
     message = one_line(error)
+    types = {400: "invalid_request_error", 429: "rate_limit_error"}
     return {
         "error": {
             "message": message,
-            "type": "invalid_request_error" if error_status(error) == 400 else "server_error",
+            "type": types.get(error_status(error), "server_error"),
             "param": next((word for word in re.findall(r"\w+", message) if word in names), None),
             "code": "context_length_exceeded" if isinstance(error, PromptTooLongError) else None,
         }
-    }
-
-
-def _text_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if completion.logprobs is None:
-        return None
-
-    def text(token_id: int) -> str:
-        return tokenizer.token_bytes(token_id).decode(errors="replace")
-
-    tokens = [text(i) for i in completion.token_ids]
-    return {
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)],
-        "token_logprobs": [at.logprob for at in completion.logprobs],
-        "tokens": tokens,
-        "top_logprobs": [{text(i): logprob for i, logprob in at.top} for at in completion.logprobs],
     }

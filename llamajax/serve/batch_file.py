@@ -70,7 +70,13 @@ class Source(NamedTuple):
             return self._response(
                 200,
                 answers.answer_body(
-                    self.url, completions, tokenizer, number=self.number, created=_CREATED, model=model
+                    self.url,
+                    [answers.Choice.of(completion) for completion in completions],
+                    tokenizer,
+                    id=f"{'chatcmpl' if self.url == protocol.CHAT else 'cmpl'}-{self.number}",
+                    created=_CREATED,
+                    model=model,
+                    usage=answers.usage(completions),
                 ),
             )
         choices = [_choice(completion, tokenizer) for completion in completions]
@@ -97,28 +103,8 @@ class Source(NamedTuple):
 _CREATED = 0
 
 
-def read_object(data: bytes) -> dict[str, Any]:
-    """The fields of a line of JSON.
-
-    Raises RequestError.
-    """
-    # A byte order mark may be where files from Windows begin, wherever they were put together.
-    text = from_utf8(data, "the line").rstrip("\r\n")
-    try:
-        found = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=without_repeats
-        )
-    except json.JSONDecodeError as e:
-        raise RequestError(f"not JSON: {e.msg} (column {e.colno})") from None
-    except (ValueError, RecursionError) as e:  # a number of too many digits; too deep
-        raise RequestError(f"not JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise RequestError(f'expected a JSON object such as {{"prompt": "Hi"}}, not {text:.80}')
-    return found
-
-
 def read_text(data: bytes) -> dict[str, Any]:
-    """As `read_object`, of a line of text, which is a prompt."""
+    """The fields of a line of text, which is a prompt. Raises RequestError."""
     return {"prompt": from_utf8(data, "the line").rstrip("\r\n")}
 
 
@@ -208,31 +194,12 @@ def _read_envelope(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _choice(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    logprobs = answers.chat_logprobs(completion, tokenizer)
+    logprobs = answers.chat_logprobs(answers.Choice.of(completion), tokenizer)
     return {
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         **({"logprobs": logprobs} if logprobs else {}),
     }
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError for a name that is given twice: one of its values would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r:.80} is given twice")
-    return found
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(digits: str) -> float:
-    if (value := float(digits)) in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {digits:.80} is too large")
-    return value
 
 
 def _is_shallow(value: Any, depth: int) -> bool:

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from llamajax.errors import RequestError
 from llamajax.utf8 import from_utf8
 
-from .batch_file import read_object, read_text, without_repeats
+from .batch_file import read_text
+from .json_object import read_object, without_repeats
 
 Format = Literal["text", "jsonl", "json"]
 

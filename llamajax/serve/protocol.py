@@ -4,7 +4,9 @@ Each field is supported, or changes no answer, or must have the value with which
 by name: an answer that lacks what its request asks for is wrong.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -15,8 +17,13 @@ from llamajax.types import Message, SamplingParams
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 
 MAX_CHOICES = 128
+
+# "text" in chats, the others in responses.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -29,8 +36,8 @@ _OPTIONS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logi
     "continue_final_message",
     "stop",
 }
-_LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # the last one counts
-_READ = _OPTIONS | {*_LENGTHS, "logit_bias", "logprobs", "top_logprobs", "n", "best_of"}
+_LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")  # the last one counts
+READ = _OPTIONS | {*_LENGTHS, "logit_bias", "logprobs", "top_logprobs", "n", "best_of"}
 
 # Fields that change no answer: whose request it is, how it is transported, when it runs. There is one model.
 _WITHOUT_EFFECT = """
@@ -44,7 +51,7 @@ chat_template chat_template_kwargs guided_json guided_regex guided_choice guided
 guided_whitespace_pattern structured_outputs logits_processors vllm_xargs mm_processor_kwargs
 include_stop_str_in_output return_tokens_as_token_ids return_token_ids grammar json_schema mirostat xtc_probability
 dry_multiplier dynatemp_range n_probs lora top_a epsilon_cutoff eta_cutoff no_repeat_ngram_size penalty_alpha
-watermark return_full_text truncate reasoning
+watermark return_full_text truncate background include previous_response_id conversation
 """
 _EMPTY: Sequence[Any] = (False, "", [], {})
 # All that are not supported, with the values that do nothing.
@@ -56,7 +63,10 @@ _NEUTRAL: dict[str, Sequence[Any]] = dict.fromkeys(_OFF_IF_EMPTY.split(), _EMPTY
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
+    "reasoning": ({}, {"effort": "none"}),
     "verbosity": ("medium",),
+    "text": ({}, {"format": {"type": "text"}}),
+    "truncation": ("disabled",),
     "length_penalty": (1,),
     "repeat_penalty": (1,),
     "typical_p": (1,),
@@ -70,32 +80,37 @@ _NEUTRAL: dict[str, Sequence[Any]] = dict.fromkeys(_OFF_IF_EMPTY.split(), _EMPTY
 def read_messages(body: Mapping[str, Any]) -> list[Message]:
     """The conversation that a request asks to be continued.
 
-    Raises RequestError for what is not one, and for what a message has beside its text.
+    Raises RequestError for what is not one, and for what a message has that is not supported.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RequestError("messages must be a list of objects with a role and a content")
-    for message in messages:
-        for name, value in message.items():
-            if name not in ("role", "content", "name") and value is not None and value not in _EMPTY:
-                raise RequestError(f"{name:.80} is not supported in messages: leave it out")
-    return [
-        {"role": "system" if message.get("role") == "developer" else message.get("role", ""), "content": _text(message)}
-        for message in messages
-    ]
+    return [_message(message) for message in messages]
 
 
-def read_prompt(body: Mapping[str, Any]) -> str | list[int]:
-    """The one text, or the token ids, that a request asks to be continued.
+def read_prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
+    """The texts, or lists of token ids, that a request asks to be continued; most ask for one.
 
     Raises RequestError for what is neither.
     """
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        [prompt] = prompt
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt)):
-        return prompt
-    raise RequestError("expected messages, or a prompt: one text, or one list of token ids")
+    prompts: list[Any] = [prompt]
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        prompts = prompt
+    if not all(isinstance(it, str) or _are_ids(it) for it in prompts):
+        raise RequestError("expected a prompt: a text or a list of token ids, or a list of several")
+    return prompts
+
+
+def read_prompt(body: Mapping[str, Any]) -> str | list[int]:
+    """The only text, or token ids, that a request asks to be continued.
+
+    Raises RequestError for what is neither, and for several.
+    """
+    prompts = read_prompts(body) if body.get("prompt") is not None else []
+    if len(prompts) != 1:
+        raise RequestError("expected messages, or a prompt: one text, or one list of token ids")
+    return prompts[0]
 
 
 def read_options(body: Mapping[str, Any], *others: str) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def read_options(body: Mapping[str, Any], *others: str) -> dict[str, Any]:
     Raises RequestError for a field that is unknown, or asks for what is not supported.
     """
     given = {name: value for name, value in body.items() if value is not None}
-    _check_names(given, {*_READ, *_WITHOUT_EFFECT.split(), *others})
+    _check_names(given, {*READ, *_WITHOUT_EFFECT.split(), *others})
     options = {name: given[name] for name in _OPTIONS & given.keys()}
     for name in _LENGTHS:
         if name in given:
@@ -175,12 +190,47 @@ def _logprobs(given: Mapping[str, Any]) -> Any:
     return None if logprobs is False else logprobs
 
 
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+
+
+def _message(message: Mapping[str, Any]) -> Message:
+    for name, value in message.items():
+        if name not in _MESSAGE_FIELDS and value is not None and value not in _EMPTY:
+            raise RequestError(f"{name:.80} is not supported in messages: leave it out")
+    role, calls = message.get("role", ""), message.get("tool_calls")
+    if calls and message.get("content") is None:  # the message is its calls
+        message = {**message, "content": ""}
+    read: Message = {"role": "system" if role == "developer" else role, "content": text(message.get("content"))}
+    if calls:
+        read["tool_calls"] = [_tool_call(call) for call in calls] if isinstance(calls, list) else _tool_call(calls)
+    if message.get("tool_call_id") is not None:
+        read["tool_call_id"] = message["tool_call_id"]
+    return read
+
+
+def _tool_call(call: Any) -> Any:
+    """With its arguments as an object: OpenAI's clients send JSON in a string, and templates expect what it says."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError("tool_calls must be a list of objects with a function, which has a name and arguments")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments or "{}")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def text(content: Any) -> str:
+    """The text of a content, which may come in parts.
+
+    Raises RequestError for what is no text, such as an image.
+    """
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+        isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str)
+        for part in content
     ):
         return "\n".join(part["text"] for part in content)
     raise RequestError(f"a message's content must be a string or a list of text parts, not {checks.shown(content)}")

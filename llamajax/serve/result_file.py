@@ -14,7 +14,8 @@ from typing import Any
 from llamajax.errors import DiskFullError, RequestError
 from llamajax.text import one_line
 
-from .batch_file import as_line, read_object
+from .batch_file import as_line
+from .json_object import read_object
 
 # How the lines that we write begin: with the number of the line that they answer.
 _STARTS = (b'{"line": ', b'{"id": "batch_req_')

@@ -16,9 +16,11 @@ from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
 from llamajax.tokenizers.gguf import template_of
-from llamajax.types import Message, Messages
+from llamajax.types import Messages
 
 ROLES = ("system", "user", "assistant", "tool")
+
+_MESSAGE_NAMES = {"role", "content", "tool_calls", "tool_call_id"}
 
 # Stands around the index of a message whose ids are known. Like `BREAK` a lone surrogate, which no text contains.
 _VERBATIM = "\ud801"
@@ -115,19 +117,27 @@ def encode_chat(
     """
     verbatim = verbatim or {}
     checked = _checked(messages)
+    if any(message.get("tool_calls") for message in checked) and "tool_calls" not in template.source:
+        raise RequestError("this model's chat template knows no tool_calls: leave them out of the messages")
     literal = special_pattern(tuple(tokenizer.special_tokens))
+    literals = rf"(?={literal.pattern})[\s\S]"
 
-    def guard(broken_after: str) -> list[Message]:
-        guarded: list[Message] = []
-        for i, message in enumerate(checked):
-            broken = re.sub(broken_after, rf"\g<0>{BREAK}", well_formed(message["content"]))
-            content = f"{_VERBATIM}{i}{_VERBATIM}" if i in verbatim else broken
-            if continue_final_message and i == len(checked) - 1:
-                content += f"{_END} "
-            guarded.append({"role": message["role"], "content": content})
+    def guard(broken_after: str) -> list[dict[str, Any]]:
+        guarded = [
+            {
+                name: value if name == "role" else _broken(value, broken_after, literals)
+                for name, value in message.items()
+            }
+            for message in checked
+        ]
+        for i, message in enumerate(guarded):
+            if i in verbatim:
+                message["content"] = f"{_VERBATIM}{i}{_VERBATIM}"
+        if continue_final_message:
+            guarded[-1]["content"] += f"{_END} "
         return guarded
 
-    conversations = guard(rf"(?={literal.pattern})[\s\S]"), guard(r"\S(?=\S)")
+    conversations = guard(literals), guard(r"\S(?=\S)")
     texts = template.render_each(conversations, add_generation_prompt=add_generation_prompt, **variables)
     text, safe_text = map(_up_to_end, texts) if continue_final_message else texts
     if literal.findall(text) != literal.findall(safe_text):
@@ -192,17 +202,32 @@ def builtin_template(tokenizer: Tokenizer, eos_ids: Collection[int], name: str =
     return None
 
 
-def _checked(messages: Messages) -> list[dict[str, str]]:
+def _broken(value: Any, broken_after: str, names_broken_after: str) -> Any:
+    """A content or tool calls with all text in it broken up; of names, which a template looks up, only literals."""
+    if isinstance(value, str):
+        return re.sub(broken_after, rf"\g<0>{BREAK}", well_formed(value))
+    if isinstance(value, list):
+        return [_broken(item, broken_after, names_broken_after) for item in value]
+    if isinstance(value, dict):
+        return {
+            _broken(name, names_broken_after, ""): _broken(item, broken_after, names_broken_after)
+            for name, item in value.items()
+        }
+    return value
+
+
+def _checked(messages: Messages) -> list[dict[str, Any]]:
     """The messages with each content as one string. Raises RequestError for what is none."""
     if not messages:
         raise RequestError("a conversation needs at least one message")
     checked = []
     for message in messages:
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= _MESSAGE_NAMES:
             raise RequestError(f"a message must have a role and a content and nothing else, not {message!r:.200}")
         if message["role"] not in ROLES:
             raise RequestError(f"a message's role must be one of {', '.join(ROLES)}, not {message['role']!r:.80}")
-        checked.append({"role": message["role"], "content": _text(message["content"])})
+        others = {name: message[name] for name in ("tool_calls", "tool_call_id") if name in message}
+        checked.append({"role": message["role"], "content": _text(message["content"]), **others})
     return checked
 
 

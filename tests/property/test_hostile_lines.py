@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import llamajax
 from llamajax import LLM
 from llamajax.errors import LlamaJaxError
-from llamajax.serve.batch_file import Defaults, Source, as_line, read_object, read_request, read_source
+from llamajax.serve.batch_file import Defaults, Source, as_line, read_request, read_source
+from llamajax.serve.json_object import read_object
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 _NAMES = (

@@ -22,7 +22,7 @@ from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
 from llamajax.loading import cache_dtype
 from llamajax.model.llama import Llama
-from llamajax.serve import batch_file
+from llamajax.serve import batch_file, json_object
 from llamajax.serve.input_file import Input
 from llamajax.serve.result_file import SETTINGS_SUFFIX, ResultFile, Settings
 from llamajax.text import printable, well_formed
@@ -183,7 +183,7 @@ def tiny_llm() -> LLM:
 
 def read_line(path: Path, load: bool) -> None:
     llm = tiny_llm()
-    fields = batch_file.read_object(path.read_bytes())
+    fields = json_object.read_object(path.read_bytes())
     batch_file.read_source(1, "", fields)
     prompt, choices = batch_file.read_request(1, fields, batch_file.Defaults({"max_new_tokens": 2}))
     requests = [llm.prepare(prompt, **options)[0] for options in choices]

@@ -13,11 +13,11 @@ from llamajax.serve.batch_file import (
     Source,
     as_line,
     line_seed,
-    read_object,
     read_request,
     read_source,
     read_text,
 )
+from llamajax.serve.json_object import read_object
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.types import Completion, Timings
@@ -150,19 +150,18 @@ def test_what_changes_no_answer_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({}, "expected messages, or a prompt"),
-        ({"prompt": None}, "expected messages, or a prompt"),
-        ({"prompt": 7}, "expected messages, or a prompt"),
-        ({"prompt": []}, "expected messages, or a prompt"),
-        ({"prompt": [True]}, "expected messages, or a prompt"),
-        ({"prompt": ["two", "texts"]}, "expected messages, or a prompt"),
+        ({}, "expected .*a prompt"),
+        ({"prompt": None}, "expected .*a prompt"),
+        ({"prompt": 7}, "expected .*a prompt"),
+        ({"prompt": []}, "expected .*a prompt"),
+        ({"prompt": [True]}, "expected .*a prompt"),
+        ({"prompt": ["two", "texts"]}, "expected .*a prompt"),
         ({"prompt": "Hi", "messages": ASKED}, "expected a prompt or messages, not both"),
         ({"messages": "Hi"}, "messages must be a list"),
         ({"messages": ["Hi"]}, "messages must be a list"),
         ({"messages": [{"role": "user"}]}, "content must be a string"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "list of text parts"),
-        ({"messages": [*ASKED, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "tool_calls is"),
-        ({"messages": [*ASKED, {"role": "tool", "content": "7", "tool_call_id": "1"}]}, "tool_call_id is not supp"),
+        ({"messages": [*ASKED, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "tool_calls must"),
         ({"prompt": "Hi", "logit_bias": {"the": 5}}, "logit_bias must be an object with token ids as its keys"),
         ({"prompt": "Hi", "logit_bias": [5]}, "logit_bias must be an object with token ids as its keys"),
         ({"prompt": "Hi", "max_tokens": 2.5}, "max_tokens must be an integer of at least 1, not 2.5"),
@@ -325,7 +324,12 @@ def tokenizer(smollm2_gguf: Path) -> Tokenizer:
 
 def test_all_choices_of_a_line_are_in_one_result(tokenizer: Tokenizer) -> None:
     texts = [completion("a"), completion("b")]
-    usage = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
+    usage = {
+        "prompt_tokens": 5,
+        "completion_tokens": 4,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     ours = Source(1, "ab12", {"id": 7}).answer(texts, tokenizer, "m")
     assert ours == {
         "line": 1,

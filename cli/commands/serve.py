@@ -1,0 +1,133 @@
+"""`llamajax serve`: a model for programs that speak OpenAI's protocol, and a page to chat with it."""
+
+import os
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llamajax.errors import InternalError, RequestError
+from llamajax.hub.aliases import DEFAULT
+
+from .. import loading, options
+from ..interrupt import INTERRUPTED
+from ..render import note
+
+if TYPE_CHECKING:
+    from llamajax.serve.service import Service
+
+
+def serve(
+    model: options.Model = DEFAULT,
+    host: Annotated[str, typer.Option("--host", help="The address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 is any that is free.")] = 8000,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="How many requests are answered at the same time.")] = 16,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=1, help="How many more may wait; further ones are told to come again.")
+    ] = 256,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", envvar="LLAMAJAX_API_KEY", help="What clients must send as their key.", metavar="KEY"
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str],
+        typer.Option("--cors", metavar="ORIGIN", help="An origin whose web pages may ask; * is all. May be repeated."),
+    ] = [],  # noqa: B006 (Typer's way of an option that may be repeated)
+    alias: Annotated[
+        str | None, typer.Option("--alias", help="The name that clients ask for, in place of the model's.")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", min=0.001, help="Seconds after which a request is ended; none.")
+    ] = None,
+    shutdown: Annotated[
+        float, typer.Option("--shutdown", min=0, help="Seconds that requests have to end when the server is stopped.")
+    ] = 30.0,
+    max_body: Annotated[float, typer.Option("--max-body", min=0.001, help="The longest request, in MB.")] = 16.0,
+    max_seq_len: options.MaxSeqLen = None,
+    dtype: options.DTypeOption = "auto",
+    device: options.DeviceOption = None,
+    threads: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Serve a model through OpenAI's protocol, and a page to chat with it in a browser.
+
+    It listens at once; /health says when it is ready. SIGTERM and Ctrl-C let the running requests end first, a second
+    Ctrl-C does not.
+    """
+    with _listening(host, port) as listening:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        name = alias or (Path(model).stem if Path(model).exists() else model)
+        note(f"({url}: loading {name}; Ctrl-C stops it)")
+        loading.prepare_jax(device)
+        from llamajax.serve.http import app_of
+        from llamajax.serve.service import Service
+
+        load = partial(loading.load, model, max_seq_len=max_seq_len, dtype=dtype, device=device)
+        service = Service(load, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
+        app = app_of(service, api_key=api_key, cors=cors, max_body_bytes=round(max_body * 1e6))
+        interrupted = _run(app, service, listening, url, shutdown)
+    if not service.is_alive:
+        raise service.error or InternalError("the engine has stopped; what it said of it is above")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return socket.create_server(found[0][4][:2], family=found[0][0], backlog=2048)
+    except OSError as e:
+        raise RequestError(f"cannot listen on {host}, port {port}: {e.strerror or e}") from None
+
+
+def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutdown: float) -> bool:
+    """Serves until a signal comes or the model cannot answer any more. Returns whether Ctrl-C was the reason."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        interrupted = False
+        said = "loading"
+
+        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self.should_exit:
+                os._exit(INTERRUPTED)
+            self.interrupted = number == signal.SIGINT
+            self.should_exit = True
+
+        async def on_tick(self, counter: int) -> bool:
+            if service.state != self.said:
+                self.said = service.state
+                if text := _NOTES.get(service.state):
+                    note(f"({url}: {text})")
+            return await super().on_tick(counter) or not service.is_alive
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if service.is_alive:
+                service.stop(shutdown)
+                note("(stopping: what runs may end first; Ctrl-C ends it at once)")
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        # Requests that were cancelled then still get their last words.
+        timeout_graceful_shutdown=round(shutdown) + 5,
+        ws="none",
+    )
+    server = Server(config)
+    server.run([listening])
+    return server.interrupted
+
+
+_NOTES = {
+    "compiling": "answers; what is compiled ahead may make the first requests wait",
+    "ready": "ready",
+}

@@ -1,0 +1,116 @@
+"""What stands before the endpoints: who may ask, how much they may send, and whether they still wait. Plain ASGI."""
+
+import asyncio
+import hmac
+from collections.abc import Collection
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# A body that is too long is read on to here, and dropped: a client that is still sending would not read the answer.
+_MAX_DROPPED_BYTES = 2**29
+BODY_SECONDS = 60.0
+
+
+def error_response(
+    status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, **headers: str
+) -> JSONResponse:
+    """An error in OpenAI's form."""
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+class Key:
+    """Lets only those pass who know the key, but for paths that are open to all."""
+
+    def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._may_pass(scope):
+            wrong = error_response(
+                401, "a key is needed: Authorization: Bearer KEY", code="invalid_api_key", WWW_Authenticate="Bearer"
+            )
+            await wrong(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in self._open_paths or path.startswith("/page/"):
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._expected)
+
+
+class Bodies:
+    """Reads each request's body, up to a limit, and ends its work when the client goes away.
+
+    Frameworks notice a client that is gone only when they send to it, or not at all; a row would be kept busy for
+    nobody.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._read(receive)
+        except TimeoutError:
+            await error_response(408, f"the body did not come within {BODY_SECONDS:g} s")(scope, receive, send)
+            return
+        if body is None:  # gone before all was sent
+            return
+        if len(body) > self._max_bytes:
+            message = f"a body may have {self._max_bytes} bytes: send less at once"
+            await error_response(413, message, code="request_too_large")(scope, receive, send)
+            return
+        await self._run(scope, body, receive, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body; only its first bytes if it is too long."""
+        chunks, size, more = [], 0, True
+        while more and size <= _MAX_DROPPED_BYTES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            if size <= self._max_bytes:
+                chunks.append(message.get("body", b""))
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        return b"".join(chunks)
+
+    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            if messages:
+                return messages.pop()
+            await asyncio.Event().wait()  # who is gone is noticed here
+            raise AssertionError
+
+        work = asyncio.ensure_future(self._app(scope, replay, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not gone.done() or gone.cancelled():  # the server itself ends
+                raise
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,104 @@
+"""The body of each endpoint that generates -> prompts, options and how the answer is to be sent. Knows no HTTP."""
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llamajax import checks
+from llamajax.errors import RequestError
+from llamajax.types import Message
+
+from . import protocol
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+      prompts: each is answered `num_choices` times.
+      options: of `LLM.stream`, but for the seed.
+      seed: of the first choice; the i-th draws with seed + i.
+      streams: the answer is sent as it is generated.
+      include_usage: a stream ends with what the request took.
+      echo: the prompt is a part of the answer.
+    """
+
+    prompts: list[protocol.Prompt]
+    options: Mapping[str, Any]
+    seed: int
+    num_choices: int = 1
+    streams: bool = False
+    include_usage: bool = False
+    echo: bool = False
+
+    def choices(self) -> Iterator[tuple[protocol.Prompt, dict[str, Any]]]:
+        """The prompt and the options of each answer, in their order."""
+        for prompt in self.prompts:
+            for i in range(self.num_choices):
+                yield prompt, {**self.options, "seed": protocol.choice_seed(self.seed, i)}
+
+
+def read_chat(body: Mapping[str, Any]) -> Asked:
+    """A request to `/v1/chat/completions`. Raises RequestError."""
+    return _read(body, [protocol.read_messages(body)], None, "messages")
+
+
+def read_completion(body: Mapping[str, Any]) -> Asked:
+    """A request to `/v1/completions`. Raises RequestError."""
+    return _read(body, list(protocol.read_prompts(body)), 16, "prompt", "echo")
+
+
+def read_response(body: Mapping[str, Any]) -> Asked:
+    """A request to `/v1/responses`: what was said before comes in the input. Raises RequestError."""
+    given = body.get("input")
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise RequestError("input must be a text, or a list of messages with a role and a content")
+    for item in items:
+        if item.get("type", "message") != "message":
+            raise RequestError(f"input of type {checks.shown(item['type'])} is not supported: only messages are")
+    messages: list[Message] = protocol.read_messages(
+        {
+            "messages": [
+                {name: item.get(name) for name in item if name not in ("type", "id", "status")} for item in items
+            ]
+        }
+    )
+    if (instructions := body.get("instructions")) is not None:
+        messages.insert(0, {"role": "system", "content": protocol.text(instructions)})
+    return _read(body, [messages], None, "input", "instructions")
+
+
+READERS: dict[str, Callable[[Mapping[str, Any]], Asked]] = {
+    protocol.CHAT: read_chat,
+    protocol.COMPLETIONS: read_completion,
+    protocol.RESPONSES: read_response,
+}
+
+
+def _read(body: Mapping[str, Any], prompts: list[protocol.Prompt], length: int | None, *others: str) -> Asked:
+    given = _given(body)
+    options = {"max_new_tokens": length, **protocol.read_options(given, *others)}
+    seed = options.pop("seed", None)  # one that is drawn has no more bits than a number in JavaScript
+    stream_options = given.get("stream_options", {})
+    if not isinstance(stream_options, dict):
+        raise RequestError(f"stream_options must be an object, not {checks.shown(stream_options)}")
+    return Asked(
+        prompts,
+        options,
+        secrets.randbits(53) if seed is None else protocol.choice_seed(seed, 0),
+        protocol.read_num_choices(given),
+        _flag(given, "stream"),
+        _flag(stream_options, "include_usage"),
+        _flag(given, "echo"),
+    )
+
+
+def _given(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    return checks.flag(name, fields.get(name) or False)

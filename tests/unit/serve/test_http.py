@@ -1,0 +1,289 @@
+"""The HTTP app, in a real server on loopback, of the default model: bodies, streams, errors, clients that go away."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+import llamajax.serve
+from llamajax import LLM, load
+from llamajax.serve import openapi, protocol
+
+QUESTION = [{"role": "user", "content": "Say hello."}]
+LONG = {"messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
+
+
+class Running:
+    """An app that is served in a thread."""
+
+    def __init__(self, app: Any) -> None:
+        self.service = app.state.service
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._server.run, args=([listening],))
+        self._thread.start()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def close(self) -> None:
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join()
+
+    def wait_until_idle(self, seconds: float = 5) -> None:
+        end = time.monotonic() + seconds
+        while self.service.server.num_running or self.service.server.num_waiting:
+            assert time.monotonic() < end, "rows are still busy"
+            time.sleep(0.01)
+
+    def post(self, url: str, **body: Any) -> dict[str, Any]:
+        response = self.client.post(url, json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def events(self, url: str, **body: Any) -> list[Any]:
+        """The data of each event of a stream, in JSON but for [DONE]."""
+        with self.client.stream("POST", url, json={**body, "stream": True}) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            data = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+        return [it if it == "[DONE]" else json.loads(it) for it in data]
+
+
+@pytest.fixture(scope="module")
+def llama(default_model: None) -> LLM:
+    return load(max_seq_len=512)
+
+
+@pytest.fixture(scope="module")
+def server(llama: LLM) -> Iterator[Running]:
+    running = Running(llamajax.serve.app(llama, name="small", slots=4, max_waiting=8))
+    yield running
+    running.close()
+
+
+def test_a_chat_is_answered_as_by_the_library(llama: LLM, server: Running) -> None:
+    alone = llama.chat("Say hello.", max_new_tokens=12, temperature=0.8, seed=7, logprobs=2)
+    body = server.post(
+        protocol.CHAT, model="small", messages=QUESTION, max_tokens=12, temperature=0.8, seed=7, logprobs=True,
+        top_logprobs=2,
+    )  # fmt: skip
+    [choice] = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": alone.text}
+    assert choice["finish_reason"] == alone.finish_reason
+    assert alone.logprobs
+    assert [it["logprob"] for it in choice["logprobs"]["content"]] == [it.logprob for it in alone.logprobs]
+    assert body["usage"]["prompt_tokens"] == alone.prompt_tokens
+    assert body["usage"]["completion_tokens"] == len(alone.token_ids)
+    assert (body["object"], body["model"], body["seed"]) == ("chat.completion", "small", 7)
+
+
+def test_a_stream_says_what_the_whole_answer_says(server: Running) -> None:
+    asked = {"messages": QUESTION, "max_tokens": 20, "temperature": 0.8, "seed": 3, "logprobs": True, "n": 2}
+    whole = server.post(protocol.CHAT, **asked)
+    *chunks, last, done = server.events(protocol.CHAT, **asked, stream_options={"include_usage": True})
+    assert done == "[DONE]"
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert {chunk["id"] for chunk in chunks} == {last["id"]}
+    for choice in whole["choices"]:
+        parts = [it for chunk in chunks for it in chunk["choices"] if it["index"] == choice["index"]]
+        assert parts[0]["delta"] == {"role": "assistant", "content": ""}
+        assert all("role" not in part["delta"] for part in parts[1:])
+        assert "".join(part["delta"].get("content", "") for part in parts) == choice["message"]["content"]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [choice["finish_reason"]]
+        logprobs = [it for part in parts if part["logprobs"] for it in part["logprobs"]["content"]]
+        assert logprobs == choice["logprobs"]["content"]
+    first, second = (choice["message"]["content"] for choice in whole["choices"])
+    assert first != second
+
+
+def test_completions_of_several_prompts(llama: LLM, server: Running) -> None:
+    prompts = ["The capital of France is", "1, 2, 3,"]
+    body = server.post(protocol.COMPLETIONS, prompt=prompts, n=2, seed=5, logprobs=1)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    for choice in body["choices"]:
+        i = choice["index"]
+        alone = llama.generate(prompts[i // 2], max_new_tokens=16, seed=5 + i % 2, logprobs=1)
+        assert choice["text"] == alone.text
+        assert "".join(choice["logprobs"]["tokens"]) == alone.text
+    chunks = server.events(protocol.COMPLETIONS, prompt=prompts, n=2, seed=5)[:-1]
+    texts = [""] * 4
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            texts[part["index"]] += part["text"]
+    assert texts == [choice["text"] for choice in body["choices"]]
+
+
+def test_echo_scores_the_prompt(llama: LLM, server: Running) -> None:
+    ids = llama.tokenizer.encode("The quick brown fox jumps over the lazy dog.")
+    body = server.post(protocol.COMPLETIONS, prompt=[ids, ids[:5]], echo=True, max_tokens=1, logprobs=1)
+    for choice, asked in zip(body["choices"], (ids, ids[:5]), strict=True):
+        logprobs = choice["logprobs"]
+        assert choice["text"].startswith(llama.tokenizer.decode(asked))
+        assert len(logprobs["token_logprobs"]) == len(asked) + 1
+        assert logprobs["token_logprobs"][0] is None
+        scores = llama.logits(asked)[:-1].astype("float64")
+        scores -= scores.max(axis=1, keepdims=True)
+        expected = scores[range(len(asked) - 1), asked[1:]] - np.log(np.exp(scores).sum(axis=1))
+        assert logprobs["token_logprobs"][1:-1] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert logprobs["text_offset"][:2] == [0, len("The")]
+    assert body["usage"]["prompt_tokens"] == len(ids) + 5
+
+
+def test_responses(server: Running) -> None:
+    asked = {
+        "input": QUESTION,
+        "instructions": "Be brief.",
+        "max_output_tokens": 6,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    body = server.post(protocol.RESPONSES, **asked)
+    [message] = body["output"]
+    text = message["content"][0]["text"]
+    assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    events = server.events(protocol.RESPONSES, **asked)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == text
+    assert events[-1]["type"] == "response.incomplete"
+    assert events[-1]["response"]["usage"] == body["usage"]
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "status", "says"),
+    [
+        (protocol.CHAT, {"messages": QUESTION, "model": "gpt-4"}, 404, "there is no model 'gpt-4' here"),
+        (protocol.CHAT, {"messages": []}, 400, "at least one message"),
+        (protocol.CHAT, {"messages": QUESTION, "tools": [{"type": "function"}]}, 400, "tools is not supported"),
+        (protocol.CHAT, {"messages": QUESTION, "temperature": -1}, 400, "temperature must be"),
+        (protocol.CHAT, {"messages": QUESTION, "max_tokenz": 3}, 400, "did you mean max_tokens"),
+        (protocol.CHAT, {"messages": QUESTION, "stream": "yes"}, 400, "stream must be true or false"),
+        (protocol.CHAT, {"messages": [{"role": "user", "content": "x " * 600}]}, 400, "the context 512"),
+        (protocol.CHAT, {"messages": QUESTION, "response_format": {"type": "json_object"}}, 400, "response_format"),
+        (protocol.CHAT, {"messages": QUESTION, "echo": True}, 400, "echo is not supported"),
+        (protocol.COMPLETIONS, {}, 400, "expected a prompt"),
+        (protocol.COMPLETIONS, {"prompt": ["x"] * 9}, 400, "may ask for 8 answers, not 9"),
+        (protocol.COMPLETIONS, {"prompt": [999999]}, 400, "token ids must be from 0"),
+        (protocol.RESPONSES, {"input": [{"type": "function_call_output"}]}, 400, "only messages are"),
+        (protocol.RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, 400, "previous_response_id is not"),
+        ("/tokenize", {}, 400, "expected a prompt"),
+        ("/detokenize", {"tokens": [-1]}, 400, "each of tokens"),
+        ("/v1/embeddings", {}, 404, "there is no /v1/embeddings here"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(
+    server: Running, url: str, body: dict[str, Any], status: int, says: str
+) -> None:
+    response = server.client.post(url, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, says in error["message"]) == (status, True), error
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_errors_have_codes_and_names(server: Running) -> None:
+    long = server.client.post(protocol.COMPLETIONS, json={"prompt": "x " * 600}).json()["error"]
+    assert long["code"] == "context_length_exceeded"
+    wrong = server.client.post(protocol.CHAT, json={"messages": QUESTION, "top_p": 7}).json()["error"]
+    assert (wrong["param"], wrong["type"]) == ("top_p", "invalid_request_error")
+    for body in (b"", b"{", b"[1]", b"\xff", b'{"a":1,"a":2}', b"[" * 100_000):
+        response = server.client.post(protocol.CHAT, content=body)
+        assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_a_full_queue_is_a_429(server: Running) -> None:
+    asked = {"prompt": ["x"] * 8, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with (
+        server.client.stream("POST", protocol.COMPLETIONS, json=asked),
+        server.client.stream("POST", protocol.COMPLETIONS, json=asked) as second,
+        server.client.stream("POST", protocol.COMPLETIONS, json=asked) as third,
+    ):
+        statuses = [second.status_code, third.status_code]
+        assert 429 in statuses
+        assert third.headers["retry-after"]
+    server.wait_until_idle()
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_goes_away_frees_its_row(server: Running, streams: bool) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "stream": streams}).encode()
+    head = f"POST {protocol.CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head + body)
+        while not server.service.server.num_running:
+            time.sleep(0.005)
+    server.wait_until_idle(2)  # 400 tokens would take longer
+    assert server.post(protocol.CHAT, messages=QUESTION, max_tokens=2)["usage"]["completion_tokens"] <= 2
+
+
+def test_what_the_server_is(llama: LLM, server: Running) -> None:
+    client = server.client
+    while client.get("/health").status_code == 503:
+        time.sleep(0.1)
+    assert client.get("/health").json() == {"status": "ready"}
+    [model] = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("small", 512)
+    assert client.get("/v1/models/small").json() == model
+    assert client.get("/v1/models/large").status_code == 404
+    ids = server.post("/tokenize", prompt="Hello, world")["tokens"]
+    assert ids == llama.tokenizer.encode("Hello, world")
+    assert server.post("/detokenize", tokens=ids) == {"prompt": "Hello, world"}
+    assert server.post("/tokenize", messages=QUESTION)["tokens"] == llama.encode_chat(QUESTION)
+    assert client.get("/tokenizer_info").json()["vocab_size"] == llama.config.vocab_size
+    metrics = client.get("/metrics").text
+    assert 'vllm:num_requests_running{model_name="small"} 0.0' in metrics
+    assert 'vllm:request_success_total{finished_reason="length",model_name="small"}' in metrics
+
+
+def test_the_description_names_each_field(server: Running) -> None:
+    described = server.client.get("/openapi.json").json()
+    assert described == openapi.schema()
+    fields = described["paths"][protocol.CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(fields["properties"]) >= protocol.READ
+    page = server.client.get("/docs").text
+    assert all(path in page for path in described["paths"])
+
+
+def test_a_key_is_needed(llama: LLM) -> None:
+    running = Running(llamajax.serve.app(llama, name="small", slots=1, api_key="secret", cors=["https://a.example"]))
+    try:
+        client = running.client
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "secret"},
+            {"Authorization": "Bearer"},
+        ):
+            response = client.post(protocol.CHAT, json={"messages": QUESTION}, headers=headers)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/health").status_code in (200, 503)
+        assert client.get("/").status_code == 200
+        origin = {"Origin": "https://a.example"}
+        assert client.post(protocol.CHAT, headers=origin).headers["access-control-allow-origin"] == "https://a.example"
+        assert (
+            "access-control-allow-origin" not in client.get("/health", headers={"Origin": "https://b.example"}).headers
+        )
+    finally:
+        running.close()
+
+
+def test_a_body_that_is_too_long(llama: LLM) -> None:
+    running = Running(llamajax.serve.app(llama, name="small", slots=1, max_body_bytes=1000, deadline=0.02))
+    try:
+        response = running.client.post(protocol.COMPLETIONS, json={"prompt": "x" * 5_000_000})
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+        late = running.client.post(protocol.CHAT, json=LONG)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert running.events(protocol.CHAT, **LONG)[-1]["error"]["code"] == "deadline_exceeded"
+    finally:
+        running.close()
