@@ -71,27 +71,25 @@ def serve(
         load = partial(loading.load, model, max_seq_len=max_seq_len, dtype=dtype, device=device)
         service = Service(load, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
         app = app_of(service, api_key=api_key, cors=cors, max_body_bytes=round(max_body * 1e6))
-        interrupted = _run(app, service, listening, url, shutdown)
-    if not service.is_alive:
-        raise service.error or InternalError("the engine has stopped; what it said of it is above")
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
+        _run(app, service, listening, url, shutdown)
 
 
 def _listening(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         return socket.create_server(found[0][4][:2], family=found[0][0], backlog=2048)
+    except socket.gaierror as e:
+        raise RequestError(f"cannot listen on {host}: {e.strerror}") from None
     except OSError as e:
-        raise RequestError(f"cannot listen on {host}, port {port}: {e.strerror or e}") from None
+        raise RequestError(f"cannot listen on {host}, port {port}: {os.strerror(e.errno)}") from None
 
 
-def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutdown: float) -> bool:
-    """Serves until a signal comes or the model cannot answer any more. Returns whether Ctrl-C was the reason."""
+def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutdown: float) -> None:
+    """Serves until a signal comes. Raises what keeps the model from answering, if anything does."""
     import uvicorn
 
     class Server(uvicorn.Server):
-        interrupted = False
+        interrupted = failed = False
         said = "loading"
 
         def handle_exit(self, number: int, frame: FrameType | None) -> None:
@@ -105,10 +103,11 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
                 self.said = service.state
                 if text := _NOTES.get(service.state):
                     note(f"({url}: {text})")
-            return await super().on_tick(counter) or not service.is_alive
+            self.failed = not service.is_alive
+            return await super().on_tick(counter) or self.failed
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            if service.is_alive:
+            if not self.failed:
                 service.stop(shutdown)
                 note("(stopping: what runs may end first; Ctrl-C ends it at once)")
             await super().shutdown(sockets)
@@ -124,7 +123,10 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
     )
     server = Server(config)
     server.run([listening])
-    return server.interrupted
+    if server.failed:
+        raise service.error or InternalError("the engine has stopped; what it said of it is above")
+    if server.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 _NOTES = {
