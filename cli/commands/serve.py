@@ -81,7 +81,7 @@ def _listening(host: str, port: int) -> socket.socket:
     except socket.gaierror as e:
         raise RequestError(f"cannot listen on {host}: {e.strerror}") from None
     except OSError as e:
-        raise RequestError(f"cannot listen on {host}, port {port}: {os.strerror(e.errno)}") from None
+        raise RequestError(f"cannot listen on {host}, port {port}: {os.strerror(e.errno or 0)}") from None
 
 
 def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutdown: float) -> None:

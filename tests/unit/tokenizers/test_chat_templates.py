@@ -390,6 +390,30 @@ def special_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in set(tokenizer.special_tokens.values())]
 
 
+TOOLS = ChatTemplate(
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+def calling(name: str, value: str) -> list[Message]:
+    call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {name: value}}}
+    answer: Message = {"role": "tool", "content": value, "tool_call_id": "1"}
+    return [user("Hi"), {"role": "assistant", "content": "", "tool_calls": [call]}, answer]
+
+
+def test_tool_calls_reach_the_template_as_text(smollm2: Tokenizer) -> None:
+    ids = encode_chat(smollm2, TOOLS, calling("city", "Paris"))
+    assert smollm2.decode(ids) == 'userHiassistantf{"city": "Paris"}tool1Paris'
+    benign = special_ids(smollm2, ids)
+    for literal in smollm2.special_tokens:
+        hostile = encode_chat(smollm2, TOOLS, calling(literal, f"a{literal}b"))
+        assert special_ids(smollm2, hostile) == benign
+        assert smollm2.decode(hostile).count(literal) == 3
+    with pytest.raises(RequestError, match="knows no tool_calls"):
+        encode_chat(smollm2, CHATML, calling("city", "Paris"))
+
+
 def test_every_literal_stays_text(chat: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, template = chat
     benign = special_ids(tokenizer, encode_chat(tokenizer, template, [system("a"), user("b")]))
