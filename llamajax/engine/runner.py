@@ -119,9 +119,11 @@ class Runner:
         if len(request.stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"at most {MAX_STOP_IDS} stop tokens, not {len(request.stop_ids)}")
         if len(ids) >= self.max_seq_len:
+            # OpenAI's words, by which clients know this error: LiteLLM looks for them, not at the code.
+            longest = self.config.max_position_embeddings
             raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, the context {self.max_seq_len}: shorten the prompt, or raise "
-                f"max_seq_len if it is below the model's {self.config.max_position_embeddings}"
+                f"this model's maximum context length is {self.max_seq_len} tokens, and the prompt has {len(ids)}: "
+                "shorten the prompt" + f", or raise max_seq_len: the model has {longest}" * (self.max_seq_len < longest)
             )
 
     def prefill(self, request: Request, goes_on: Callable[[int], bool] = lambda read: True) -> tuple[Drawn | None, int]:

@@ -185,7 +185,7 @@ def test_bad_lines_stand_in_their_file_with_their_number(mixed: tuple[list[dict[
     assert sorted(faults) == [6, 7, 9, 10]
     assert faults[6].startswith("not JSON")
     assert "temperature must be a number" in faults[7]
-    assert "the context 128" in faults[9]
+    assert "context length is 128 tokens" in faults[9]
     assert "max_tokens must be an integer" in faults[10]
     [theirs] = [line for line in written if "line" not in line]
     assert told(theirs, "id", "custom_id", "error") == {"id": "batch_req_8", "custom_id": "there", "error": None}

@@ -140,7 +140,7 @@ def test_raw_takes_the_text_as_it_stands_and_ascii_output_loses_no_json(shallow_
 def test_a_prompt_that_exceeds_the_context_is_refused(shallow_model: str) -> None:
     done = run("chat", "-m", shallow_model, "-p", "word " * 100, "--max-seq-len", "64")
     assert done.code == 1
-    assert "the prompt has" in done.error and "the context 64" in done.error
+    assert "context length is 64 tokens" in done.error and done.error.endswith("raise max_seq_len: the model has 8192")
 
 
 def test_a_closed_pipe_ends_the_command_quietly(shallow_model: str) -> None:

@@ -227,7 +227,7 @@ def test_options_beside_sampling_are_refused_not_forgotten(llama: LLM) -> None:
 
 
 def test_a_prompt_must_fit_and_hold_something(llama: LLM) -> None:
-    with pytest.raises(PromptTooLongError, match="the prompt has 1024 tokens, the context 1024"):
+    with pytest.raises(PromptTooLongError, match="context length is 1024 tokens, and the prompt has 1024: shorten"):
         llama.stream("\n" + " word" * 1023)
     with pytest.raises(RequestError, match="the prompt is empty"):
         llama.stream("")

@@ -168,5 +168,5 @@ def test_bad_requests_are_refused_at_once(server: Server) -> None:
         server.submit(PROMPTS[0], deadline="5")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="unknown option 'deadlin': did you mean 'deadline'"):
         server.submit(PROMPTS[0], deadlin=5)  # type: ignore[call-arg]
-    with pytest.raises(PromptTooLongError, match="the context 512"):
+    with pytest.raises(PromptTooLongError, match="context length is 512 tokens"):
         server.submit("word " * 600)

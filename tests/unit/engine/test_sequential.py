@@ -314,8 +314,8 @@ def test_logprobs_are_given_when_asked_for() -> None:
         (Request([1], 5, min_tokens=6), RequestError, "min_tokens must be at most max_new_tokens, 5, not 6"),
         (Request([1], 5, min_tokens=-1), RequestError, "min_tokens must be an integer of at least 0, not -1"),
         (Request([1], 5, SamplingParams(logit_bias={V: 1})), RequestError, f"logit_bias has {V} to {V}"),
-        (Request([1] * 512, 5), PromptTooLongError, "512 tokens, the context 512"),
-        (Request([1] * 1000, 5), PromptTooLongError, "1000 tokens, the context 512"),
+        (Request([1] * 512, 5), PromptTooLongError, "is 512 tokens, and the prompt has 512"),
+        (Request([1] * 1000, 5), PromptTooLongError, "is 512 tokens, and the prompt has 1000"),
     ],
 )
 def test_bad_requests(request_: Request, error: type[Exception], message: str) -> None:
