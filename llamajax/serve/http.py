@@ -206,8 +206,8 @@ async def _events(
             if news is None:
                 yield b": waiting\n\n"
                 continue
-            for event in _choice_events(events, news, sent[news.choice]):
-                yield event
+            # What came together is sent together: to write to a socket takes longer than to make an event.
+            yield b"".join(_choice_events(events, news, sent[news.choice]))
         for event in events.end([_completion(stream) for stream in streams]):
             yield event
     except Exception as error:
