@@ -179,7 +179,12 @@ def error_event(error: Mapping[str, Any], url: str) -> bytes:
 
 def data_event(value: Mapping[str, Any]) -> bytes:
     """A server-sent event of JSON."""
-    return b"data: " + _encode(value).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON in UTF-8; lone surrogates, which it cannot have, become "?"."""
+    return _encode(value).encode("utf-8", "replace")
 
 
 _encode: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

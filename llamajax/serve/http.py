@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -33,7 +33,7 @@ from .answers import Choice
 from .events import Events, Head, error_event, make_events, response_body
 from .json_object import read_object
 from .metrics import CONTENT_TYPE
-from .middleware import Bodies, Key, error_response
+from .middleware import Bodies, Json, Key, error_response
 from .requests import READERS, Asked
 from .service import Service
 
@@ -131,20 +131,21 @@ async def _generate(url: str, request: Request) -> Response:
     asked = READERS[url](body)
     if url == protocol.RESPONSES and asked.num_choices > 1:
         raise RequestError("n is not supported in responses: leave it out")
-    streams = await run_in_threadpool(service.submit, list(asked.choices()))
     head = Head(
         f"{_PREFIXES[url]}{secrets.token_hex(12)}",
         service.name,
         {"system_fingerprint": f"llamajax-{llamajax.__version__}", "seed": asked.seed},
     )
+    streams: list[ServedStream] = []
     try:
+        await run_in_threadpool(service.submit, asked.choices(), streams)
         echoes = await _echoes(service, asked, streams)
-    except BaseException:
+        if asked.streams:
+            return _EventStream(_events(url, asked, head, body, service, streams, echoes), streams)
+        return await _whole(url, asked, head, body, service, streams, echoes)
+    except BaseException:  # the client may be gone
         _cancel(streams)
         raise
-    if asked.streams:
-        return _EventStream(_events(url, asked, head, body, service, streams, echoes), streams)
-    return await _whole(url, asked, head, body, service, streams, echoes)
 
 
 _PREFIXES = {protocol.CHAT: "chatcmpl-", protocol.COMPLETIONS: "cmpl-", protocol.RESPONSES: "resp_"}
@@ -160,14 +161,11 @@ async def _whole(
     echoes: list[Choice] | None,
 ) -> Response:
     """The answer when all of it is there."""
-    try:
-        async for _ in _news(streams):
-            pass
-        completions = [_completion(stream) for stream in streams]
-    finally:
-        _cancel(streams)
+    async for _ in _news(streams):
+        pass
+    completions = [_completion(stream) for stream in streams]
     if url == protocol.RESPONSES:
-        return JSONResponse(response_body(head, asked, body, completions[0]))
+        return Json(response_body(head, asked, body, completions[0]))
     choices = [Choice.of(completion) for completion in completions]
     if echoes is not None:
         choices = [_joined(echo, choice) for echo, choice in zip(echoes, choices, strict=True)]
@@ -180,7 +178,7 @@ async def _whole(
         model=head.model,
         usage=answers.usage(completions, asked.num_choices),
     )
-    return JSONResponse({**answer, **head.others})
+    return Json({**answer, **head.others})
 
 
 async def _events(
@@ -369,13 +367,13 @@ def _joined(echo: Choice, choice: Choice) -> Choice:
 
 
 async def _models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_model_object(request.app.state.service)]})
+    return Json({"object": "list", "data": [_model_object(request.app.state.service)]})
 
 
 async def _model(request: Request) -> Response:
     service: Service = request.app.state.service
     name = request.path_params["name"]
-    return JSONResponse(_model_object(service)) if name == service.name else _unknown_model(service, name)
+    return Json(_model_object(service)) if name == service.name else _unknown_model(service, name)
 
 
 def _model_object(service: Service) -> dict[str, Any]:
@@ -401,7 +399,7 @@ async def _tokenize(request: Request) -> Response:
     tokens = {"count": len(ids), "max_model_len": llm.max_seq_len, "tokens": ids}
     if asked.flag("return_token_strs", False):
         tokens["token_strs"] = [llm.tokenizer.token_bytes(i).decode(errors="replace") for i in ids]
-    return JSONResponse(tokens)
+    return Json(tokens)
 
 
 def _token_ids(llm: LLM, asked: "_Fields") -> list[int]:
@@ -421,12 +419,12 @@ async def _detokenize(request: Request) -> Response:
     if not isinstance(tokens, list):
         raise RequestError("tokens must be a list of token ids")
     ids = [checks.integer("each of tokens", i, 0, llm.config.vocab_size - 1) for i in tokens]
-    return JSONResponse({"prompt": await run_in_threadpool(llm.tokenizer.decode, ids)})
+    return Json({"prompt": await run_in_threadpool(llm.tokenizer.decode, ids)})
 
 
 async def _tokenizer_info(request: Request) -> Response:
     llm = request.app.state.service.model
-    return JSONResponse(
+    return Json(
         {
             "tokenizer_class": type(llm.tokenizer).__name__,
             "vocab_size": llm.config.vocab_size,
@@ -465,16 +463,16 @@ async def _docs(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return JSONResponse(openapi.schema())
+    return Json(openapi.schema())
 
 
 async def _health(request: Request) -> Response:
     service: Service = request.app.state.service
-    return JSONResponse({"status": service.status}, 200 if service.is_ready else 503)
+    return Json({"status": service.status}, 200 if service.is_ready else 503)
 
 
 async def _version(request: Request) -> Response:
-    return JSONResponse({"version": llamajax.__version__})
+    return Json({"version": llamajax.__version__})
 
 
 async def _metrics(request: Request) -> Response:
@@ -509,7 +507,7 @@ async def _llamajax_error(request: Request, error: Exception) -> Response:
         with suppress(RequestError):
             names = read_object(await request.body()).keys()
     headers = {"Retry-After": "1"} if status in (429, 503) else None
-    return JSONResponse(answers.error_body(error, names), status, headers)
+    return Json(answers.error_body(error, names), status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -521,8 +519,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _ended_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, _EndedError)
     # Clients that try again by themselves would wait as long again.
-    return JSONResponse(error.body, error.status, {"x-should-retry": "false"} if error.status == 504 else None)
+    return Json(error.body, error.status, {"x-should-retry": "false"} if error.status == 504 else None)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    return JSONResponse(_as_error_body(error), 500)
+    return Json(_as_error_body(error), 500)

@@ -3,21 +3,31 @@
 import asyncio
 import hmac
 from collections.abc import Collection
+from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .events import encode_json
 
 # A body that is too long is read on to here, and dropped: a client that is still sending would not read the answer.
 _MAX_DROPPED_BYTES = 2**29
 BODY_SECONDS = 60.0
 
 
+class Json(JSONResponse):
+    """JSON of what may have lone surrogates, which a client's JSON can and UTF-8 cannot: they become "?"."""
+
+    def render(self, content: Any) -> bytes:
+        return encode_json(content)
+
+
 def error_response(
     status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, **headers: str
-) -> JSONResponse:
+) -> Json:
     """An error in OpenAI's form."""
     error = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": error}, status, {name.replace("_", "-"): value for name, value in headers.items()})
+    return Json({"error": error}, status, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 class Key:

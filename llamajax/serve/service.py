@@ -88,11 +88,11 @@ class Service:
             return f"compiling: {done} of {total} programs" if total else "compiling"
         return self.state
 
-    def submit(self, asked: Iterable[tuple[Prompt, Mapping[str, Any]]]) -> list[ServedStream]:
-        """Asks for answers to prompts, each with options of its own: for all of them, or for none.
+    def submit(self, asked: Iterable[tuple[Prompt, Mapping[str, Any]]], streams: list[ServedStream]) -> None:
+        """Asks for answers to prompts, each with options of its own, and adds them to the list one by one.
 
         Raises UnavailableError before the model is loaded and after `stop`, QueueFullError, and what
-        `Server.submit` raises.
+        `Server.submit` raises; the answers that are in the list then are the caller's to cancel.
         """
         server = self.server
         asked = list(asked)
@@ -100,18 +100,11 @@ class Service:
             raise RequestError(
                 f"a request may ask for {self.max_waiting} answers, not {len(asked)}: send several requests"
             )
-        streams: list[ServedStream] = []
-        try:
-            for prompt, options in asked:
-                streams.append(server.submit(prompt, deadline=self._deadline, **options))
-        except BaseException:
-            for stream in streams:
-                stream.cancel()
-            raise
-        self._streams.update(streams)
+        for prompt, options in asked:
+            streams.append(server.submit(prompt, deadline=self._deadline, **options))
+            self._streams.add(streams[-1])
         if self.state == "stopping":  # it came in between
             self._cancel()
-        return streams
 
     def prompt_logprobs(self, token_ids: list[int], num_top: int) -> tuple[TokenLogprobs | None, ...]:
         """As `LLM.prompt_logprobs`, for one caller at a time."""

@@ -11,6 +11,8 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 import llamajax.serve
 from llamajax import LLM, load
@@ -137,6 +139,33 @@ def test_echo_scores_the_prompt(llama: LLM, server: Running) -> None:
     assert body["usage"]["prompt_tokens"] == len(ids) + 5
 
 
+def test_text_that_utf_8_cannot_have(server: Running) -> None:
+    response = server.client.post(
+        protocol.COMPLETIONS,
+        content=b'{"prompt": "a\\ud800b", "echo": true, "max_tokens": 1, "stream": false}',
+    )
+    assert response.json()["choices"][0]["text"].startswith("a?b")
+    response = server.client.post(protocol.RESPONSES, content=b'{"input": "a", "user": "\\ud800"}')
+    assert response.json()["user"] == "?"
+
+
+def test_the_app_can_be_mounted_elsewhere(llama: LLM) -> None:
+    inner = llamajax.serve.app(llama, name="small", slots=1, api_key="secret")
+    outer = Starlette(routes=[Mount("/models/small", inner)])
+    outer.state.service = inner.state.service
+    running = Running(outer)
+    try:
+        path, headers = "/models/small", {"Authorization": "Bearer secret"}
+        assert running.client.get(f"{path}/v1/models").status_code == 401
+        assert running.client.get(f"{path}/").status_code == 200
+        assert running.client.get(f"{path}/page/app.js").status_code == 200
+        asked = {"messages": QUESTION, "max_tokens": 3}
+        assert running.client.post(f"{path}{protocol.CHAT}", json=asked, headers=headers).json()["choices"]
+    finally:
+        running.close()
+        inner.state.service.close()
+
+
 def test_responses(server: Running) -> None:
     asked = {
         "input": QUESTION,
@@ -166,7 +195,7 @@ def test_responses(server: Running) -> None:
         (protocol.CHAT, {"messages": QUESTION, "temperature": -1}, 400, "temperature must be"),
         (protocol.CHAT, {"messages": QUESTION, "max_tokenz": 3}, 400, "did you mean max_tokens"),
         (protocol.CHAT, {"messages": QUESTION, "stream": "yes"}, 400, "stream must be true or false"),
-        (protocol.CHAT, {"messages": [{"role": "user", "content": "x " * 600}]}, 400, "the context 512"),
+        (protocol.CHAT, {"messages": [{"role": "user", "content": "x " * 600}]}, 400, "context length is 512"),
         (protocol.CHAT, {"messages": QUESTION, "response_format": {"type": "json_object"}}, 400, "response_format"),
         (protocol.CHAT, {"messages": QUESTION, "echo": True}, 400, "echo is not supported"),
         (protocol.COMPLETIONS, {}, 400, "expected a prompt"),
