@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -42,7 +42,11 @@ COMMENT_SECONDS = 15.0
 # A reader who takes nothing for so long is taken to be gone.
 SEND_SECONDS = 60.0
 _OPEN_PATHS = ("/", "/health", "/version", "/docs", "/openapi.json", "/favicon.ico")
-_PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_PAGE = str(files("llamajax.serve") / "page")
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",  # browsers ask whether a file has changed: those of two versions do not fit
+}
 
 
 def app(
@@ -83,10 +87,9 @@ def app_of(
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
         )
-    page = files("llamajax.serve") / "page"
     routes = [
         Route("/", _page, methods=["GET"]),
-        Mount("/page", StaticFiles(directory=str(page))),
+        Mount("/page", _PageFiles(directory=_PAGE)),
         Route("/health", _health, methods=["GET"]),
         Route("/version", _version, methods=["GET"]),
         Route("/metrics", _metrics, methods=["GET"]),
@@ -453,8 +456,14 @@ class _Fields(dict[str, Any]):
 
 
 async def _page(request: Request) -> Response:
-    page = (files("llamajax.serve") / "page" / "index.html").read_text(encoding="utf-8")
-    return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+    return FileResponse(f"{_PAGE}/index.html", headers=_PAGE_HEADERS)
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_PAGE_HEADERS)
+        return response
 
 
 async def _docs(request: Request) -> Response:

@@ -104,7 +104,7 @@ function figures({ usage, rate, finish, error }) {
 let drawing = null; // the timer of the next drawing
 let took = 0; // how long the last one took, in ms
 
-/** Draws the answer that grows: at most 16 times a second, and less often if a drawing takes long. */
+/** Draws the answer that grows: at most 12 times a second, and less often if a drawing takes long. */
 function drawSoon() {
   drawing ??= setTimeout(
     () => {
@@ -114,7 +114,7 @@ function drawSoon() {
       if (running.has(current)) drawMarkdown(elements.get(message).querySelector(".body"), message.content);
       took = performance.now() - start;
     },
-    Math.max(60, 4 * took),
+    Math.max(80, 4 * took),
   );
 }
 
@@ -348,7 +348,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !$(":modal, :popover-open")) running.get(current)?.abort();
 });
 document.addEventListener("click", ({ target }) => {
-  if ("copyCode" in target.dataset) copy(target.parentElement.querySelector("code").textContent, target);
+  if ("copyCode" in target.dataset) copy(target.parentElement.querySelector("code").textContent.trimEnd(), target);
 });
 $("#new").onclick = () => show(newConversation());
 $("#delete").onclick = remove;
