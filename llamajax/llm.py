@@ -327,7 +327,7 @@ class LLM:
 
     def warm_up_batches(self, slots: int, num_tokens: int) -> None:
         """As `warm_up`, for so many requests at once, served or in a batch."""
-        Engine(self._runner, num_slots=slots).warm_up(num_tokens)
+        Engine(self._runner, num_slots=slots).compile(num_tokens)
 
 
 class Server:
@@ -347,6 +347,31 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it answers: False once the engine's thread has ended, for whatever reason."""
+        return self._concurrent.is_alive
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot."""
+        return self._engine.scheduler.num_admitted
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self._concurrent.num_waiting
+
+    def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles all that requests may need, in the calling thread: afterwards no request waits for a compilation.
+
+        Requests may run meanwhile. What a first, short one needs is compiled first.
+
+        Args:
+          progress: called with how many programs are compiled, of how many, before the first and after each.
+        """
+        self._engine.compile(self._llm.max_seq_len, progress)
 
     def submit(
         self,

@@ -6,7 +6,7 @@ top-p keep the tokens above a threshold, which is found by bisection on the logi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,14 @@ class Sampling:
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> "Sampling":
-        """One row for each request."""
+        """One row for each request, in numpy: to make an array on a device of each would compile programs."""
 
-        def column(name: str, dtype: type) -> Array:
-            return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
+        def column(name: str, dtype: type) -> Any:
+            return np.array([getattr(row, name) for row in rows], dtype)
 
-        bias_ids = np.zeros((len(rows), MAX_LOGIT_BIAS), np.int32)
-        bias = np.zeros((len(rows), MAX_LOGIT_BIAS), np.float32)
+        seed: Any = np.array([[row.seed >> 32 & _LOW, row.seed & _LOW] for row in rows], np.uint32)
+        bias_ids: Any = np.zeros((len(rows), MAX_LOGIT_BIAS), np.int32)
+        bias: Any = np.zeros((len(rows), MAX_LOGIT_BIAS), np.float32)
         for at, row in enumerate(rows):
             added = row.logit_bias or {}
             bias_ids[at, : len(added)], bias[at, : len(added)] = list(added), list(added.values())
@@ -61,9 +62,9 @@ class Sampling:
             repetition_penalty=column("repetition_penalty", np.float32),
             presence_penalty=column("presence_penalty", np.float32),
             frequency_penalty=column("frequency_penalty", np.float32),
-            seed=jnp.asarray(np.array([[row.seed >> 32 & _LOW, row.seed & _LOW] for row in rows], np.uint32)),
-            bias_ids=jnp.asarray(bias_ids),
-            bias=jnp.asarray(bias),
+            seed=seed,
+            bias_ids=bias_ids,
+            bias=bias,
         )
 
     def forbidding(self, ids: Int32[Array, "B E"]) -> "Sampling":

@@ -34,11 +34,11 @@ def strict_promotion() -> Iterator[None]:
         yield
 
 
-def random_weights() -> dict[str, np.ndarray]:
+def random_weights(config: LlamaConfig = CONFIG) -> dict[str, np.ndarray]:
     """Each parameter's path in the model -> float32, of a size that makes scores and attention vary."""
     rng = np.random.default_rng(0)
     weights = {}
-    for path, parameter in _parameters(Llama(CONFIG)).items():
+    for path, parameter in _parameters(Llama(config)).items():
         shape = parameter.get_value().shape
         noise = rng.standard_normal(shape)
         gain = 1.0 if "embed" in path else 3 / np.sqrt(shape[-1])
@@ -46,10 +46,12 @@ def random_weights() -> dict[str, np.ndarray]:
     return weights
 
 
-def tiny_runner(max_seq_len: int | None = None, weights: Mapping[str, np.ndarray] | None = None) -> Runner:
-    """A runner of its own, with an empty cache; compiled programs are shared by all of them."""
-    model = Llama(CONFIG)
-    weights = random_weights() if weights is None else weights
+def tiny_runner(
+    max_seq_len: int | None = None, weights: Mapping[str, np.ndarray] | None = None, config: LlamaConfig = CONFIG
+) -> Runner:
+    """A runner of its own, with an empty cache; compiled programs are shared by all of one configuration."""
+    model = Llama(config)
+    weights = random_weights(config) if weights is None else weights
     for path, parameter in _parameters(model).items():
         parameter.set_value(weights[path])
     return Runner(model, device=jax.devices()[0], max_seq_len=max_seq_len, cache_dtype=np.float32)

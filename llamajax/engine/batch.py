@@ -6,16 +6,15 @@ they are.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 
-import jax
 import numpy as np
 from jaxtyping import Int32
 
 from llamajax.engine import steps
-from llamajax.engine.runner import CHUNKS, Runner, chunk_lens, power_of_two
+from llamajax.engine.runner import Program, Runner, chunk_lens, power_of_two
 from llamajax.engine.steps import Drawn, Rows
-from llamajax.types import Request, SamplingParams
+from llamajax.types import Request
 
 # Prompts are read alone, or so many at once.
 GROUP_LEN = 4
@@ -67,6 +66,7 @@ class Batch:
 
     def __init__(self, runner: Runner, max_rows: int) -> None:
         self._runner = runner
+        self._max_rows = max_rows
         self._sizes = row_counts(max_rows)
         self._rows: Rows | None = None
         self._spare: dict[int, Rows] = {}  # of prompts that were read, by how many they are
@@ -163,38 +163,35 @@ class Batch:
         self._rows = None
         self._spare.clear()
 
-    def warm_up(self, num_positions: int) -> None:
-        """Compiles all programs for rows of up to this many positions, but those with log-probabilities."""
-        lengths = [self._runner.bucket(1)]
-        while lengths[-1] < self._runner.bucket(num_positions):
-            lengths.append(self._runner.bucket(lengths[-1] + 1))
-        groups = []
+    def programs(self, num_positions: int) -> list[Program]:
+        """All that rows of up to this many positions need, the smallest first: a first short request's, then few rows'
+        and short caches'.
+        """
+        lengths = self._runner.lengths(num_positions)
+        # The scheduler reads a group only if more than half of it is there.
+        groups = (1, GROUP_LEN) if 2 * self._max_rows > GROUP_LEN else (1,)
+        programs = [Program("stop", lengths[0], num_rows=num_rows) for num_rows in self._sizes]
         for length in lengths:
-            for number in {1, GROUP_LEN} if self._sizes[-1] > 1 else {1}:
-                requests = [Request([0], 1, SamplingParams(temperature=0))] * number
-                rows = self._runner.empty_rows(number, length)
-                groups.append(
-                    Prompts(requests, [1] * number, rows._replace(requests=self._runner.device_requests(requests)))
-                )
-                start, one = np.zeros(number, np.int32), np.ones(number, np.int32)
-                for size in (size for size in CHUNKS if size <= length):
-                    self._read(groups[-1], np.zeros((number, size), np.int32), start, one, one, with_logprobs=False)
-        for num_rows, more_rows in pairwise([*self._sizes, 0]):
-            for length in lengths:
-                self.start(num_rows, length)
-                for prompts in groups:
-                    if _length(prompts.rows) <= length:
-                        self.insert(prompts, [0], [0])
-                self.decode(1, with_logprobs=False)
-                self.stop(0)
-                if length < lengths[-1]:
-                    self.approach(lengths[-1])
-                    self.approach(length)
-                if more_rows:
-                    self.take([-1] * more_rows)
-                    self.take([-1] * num_rows)
-        jax.block_until_ready(self._rows)
-        self.clear()
+            for num_rows in sorted({*groups, *self._sizes}):
+                programs.append(Program("empty_rows", length, num_rows=num_rows))
+            for num_rows in groups:
+                programs += self._runner.prefills(num_rows, length)
+            for num_rows in self._sizes:
+                programs += [
+                    Program("insert", length, num_rows=num_rows, source=(group, shorter))
+                    for group in groups
+                    for shorter in lengths
+                    if shorter <= length
+                ]
+                programs.append(Program("decode", length, num_rows=num_rows))
+        along_rows = [((few, length), (more, length)) for few, more in pairwise(self._sizes) for length in lengths]
+        along_length = [((n, short), (n, long)) for short, long in pairwise(lengths) for n in self._sizes]
+        for small, large in (*along_rows, *along_length):
+            programs += [
+                Program("resize", length, num_rows=num_rows, source=source)
+                for source, (num_rows, length) in permutations((small, large))
+            ]
+        return sorted(programs, key=_size)
 
     def _read(
         self,
@@ -222,6 +219,12 @@ class Batch:
     def _resize(self, keep: Sequence[int], length: int) -> None:
         assert self._rows is not None
         self._rows = steps.resize(self._rows, np.array(keep, np.int32), length=length)
+
+
+def _size(program: Program) -> int:
+    """Positions in all rows, of the most and the longest that the program has to do with."""
+    num_rows, length = program.source
+    return max(num_rows, program.num_rows) * max(length, program.cache_len)
 
 
 def _length(rows: Rows) -> int:

@@ -25,6 +25,16 @@ class Concurrent:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine's thread has ended, for whatever reason."""
+        return self._thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were submitted and have no slot yet."""
+        return len(self._inbox) + self._engine.scheduler.num_waiting
+
     def submit(self, job: Job, *, wait: bool = False) -> None:
         """Hands a job to the engine.
 
@@ -52,8 +62,7 @@ class Concurrent:
         self._thread.join()
 
     def _is_full(self) -> bool:
-        scheduler = self._engine.scheduler
-        return len(self._inbox) + scheduler.num_waiting >= scheduler.max_waiting
+        return self.num_waiting >= self._engine.scheduler.max_waiting
 
     def _run(self) -> None:
         try:

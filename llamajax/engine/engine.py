@@ -7,7 +7,7 @@ threads.
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -80,14 +80,20 @@ class Engine:
             self.scheduler.end(job, "cancelled", error)
         self.scheduler.rows = []
 
-    def warm_up(self, max_len: int) -> None:
+    def compile(self, max_len: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles all programs for requests of up to this many tokens in all, but those with log-probabilities.
 
-        There must be no requests.
+        Any thread may call it while requests run: it touches no array on the device.
+
+        Args:
+          max_len: a request's tokens, prompt and answer together.
+          progress: called with how many programs are compiled, of how many, before the first and after each.
         """
-        assert self.scheduler.num_jobs == 0
-        self._batch.warm_up(max_len)
-        self.scheduler.rows = []
+        programs = self._batch.programs(max_len)
+        progress(0, len(programs))
+        for number, program in enumerate(programs, 1):
+            self._runner.compile(program)
+            progress(number, len(programs))
 
     def _read_prompts(self) -> None:
         """A chunk of the group that is being read, or of the next one. Those that are read begin to run."""

@@ -11,7 +11,6 @@ from threading import RLock
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
@@ -54,11 +53,20 @@ def chunk_lens(num_tokens: int) -> tuple[int, ...]:
 
 
 class Program(NamedTuple):
-    """A step compiled for one sequence, without log-probabilities."""
+    """A step compiled for rows of one shape, without log-probabilities.
 
-    step: Literal["empty_rows", "grow", "prefill", "decode"]
-    cache_len: int  # grow: to this length from the one before
-    chunk_len: int = 0  # of a prefill
+    Attributes:
+      cache_len: positions that each row has room for, when the step has run.
+      chunk_len: of a prefill.
+      num_rows: when the step has run.
+      source: rows and positions of what an insert takes them from, or of what is grown or resized.
+    """
+
+    step: Literal["empty_rows", "grow", "prefill", "decode", "insert", "resize", "stop"]
+    cache_len: int
+    chunk_len: int = 0
+    num_rows: int = 1
+    source: tuple[int, int] = (1, 0)
 
 
 class Runner:
@@ -262,17 +270,25 @@ class Runner:
         self.read(drawn)
         self.read(self.decode(1))
 
+    def lengths(self, longest: int) -> list[int]:
+        """Those of caches with room for up to this many positions, the shortest first."""
+        lengths = [self.bucket(1)]
+        while lengths[-1] < self.bucket(longest):
+            lengths.append(self.bucket(lengths[-1] + 1))
+        return lengths
+
+    def prefills(self, num_rows: int, length: int) -> Iterator[Program]:
+        """All that read prompts into caches of this length."""
+        return (Program("prefill", length, chunk_len, num_rows) for chunk_len in CHUNKS if chunk_len <= length)
+
     def programs(self, shortest: int, longest: int) -> Iterator[Program]:
         """All that sequences need whose caches have room for this many positions, the shortest first."""
-        length = self.bucket(shortest)
-        while True:
-            yield from (Program("empty_rows", length), Program("decode", length))
-            if length > MIN_CACHE_LEN:
-                yield Program("grow", length)
-            yield from (Program("prefill", length, chunk_len) for chunk_len in CHUNKS if chunk_len <= length)
-            if length >= self.bucket(longest):
-                return
-            length = self.bucket(length + 1)
+        for length in self.lengths(longest):
+            if length >= self.bucket(shortest):
+                yield from (Program("empty_rows", length), Program("decode", length))
+                if length > MIN_CACHE_LEN:
+                    yield _grow(length)
+                yield from self.prefills(1, length)
 
     def programs_for(self, request: Request) -> Iterator[Program]:
         """What the answer to a valid request needs, with the cache as it is; more when the answer makes it grow."""
@@ -283,35 +299,42 @@ class Runner:
             yield Program("empty_rows", length)
         while length < needed:
             length = self.bucket(length + 1)
-            yield Program("grow", length)
+            yield _grow(length)
         yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
         yield Program("decode", length)
 
     def compile(self, program: Program) -> None:
         """Compiles a program, if it is not yet. Any thread may: it touches no array on the device."""
-        step, length, chunk_len = program
-        cache, slots, requests = self._shapes(length)
+        step, length, chunk_len, num_rows, source = program
+        cache, slots, requests = rows = self._shapes(num_rows, length)
+        places = np.zeros(source[0], np.int32)
         match step:
             case "empty_rows":
                 with jax.default_device(self.device):
-                    lowered = steps.empty_rows.lower(**self._settings(1, length))
+                    lowered = steps.empty_rows.lower(**self._settings(num_rows, length))
             case "grow":
-                lowered = steps.grow.lower(self._shapes(power_of_two(length) // 2).cache, length=length)
+                lowered = steps.grow.lower(self._shapes(*source).cache, length=length)
             case "prefill":
-                chunk, one = np.zeros((1, chunk_len), np.int32), np.ones(1, np.int32)
-                lowered = steps.prefill.lower(self.model, cache, chunk, one, one, one, requests, with_logprobs=False)
+                chunk, ones = np.zeros((num_rows, chunk_len), np.int32), np.ones(num_rows, np.int32)
+                lowered = steps.prefill.lower(self.model, cache, chunk, ones, ones, ones, requests, with_logprobs=False)
             case "decode":
                 lowered = steps.decode.lower(
                     self.model, cache, slots, self.step_counts[1], requests, with_logprobs=False
                 )
+            case "insert":
+                lowered = steps.insert.lower(rows, self._shapes(*source), places, places)
+            case "resize":
+                lowered = steps.resize.lower(self._shapes(*source), np.zeros(num_rows, np.int32), length=length)
+            case "stop":
+                lowered = steps.stop.lower(slots.left, np.int32(0))
         lowered.compile()  # jax.jit finds what was compiled of the same shapes
 
-    def _shapes(self, length: int) -> Rows:
-        """One row's arrays, without their values."""
+    def _shapes(self, num_rows: int, length: int) -> Rows:
+        """Rows' arrays, without their values."""
         sharding = jax.sharding.SingleDeviceSharding(self.device)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(partial(steps.empty_rows, **self._settings(1, length))),
+            jax.eval_shape(partial(steps.empty_rows, **self._settings(num_rows, length))),
         )
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
@@ -354,15 +377,20 @@ class Runner:
 
     def device_requests(self, requests: Sequence[Request]) -> Requests:
         """What rows are asked for, on the device."""
-        stop_ids = np.full((len(requests), MAX_STOP_IDS), -1, np.int32)
-        first_stop = np.zeros(len(requests), np.int32)
-        prompt_mask = np.zeros((len(requests), self.config.vocab_size), bool)
+        stop_ids: Any = np.full((len(requests), MAX_STOP_IDS), -1, np.int32)
+        first_stop: Any = np.zeros(len(requests), np.int32)
+        prompt_mask: Any = np.zeros((len(requests), self.config.vocab_size), bool)
         for row, request in enumerate(requests):
             stop_ids[row, : len(request.stop_ids)] = sorted(request.stop_ids)
             first_stop[row] = min(len(request.token_ids) + request.min_tokens, self.max_seq_len)
             prompt_mask[row, list(request.token_ids)] = True
         sampling = Sampling.of([request.sampling for request in requests])
-        return jax.device_put(Requests(sampling, *map(jnp.asarray, (stop_ids, first_stop, prompt_mask))), self.device)
+        return jax.device_put(Requests(sampling, stop_ids, first_stop, prompt_mask), self.device)
+
+
+def _grow(length: int) -> Program:
+    """To this length from the one before."""
+    return Program("grow", length, source=(1, power_of_two(length) // 2))
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

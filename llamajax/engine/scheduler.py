@@ -91,9 +91,14 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_admitted(self) -> int:
+        """Those that have a slot."""
+        return len(self.reading) + len(self.running)
+
+    @property
     def num_jobs(self) -> int:
         """All that have not ended."""
-        return len(self._waiting) + len(self.reading) + len(self.running)
+        return len(self._waiting) + self.num_admitted
 
     @property
     def running(self) -> list[Job]:
@@ -117,7 +122,7 @@ class Scheduler:
         One alone, if they would fill no more than half of a group: that takes a full one's time.
         """
         assert not self.reading
-        first = islice(self._waiting, min(limit, self.num_slots - len(self.running)))
+        first = islice(self._waiting, min(limit, self.num_slots - self.num_admitted))
         group = list(takewhile(lambda job: job.plan == self._waiting[0].plan, first))
         if 2 * len(group) <= limit:
             group = group[:1]
@@ -171,7 +176,7 @@ class Scheduler:
         """What always holds: no job in two places, no more than there are slots, states that tell the place."""
         jobs = list(self)
         assert len(jobs) == len(set(map(id, jobs)))
-        assert len(self.running) + len(self.reading) <= self.num_slots
+        assert self.num_admitted <= self.num_slots
         assert len(self._waiting) <= self.max_waiting
         assert {job.state for job in self.running} <= {"running"}
         assert {job.state for job in self.reading} <= {"reading"}

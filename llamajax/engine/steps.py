@@ -242,13 +242,12 @@ def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: 
 def insert(rows: Rows, new: Rows, sources: Int32[Array, "P"], places: Int32[Array, "P"]) -> Rows:
     """Puts new rows, whose caches may be shorter, into places, one after the other."""
 
-    def put(x: Array, new: Array) -> Array:
-        for p in range(new.shape[0]):
-            row = jax.lax.dynamic_slice_in_dim(new, sources[p], 1)
-            x = jax.lax.dynamic_update_slice(x, row, (places[p], *(0,) * (x.ndim - 1)))
-        return x
+    def put(p: Int32[Array, ""], x: Array, new: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(new, sources[p], 1)
+        return jax.lax.dynamic_update_slice(x, row, (places[p], *(0,) * (x.ndim - 1)))
 
-    return jax.tree.map(put, rows, new)
+    # A loop: one copy for each row in the program would take as many times as long to compile.
+    return jax.lax.fori_loop(0, len(places), lambda p, rows: jax.tree.map(partial(put, p), rows, new), rows)
 
 
 @partial(jax.jit, static_argnames=("length",))

@@ -170,3 +170,35 @@ def test_bad_requests_are_refused_at_once(server: Server) -> None:
         server.submit(PROMPTS[0], deadlin=5)  # type: ignore[call-arg]
     with pytest.raises(PromptTooLongError, match="context length is 512 tokens"):
         server.submit("word " * 600)
+
+
+def test_it_tells_how_many_run_and_wait(llama: LLM) -> None:
+    with llama.serve_requests(slots=2, max_waiting=10) as server:
+        assert (server.is_alive, server.num_running, server.num_waiting) == (True, 0, 0)
+        streams = [server.submit(PROMPTS[0], max_new_tokens=300, ignore_eos=True) for _ in range(5)]
+        next(streams[1])
+        assert (server.num_running, server.num_waiting) == (2, 3)
+        for stream in streams:
+            stream.cancel()
+            stream.finish()
+        assert (server.num_running, server.num_waiting) == (0, 0)
+    assert not server.is_alive
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_thread_dies_says_so(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die() -> None:
+        raise Killed
+
+    with llama.serve_requests(slots=2) as server:
+        running = server.submit(PROMPTS[0], max_new_tokens=300, ignore_eos=True)
+        next(running)
+        monkeypatch.setattr(server._engine, "step", die)
+        assert running.finish().finish_reason == "cancelled"
+        server._concurrent._thread.join(60)
+        assert not server.is_alive
+        with pytest.raises(RequestError, match="closed"):
+            server.submit(PROMPTS[0])

@@ -36,7 +36,6 @@ def test_after_it_nothing_compiles() -> None:
     compiler = AheadCompiler(runner, 256)
     compiler.expect(Request(random_ids(20), 5, GREEDY))
     compile_all(compiler)
-    list(Sequential(tiny_runner(256), Request([1], 1)))  # what is no step: conversions of a request
     with count_compilations() as compiled:
         # A conversation: a question, one more, a long prompt that is cancelled, a small one, an answer that grows.
         list(Sequential(runner, Request(random_ids(20), 5, GREEDY, reuse_cache=True)))

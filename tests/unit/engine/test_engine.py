@@ -2,8 +2,8 @@
 
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import hypothesis.strategies as st
 import jax
@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from llamajax.engine.batch import Batch
 from llamajax.engine.engine import Engine
-from llamajax.engine.runner import Runner
+from llamajax.engine.runner import Program, Runner
 from llamajax.engine.scheduler import Job
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CheckpointError, PromptTooLongError, QueueFullError, RequestError
 from llamajax.types import FinishReason, Request, SamplingParams, Token
 
 from ... import tiny_model
-from ...tiny_model import count_compilations, random_ids, random_weights, tiny_runner
+from ...tiny_model import CONFIG, count_compilations, random_ids, random_weights, tiny_runner
 
 strict_promotion = tiny_model.strict_promotion
 
@@ -52,7 +53,7 @@ def runner() -> Runner:
 @pytest.fixture(scope="module")
 def engine(runner: Runner) -> Engine:
     engine = Engine(runner, num_slots=8, max_waiting=50)
-    engine.warm_up(256)
+    engine.compile(256)
     return engine
 
 
@@ -112,6 +113,51 @@ def test_the_same_tokens_as_alone_and_nothing_compiles(engine: Engine, runner: R
     assert compiled == []
     assert [c.tokens for c in collected] == expected
     assert {c.ends[0] for c in collected} == {("length", None), ("stop", None)}
+
+
+def test_once_all_is_compiled_nothing_compiles_whatever_is_asked() -> None:
+    config = replace(CONFIG, vocab_size=CONFIG.vocab_size + 1)  # no other test's programs
+    engine = Engine(tiny_runner(512, config=config), num_slots=4, max_waiting=50)
+    shown: list[tuple[int, int]] = []
+    engine.compile(512, lambda done, total: shown.append((done, total)))
+    total = len(shown) - 1
+    assert shown == [(done, total) for done in range(total + 1)]
+    rng = np.random.default_rng(0)
+
+    def serve(lengths: Sequence[int], limit: int, cancelled: int = 0) -> None:
+        """Prompts of these lengths at once; some are given up as they are read, or as they run."""
+        jobs = [
+            submit(engine, Request(random_ids(length, number), limit, KINDS[number % len(KINDS)]))[0]
+            for number, length in enumerate(lengths)
+        ]
+        for number, _ in enumerate(run(engine)):
+            if number % 2 and cancelled:
+                jobs[cancelled - 1].cancel()
+                cancelled -= 1
+
+    with count_compilations() as compiled:
+        for length in (1, 17, 120, 250, 500):  # alone, and in groups
+            serve([length], 24)
+            serve([length] * 4, 9, cancelled=2)
+            serve([length] * 8, 3)
+        serve([5, 400, 5, 5, 5, 300], 100)  # rows come and go while one is long
+        serve([3] * 4, 509, cancelled=3)  # all grow to the end, fewer and fewer
+        for _ in range(10):
+            lengths = rng.choice([1, 20, 130, 260, 400, 500], 12).tolist()
+            serve(lengths, int(rng.integers(1, 200)), cancelled=4)
+    assert compiled == []
+
+
+def test_a_few_slots_need_few_programs(runner: Runner) -> None:
+    def programs(slots: int) -> set[Program]:
+        return set(Batch(runner, slots).programs(1024))
+
+    assert {p.num_rows for p in programs(1)} == {1}
+    assert {p.num_rows for p in programs(2)} == {1, 2}  # never enough to be read as a group
+    assert programs(2) < programs(3) < programs(8)
+    first = Batch(runner, 8).programs(1024)[:8]
+    assert {p.cache_len for p in first} == {128}
+    assert {p.step for p in first} == {"empty_rows", "prefill", "insert", "decode", "stop"}
 
 
 def test_log_probabilities_are_those_of_a_request_alone(engine: Engine, runner: Runner) -> None:
