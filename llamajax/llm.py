@@ -363,6 +363,11 @@ class Server:
         """Requests that wait for a slot."""
         return self._concurrent.num_waiting
 
+    @property
+    def kv_usage(self) -> float:
+        """Positions that running sequences take, of those that all slots may take: from 0 to 1."""
+        return self._engine.num_positions / (self._engine.scheduler.num_slots * self._llm.max_seq_len)
+
     def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles all that requests may need, in the calling thread: afterwards no request waits for a compilation.
 
@@ -400,27 +405,6 @@ class Server:
         inbox.on_end = lambda: self._on_answer(answer.completion, job.queue_time)
         self._concurrent.submit(job, wait=flag("wait", wait))
         return ServedStream(inbox, job.cancel)
-
-    @property
-    def is_alive(self) -> bool:
-        return True
-
-    @property
-    def kv_usage(self) -> float:
-        return 0.0
-
-    @property
-    def num_running(self) -> int:
-        """Requests that have a slot."""
-        return len(self._engine.scheduler.running) + len(self._engine.scheduler.reading)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return self._engine.scheduler.num_waiting
-
-    def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        progress(0, 0)
 
     def close(self) -> None:
         """Cancels what is not finished, and waits until all has stopped. May be called again."""

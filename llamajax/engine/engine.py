@@ -44,6 +44,14 @@ class Engine:
         self._step_seconds = 0.0
         self._delivered = 0.0
 
+    @property
+    def num_positions(self) -> int:
+        """Positions that the sequences that have a slot take at present."""
+        scheduler = self.scheduler
+        return sum(job.position for job in scheduler.running) + sum(
+            len(job.request.token_ids) for job in scheduler.reading
+        )
+
     def job(self, request: Request, listener: Listener, deadline: float | None = None) -> Job:
         """A request made ready to be submitted.
 

@@ -154,7 +154,8 @@ def test_a_full_queue_refuses_or_waits(llama: LLM) -> None:
 def test_leaving_cancels_what_is_not_finished(llama: LLM) -> None:
     with llama.serve_requests(slots=2) as server:
         streams = [server.submit(PROMPTS[0], max_new_tokens=450) for _ in range(5)]
-        next(streams[0])
+        for _ in range(40):
+            next(streams[0])
     assert [stream.finish().finish_reason for stream in streams] == ["cancelled"] * 5
     with pytest.raises(RequestError, match="closed"):
         server.submit(PROMPTS[0])
@@ -172,16 +173,21 @@ def test_bad_requests_are_refused_at_once(server: Server) -> None:
         server.submit("word " * 600)
 
 
-def test_it_tells_how_many_run_and_wait(llama: LLM) -> None:
+def test_it_tells_how_many_run_and_wait_and_the_room_they_take(llama: LLM) -> None:
     with llama.serve_requests(slots=2, max_waiting=10) as server:
-        assert (server.is_alive, server.num_running, server.num_waiting) == (True, 0, 0)
+        assert (server.is_alive, server.num_running, server.num_waiting, server.kv_usage) == (True, 0, 0, 0)
         streams = [server.submit(PROMPTS[0], max_new_tokens=300, ignore_eos=True) for _ in range(5)]
         next(streams[1])
         assert (server.num_running, server.num_waiting) == (2, 3)
+        used = [server.kv_usage]
+        for _ in range(40):
+            next(streams[0])
+        used.append(server.kv_usage)
+        assert 0 < used[0] < used[1] < 1
         for stream in streams:
             stream.cancel()
             stream.finish()
-        assert (server.num_running, server.num_waiting) == (0, 0)
+        assert (server.num_running, server.num_waiting, server.kv_usage) == (0, 0, 0)
     assert not server.is_alive
 
 
