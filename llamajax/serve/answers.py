@@ -129,7 +129,7 @@ def error_body(error: LlamaJaxError, names: Collection[str] = ()) -> dict[str, A
 
     Args:
       error: what is wrong.
-      names: the fields of the request, one of which may be to blame.
+      names: the fields of the request, one of which may be to blame; messages name the model for other reasons.
     """
     message = one_line(error)
     types = {400: "invalid_request_error", 429: "rate_limit_error"}
@@ -137,7 +137,7 @@ def error_body(error: LlamaJaxError, names: Collection[str] = ()) -> dict[str, A
         "error": {
             "message": message,
             "type": types.get(error_status(error), "server_error"),
-            "param": next((word for word in re.findall(r"\w+", message) if word in names), None),
+            "param": next((word for word in re.findall(r"\w+", message) if word in names and word != "model"), None),
             "code": "context_length_exceeded" if isinstance(error, PromptTooLongError) else None,
         }
     }

@@ -153,7 +153,7 @@ def response_body(head: Head, asked: Asked, body: Mapping[str, Any], completion:
         "usage": took
         and {
             "input_tokens": took["prompt_tokens"],
-            "input_tokens_details": took["prompt_tokens_details"],
+            "input_tokens_details": {**took["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": took["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": took["total_tokens"],

@@ -427,10 +427,14 @@ async def _detokenize(request: Request) -> Response:
 
 async def _tokenizer_info(request: Request) -> Response:
     llm = request.app.state.service.model
+    literals = {i: literal for literal, i in llm.tokenizer.special_tokens.items()}
+    ends = (literals[i] for i in sorted(llm.tokenizer.stop_ids) if i in literals)
     return Json(
         {
             "tokenizer_class": type(llm.tokenizer).__name__,
             "vocab_size": llm.config.vocab_size,
+            "bos_token": literals.get(llm.tokenizer.bos_id),
+            "eos_token": (llm.template and llm.template.eos_token) or next(ends, None),
             "bos_token_id": llm.tokenizer.bos_id,
             "stop_token_ids": sorted(llm.tokenizer.stop_ids),
             "special_tokens": dict(llm.tokenizer.special_tokens),

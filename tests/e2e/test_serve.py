@@ -1,46 +1,15 @@
 """`llamajax serve`: how it starts, says what it does, and stops."""
 
-import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import httpx
 import pytest
 
-from .command import notes, run, start
+from .command import notes, run
+from .serving import serving
 
 QUESTION = {"messages": [{"role": "user", "content": "Say hello."}], "ignore_eos": True}
-
-
-@contextmanager
-def serving(model: str, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]", httpx.Client]]:
-    """A server of the model on a free port that answers requests, though it may still compile."""
-    process = start("serve", "-m", model, "--port", "0", "--max-seq-len", "512", "--slots", "2", *options)
-    try:
-        assert process.stderr
-        line = process.stderr.readline().decode()
-        found = re.fullmatch(r"\((http://127\.0\.0\.1:\d+): loading (\S+); Ctrl-C stops it\)\n", line)
-        assert found, line
-        with httpx.Client(base_url=found[1], timeout=60) as client:
-            wait_for(client, "ready", "compiling")
-            yield process, client
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(client: httpx.Client, *states: str) -> httpx.Response:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        response = client.get("/health")
-        if response.json()["status"].startswith(states):
-            return response
-        assert response.status_code == 503
-        time.sleep(0.05)
-    raise AssertionError(f"not {states}")
 
 
 def ended(process: "subprocess.Popen[bytes]") -> tuple[int, list[str]]:

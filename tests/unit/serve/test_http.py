@@ -218,8 +218,8 @@ def test_what_cannot_be_answered_is_said(
 
 
 def test_errors_have_codes_and_names(server: Running) -> None:
-    long = server.client.post(protocol.COMPLETIONS, json={"prompt": "x " * 600}).json()["error"]
-    assert long["code"] == "context_length_exceeded"
+    long = server.client.post(protocol.COMPLETIONS, json={"prompt": "x " * 600, "model": "small"}).json()["error"]
+    assert (long["code"], long["param"]) == ("context_length_exceeded", "prompt")
     wrong = server.client.post(protocol.CHAT, json={"messages": QUESTION, "top_p": 7}).json()["error"]
     assert (wrong["param"], wrong["type"]) == ("top_p", "invalid_request_error")
     for body in (b"", b"{", b"[1]", b"\xff", b'{"a":1,"a":2}', b"[" * 100_000):
@@ -266,7 +266,9 @@ def test_what_the_server_is(llama: LLM, server: Running) -> None:
     assert ids == llama.tokenizer.encode("Hello, world")
     assert server.post("/detokenize", tokens=ids) == {"prompt": "Hello, world"}
     assert server.post("/tokenize", messages=QUESTION)["tokens"] == llama.encode_chat(QUESTION)
-    assert client.get("/tokenizer_info").json()["vocab_size"] == llama.config.vocab_size
+    info = client.get("/tokenizer_info").json()
+    assert info["vocab_size"] == llama.config.vocab_size
+    assert (info["bos_token"], info["eos_token"]) == (None, "<|im_end|>")
     metrics = client.get("/metrics").text
     assert 'vllm:num_requests_running{model_name="small"} 0.0' in metrics
     assert 'vllm:request_success_total{finished_reason="length",model_name="small"}' in metrics
