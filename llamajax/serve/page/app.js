@@ -20,7 +20,6 @@ let conversations = recallConversations();
 let current = newConversation();
 let model = null;
 let ready = false;
-let leaving = false; // the page is being closed or loaded again, which ends its answers
 const running = new Map(); // a conversation -> the AbortController of its answer
 const elements = new WeakMap(); // a message -> its element
 const goToEnd = followEnd($("#scroller"), $("#messages"), (left) => ($("#to-end").hidden = !left));
@@ -53,7 +52,7 @@ function drawState() {
   $("#send").textContent = answering ? "Stop" : "Send";
   $("#send").disabled = !ready && !answering;
   $("#messages").classList.toggle("answering", answering);
-  $("#delete").hidden = $("#title").disabled = !conversations.includes(current);
+  $("#delete").hidden = $("header h1").hidden = !conversations.includes(current);
   const used = current.messages.findLast(({ usage }) => usage)?.usage.total_tokens;
   const size = model?.max_model_len;
   $("#context").hidden = !used || !size;
@@ -199,11 +198,12 @@ async function answer(conversation, before) {
   try {
     await readAnswer(streamAnswer(body, recall("llamajax.key"), controller.signal), message, () => save(conversation));
   } catch (error) {
-    if (leaving) return;
+    // A page that is left loses its connections first, and is gone a moment later: then it is no error to keep.
+    if (error.status === 0) await pause(500);
     if (error.name === "AbortError") message.finish = "stopped";
     else message.error = error.message;
-    if ([0, 503].includes(error.status)) watchServer();
     if (error.status === 401) askForKey();
+    else if (message.error) watchServer();
   }
   running.delete(conversation);
   if (before && !message.content) {
@@ -292,7 +292,7 @@ const roomOf = ({ max_model_len: size }) => `Conversations of up to ${plural(siz
 
 /** Says it in a new conversation's empty page, and on the line at the bottom. */
 function sayState(title, details, line = details) {
-  $("#welcome h2").textContent = title;
+  $("#welcome h1").textContent = title;
   $("#welcome p").textContent = details;
   $("#model").textContent = line;
   drawState();
@@ -360,10 +360,7 @@ $("#settings").onclose = () => {
   $("#key-error").hidden = true;
   if (!ready && settings.elements.key.value !== refusedKey) watchServer();
 };
-addEventListener("pagehide", () => {
-  leaving = true;
-  [...running.keys()].forEach(save);
-});
+addEventListener("pagehide", () => [...running.keys()].forEach(save));
 addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
 watchOtherTabs((id, changed) => {
   const known = conversations.find((conversation) => conversation.id === id);
