@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -18,12 +19,13 @@ from llamajax.hub.aliases import DEFAULT
 from llamajax.types import Device, DType, SamplingParams
 
 from .. import loading, options
+from ..remote_bench import measure_server, parse_url
 from ..render import note, print_json
 from ..tables import print_tables
 
 if TYPE_CHECKING:
     from llamajax import LLM
-    from llamajax.bench.metrics import Result
+    from llamajax.bench.metrics import Local, Result
     from llamajax.bench.run import Strategy
     from llamajax.bench.session import Session
     from llamajax.bench.workload import Workload
@@ -32,7 +34,12 @@ _STRATEGIES: "tuple[Strategy, ...]" = ("sequential", "concurrent", "batched")
 _PLOTS = (".png", ".svg", ".html")
 
 
+# Options of a model that runs here.
+_HERE = ["mode", "pp", "tg", "batch", "depth", "plot", "random_weights", "max_seq_len", "dtype", "device", "threads"]
+
+
 def bench(
+    context: typer.Context,
     mode: Annotated[
         Literal["sequential", "concurrent", "batched", "all"], typer.Option("--mode", help="The strategy to measure.")
     ] = "all",
@@ -88,9 +95,16 @@ def bench(
     dtype: options.DTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="Measure an OpenAI-compatible server at this address, and no model here."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="With --url: the server's key.")
+    ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Measure the speed of a model here, in three strategies of serving several requests.
+    """Measure the speed of a model here, in three strategies of serving several requests, or of another server.
 
     sequential: one after the other. The lowest latency for a single user; others wait.
 
@@ -100,6 +114,10 @@ def bench(
 
     With --pp, --tg, --batch or --depth: reading prompts and generating tokens alone, without a strategy; 512 and 128
     tokens if neither --pp nor --tg is given.
+
+    With --url: whatever OpenAI-compatible server is there, through /v1/completions, as its clients see it. -m is then
+    the name of its model (the first that it lists), and --slots the most requests under way at once (no limit). Prompts
+    are new in each run, so that the server has none of them in a cache.
 
     Each is measured twice, greedily and with the default sampling, unless a sampling option is given.
 
@@ -154,17 +172,27 @@ def bench(
         raise RequestError("--plot needs matplotlib: pip install 'llamajax[plot]'")
 
     options.note_seed(seed)
+    from llamajax.bench.workload import synthetic
+
+    asked = {"repeat": repeat, "seed": seed}
+    served = asked | {"new_tokens": new_tokens, "prompt_len": prompt_len, "arrival": arrival}
+    workload = partial(synthetic, prompt_lens=prompt_lens, new_tokens=new_tokens, rate=rate, seed=seed)
+    if url is not None:
+        _refuse(context, _HERE, "--url measures a server, and no model here")
+        name = model if _given(context, "model") else None
+        work = partial(workload, requests)
+        server, answered, failed = measure_server(parse_url(url), name, api_key, work, samplings, slots, repeat)
+        _write(server | served | {"slots": slots}, answered, as_json, csv_file)
+        if failed:
+            raise typer.Exit(1)
+        return
+    _refuse(context, ["api_key"], "--api-key is for a server at --url")
     llm = _load(random_weights or model, random_weights is not None, max_seq_len, dtype, device, seed)
     # After the settings that jax reads when it is imported.
     import jax
 
     from llamajax.bench.metrics import read_bandwidth, with_ratios
     from llamajax.bench.session import Session, kept_dtype
-    from llamajax.bench.workload import synthetic
-
-    def workload(count: int, sampling: SamplingParams) -> "Workload":
-        vocab_size = llm.config.vocab_size
-        return synthetic(count, prompt_lens, new_tokens, vocab_size=vocab_size, rate=rate, sampling=sampling, seed=seed)
 
     session = Session(llm, repeat)
     if alone:
@@ -175,7 +203,9 @@ def bench(
         _check(session, "--prompt-len and -n", max(prompt_lens), new_tokens)
         strategies = _STRATEGIES if mode == "all" else (mode,)
         workloads = [
-            workload(n, sampling) for n in (_doubling(requests) if plot else [requests]) for sampling in samplings
+            workload(n, vocab_size=llm.config.vocab_size, sampling=sampling)
+            for n in (_doubling(requests) if plot else [requests])
+            for sampling in samplings
         ]
         results = _served(session, strategies, workloads, slots)
     results = with_ratios(results)
@@ -185,21 +215,9 @@ def bench(
         "device": llm._runner.device.device_kind,
         "jax": jax.__version__,
         "read_bandwidth": read_bandwidth(results),
-        "repeat": repeat,
-        "seed": seed,
+        **(asked if alone else served),
     }
-    if not alone:
-        about |= {"new_tokens": new_tokens, "prompt_len": prompt_len, "arrival": arrival}
-
-    if as_json:
-        print_json(about | {"results": [asdict(result) for result in results]})
-    elif csv_file == "-":
-        _write_csv(sys.stdout, results)
-    else:
-        print_tables(about, results)
-    if csv_file is not None and csv_file != "-":
-        with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
-            _write_csv(file, results)
+    _write(about, results, as_json, csv_file)
     if plot is not None:
         from llamajax.bench.plot import write_plot
 
@@ -208,11 +226,11 @@ def bench(
 
 def _served(
     session: "Session", strategies: "Sequence[Strategy]", workloads: "Sequence[Workload]", slots: int | None
-) -> "list[Result]":
+) -> "list[Local]":
     from llamajax.bench.run import serve
     from llamajax.bench.workload import sampling_name
 
-    results: list[Result] = []
+    results: list[Local] = []
     for strategy in strategies:
         for work in workloads:
             note(f"({strategy}: {len(work.prompts)} x {work.new_tokens} tokens, {sampling_name(work.sampling)})")
@@ -229,11 +247,11 @@ def _alone(
     depths: Sequence[int],
     samplings: Sequence[SamplingParams],
     seed: int,
-) -> "list[Result]":
+) -> "list[Local]":
     from llamajax.bench.alone import generate, read_prompts
     from llamajax.bench.workload import sampling_name
 
-    results: list[Result] = []
+    results: list[Local] = []
     for depth, size in product(depths, batches):
         if pp is not None:
             note(f"(reading: {size} x {pp} tokens at depth {depth})")
@@ -308,6 +326,30 @@ def _load(name: str, random: bool, max_seq_len: int | None, dtype: DType, device
     from llamajax.bench.model import random_llm
 
     return random_llm(name, dtype=dtype, device=device, max_seq_len=max_seq_len, seed=seed)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether the option is in the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    for option in context.command.params:
+        if option.name in names and _given(context, option.name):
+            raise typer.BadParameter(f"{why}: leave out {'/'.join(option.opts)}")
+
+
+def _write(about: dict[str, Any], results: "Sequence[Result]", as_json: bool, csv_file: str | None) -> None:
+    if as_json:
+        print_json(about | {"results": [asdict(result) for result in results]})
+    elif csv_file == "-":
+        _write_csv(sys.stdout, results)
+    else:
+        print_tables(about, results)
+    if csv_file is not None and csv_file != "-":
+        with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
+            _write_csv(file, results)
 
 
 def _write_csv(file: TextIO, results: "Sequence[Result]") -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llamajax.bench.metrics import Percentiles, Run, Served, Spread
+from llamajax.bench.metrics import Run, Served, figures
 from llamajax.bench.session import Session
 from llamajax.bench.workload import Workload, sampling_name
 from llamajax.llm import LLM
@@ -37,23 +37,12 @@ def serve(session: Session, strategy: Strategy, workload: Workload, *, slots: in
     kv_bytes = session.kv_bytes(float(np.mean(lengths)) + workload.new_tokens / 2)
     bandwidths = [x for run in runs if (x := run.decode_bandwidth(session.weight_bytes, kv_bytes)) is not None]
 
-    def all_of(figure: Callable[[Run], np.ndarray]) -> Percentiles | None:
-        return Percentiles.of(np.concatenate([figure(run) for run in runs]))
-
     return Served(
         name=strategy,
         sampling=sampling_name(workload.sampling),
         requests=len(lengths),
-        tokens=runs[0].token_times.size,
-        seconds=Spread.of(run.seconds for run in runs),
-        requests_per_second=Spread.of(run.requests_per_second for run in runs),
-        tokens_per_second=Spread.of(run.tokens_per_second for run in runs),
-        time_to_first_token=all_of(lambda run: run.time_to_first_token),
-        latency=all_of(lambda run: run.latency),
-        time_per_output_token=all_of(lambda run: run.time_per_output_token),
-        inter_token_latency=all_of(lambda run: run.inter_token_latency),
-        gaps=all_of(lambda run: run.gaps),
         decode_bandwidth=float(np.median(bandwidths)) if bandwidths else None,
+        **figures(runs),
         **measured,
     )
 
@@ -108,7 +97,7 @@ def _run(start: float, workload: Workload, served: list[tuple[float, Completion]
     seconds = time.perf_counter() - start
     for _, answer in served:
         assert len(answer.token_ids) == len(answer.timings.token_times) == workload.new_tokens, answer.finish_reason
-    times = np.array([submitted + np.array(answer.timings.token_times) for submitted, answer in served])
+    times = [submitted + np.array(answer.timings.token_times) for submitted, answer in served]
     return Run(seconds, workload.arrivals, times)
 
 

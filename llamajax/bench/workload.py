@@ -35,14 +35,16 @@ def synthetic(
     rate: float | None = None,
     sampling: SamplingParams,
     seed: int = 0,
+    draw: int = 0,
 ) -> Workload:
     """Prompts of evenly drawn token ids, the same for the same seed; fewer requests are the first of more.
 
     Args:
       prompt_lens: each prompt's length is one of these, evenly drawn.
       rate: requests a second of a Poisson process; None lets all arrive at once.
+      draw: another one gives prompts of other tokens, with the same lengths and arrivals.
     """
-    tokens, gaps, lengths = (np.random.default_rng((seed % 2**64, stream)) for stream in range(3))
+    tokens, gaps, lengths = (np.random.default_rng((seed % 2**64, *it)) for it in ((0, draw), (1,), (2,)))
     chosen = [prompt_lens[i] for i in lengths.integers(len(prompt_lens), size=requests)]
     prompts = np.split(tokens.integers(vocab_size, size=sum(chosen)), np.cumsum(chosen)[:-1])
     arrivals = np.cumsum(gaps.exponential(1 / rate if rate else 0, requests - 1))

@@ -32,6 +32,10 @@ def test_the_command_imports_nothing_slow_before_it_needs_it(arguments: list[str
     assert imported_by(COMMAND, *arguments) == set()
 
 
+def test_the_load_generator_imports_nothing_slow() -> None:
+    assert imported_by(COMMAND, "bench", "--help") == imported_by("-c", "import llamajax.bench.remote") == set()
+
+
 def test_shell_completion_imports_nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_LLAMAJAX_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "llamajax chat -m ll")

@@ -1,10 +1,22 @@
 """Figures against ones computed by hand, and properties of the workload."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from llamajax import SamplingParams
-from llamajax.bench.metrics import Percentiles, Result, Run, Served, Spread, WarmUp, read_bandwidth, with_ratios
+from llamajax.bench.metrics import (
+    Percentiles,
+    Result,
+    Run,
+    Served,
+    Spread,
+    WarmUp,
+    figures,
+    read_bandwidth,
+    with_ratios,
+)
 from llamajax.bench.workload import Workload, sampling_name, synthetic
 
 # Two requests, the second half a second later; three tokens each.
@@ -71,6 +83,35 @@ def test_tokens_that_come_in_blocks() -> None:
     assert IN_BLOCKS.gaps.tolist() == [0.5, 1.5, 1.5]
 
 
+def test_tokens_that_come_nearly_at_once_are_a_block() -> None:
+    [times] = np.array([[1.0, 1.01, 1.02, 2.0, 2.01, 3.0]])
+    run = Run(3.0, np.zeros(1), [times], burst=0.05)
+    assert run.gaps.tolist() == [1.0, 1.0]
+    assert run.inter_token_latency.tolist() == [0.5, 0.5, 1.0]
+    assert run.time_to_first_token == [1.0] and run.latency == [3.0] and run.time_per_output_token == [2 / 5]
+    assert len(Run(3.0, np.zeros(1), [times]).gaps) == 5
+
+
+def test_answers_of_different_lengths() -> None:
+    run = Run(4.0, np.array([0.0, 0.5, 1.0]), [np.array([1.0, 1.5, 2.0]), np.array([2.0]), np.array([2.0, 4.0])])
+    assert (run.tokens, run.tokens_per_second, run.requests_per_second) == (6, 6 / 4, 3 / 4)
+    assert run.latency.tolist() == [2.0, 1.5, 3.0]
+    assert run.time_per_output_token.tolist() == [0.5, 2.0]
+    assert run.gaps.tolist() == [0.5, 0.5, 2.0]
+    nothing = Run(4.0, np.array([]), [])
+    assert all(x.size == 0 for x in (nothing.latency, nothing.gaps, nothing.inter_token_latency))
+
+
+def test_figures_of_several_runs() -> None:
+    one = Run(2.0, np.zeros(1), [np.array([1.0, 2.0])])
+    said = figures([one, RUN, RUN])
+    assert said["tokens"] == 6 and said["seconds"] == Spread(4.0, 2.0, 4.0)
+    assert said["tokens_per_second"] == Spread(1.5, 1.0, 1.5)
+    assert (
+        said["time_to_first_token"].p50 == 1.0 and said["latency"].p50 == 2.0
+    )  # of 1, 1, 1.5, 1, 1.5 and 2, 2, 3.5, ...
+
+
 def test_answers_of_one_token_have_no_time_between_tokens() -> None:
     run = Run(2.0, np.zeros(2), np.array([[1.0], [2.0]]))
     assert run.latency.tolist() == run.time_to_first_token.tolist() == [1.0, 2.0]
@@ -129,6 +170,15 @@ def test_prompts_are_the_seed_s() -> None:
     assert prompts[:10] == work(10, 32, seed=1).prompts
     assert not work(100, 32).arrivals.any()
     assert work(3, 32, seed=-1).prompts != work(3, 32, seed=1).prompts
+
+
+def test_another_draw_changes_nothing_but_the_tokens() -> None:
+    works = [work(50, 8, 9, rate=4.0, seed=1, draw=draw) for draw in (0, 1, 2)]
+    for one, other in pairwise(works):
+        assert (one.arrivals == other.arrivals).all()
+        assert [*map(len, one.prompts)] == [*map(len, other.prompts)]
+        assert not {*map(tuple, one.prompts)} & {*map(tuple, other.prompts)}
+    assert works[0].prompts == work(50, 8, 9, seed=1).prompts
 
 
 def test_prompts_of_mixed_lengths() -> None:
