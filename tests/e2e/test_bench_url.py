@@ -317,9 +317,8 @@ def test_our_own_server(shallow_model: str) -> None:
     """More requests at once than it has slots; each sampling, ids below its vocabulary, answers of full length."""
     with serving(shallow_model, "--api-key", "secret") as (_, client):
         url = str(client.base_url)
-        done = run(
-            "bench", "--url", url, "-n", "20", "--repeat", "2", "--prompt-len", "3:60", "--api-key", "secret", "--json"
-        )
+        with_key = ["bench", "--url", url, "--api-key", "secret"]
+        done = run(*with_key, "-n", "20", "--repeat", "2", "--prompt-len", "3:60", "--json")
         assert "401" in run("bench", "--url", url).error
         too_long = run(*with_key, "--prompt-len", "600").error
     assert done.code == 0, done.stderr
