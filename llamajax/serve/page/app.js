@@ -46,7 +46,7 @@ function drawList() {
   $("#list").replaceChildren(...items);
 }
 
-/** What depends on the server, and on whether an answer is being written. */
+/** Draws what depends on the server, and on whether an answer is being written. */
 function drawState() {
   const answering = running.has(current);
   $("#send").textContent = answering ? "Stop" : "Send";
@@ -74,7 +74,7 @@ function messageElement(message) {
   return item;
 }
 
-/** What stands below a message: its error, figures, and what can be done with it. */
+/** Draws the line below a message: its error, figures and buttons. */
 function drawFoot(message) {
   const foot = elements.get(message)?.querySelector(".foot");
   if (!foot) return;
@@ -117,7 +117,7 @@ function drawSoon() {
   );
 }
 
-/** Says what the user should know. With an action, a button does it. */
+/** Shows a notice above the prompt, or none for "". `action` is the name of a button that does `act`. */
 function notify(text, action, act) {
   const [said, does] = $("#notice").children;
   if (said.textContent !== text) said.textContent = text; // or it would be read aloud again
@@ -184,7 +184,7 @@ function regenerate() {
   $("#prompt").focus();
 }
 
-/** Writes the next message. If nothing comes of it, `before` are the messages to go back to, if they were replaced. */
+/** Adds an answer to a conversation. `before`: the messages to go back to if not even its first word comes, or null. */
 async function answer(conversation, before) {
   const body = { model: model.id, messages: history(conversation), ...conversation.settings, system: undefined };
   const message = { role: "assistant", content: "" };
@@ -198,7 +198,7 @@ async function answer(conversation, before) {
   try {
     await readAnswer(streamAnswer(body, recall("llamajax.key"), controller.signal), message, () => save(conversation));
   } catch (error) {
-    // A page that is left loses its connections first, and is gone a moment later: then it is no error to keep.
+    // A browser that leaves the page ends its connections a moment before. That is no error to keep.
     if (error.status === 0) await pause(500);
     if (error.name === "AbortError") message.finish = "stopped";
     else message.error = error.message;
@@ -237,7 +237,7 @@ async function readAnswer(chunks, message, keepPart) {
   if (tokens > 1 && last > first) message.rate = (1000 * (tokens - 1)) / (last - first);
 }
 
-/** What the server is sent: no answer that is empty. */
+/** The messages to send. Answers that are empty are left out. */
 function history({ settings, messages }) {
   const said = messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
   return settings.system ? [{ role: "system", content: settings.system }, ...said] : said;
@@ -262,7 +262,7 @@ function edit(message) {
 
 let watching = false;
 
-/** Waits until the server is ready, and says meanwhile what it is doing. A model that is loaded can be asked already. */
+/** Waits until the server is ready, and shows what it is doing. Messages can be sent once the model is loaded. */
 async function watchServer() {
   if (watching) return;
   watching = true;
@@ -290,7 +290,7 @@ async function watchServer() {
 
 const roomOf = ({ max_model_len: size }) => `Conversations of up to ${plural(size, "token")}, kept in this browser`;
 
-/** Says it in a new conversation's empty page, and on the line at the bottom. */
+/** Shows it in a new conversation, and on the line at the bottom. */
 function sayState(title, details, line = details) {
   $("#welcome h1").textContent = title;
   $("#welcome p").textContent = details;

@@ -44,7 +44,7 @@ export function sendOnEnter(textarea, send) {
 }
 
 /**
- * Keeps the end of a growing content in sight, but only while the reader is there. Returns a function that goes there.
+ * Keeps the end of content that grows in sight, unless the reader scrolls up. Returns a function that goes to the end.
  * `left` is called with whether the reader has left the end.
  */
 export function followEnd(scroller, content, left) {
@@ -56,7 +56,7 @@ export function followEnd(scroller, content, left) {
   };
   scroller.addEventListener("scroll", () => {
     const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 8;
-    // Content that has grown since the last event is no move of the reader's; only a way up is.
+    // The end may be out of sight because the content has grown, too: only a way up is the reader's.
     following = atEnd || (following && scroller.scrollTop >= lastTop);
     lastTop = scroller.scrollTop;
     left(!following);

@@ -29,11 +29,10 @@ const ALLOWED = {
 
 const drawn = new WeakMap(); // a block's element -> the HTML that it shows
 
-/** Draws Markdown into an element, block by block. Blocks that did not change stay, and what is selected in them too. */
+/** Draws Markdown into an element, block by block. Blocks that did not change stay, with what is selected in them. */
 export function drawMarkdown(element, text) {
-  const tokens = marked.lexer(text).filter(({ type }) => type !== "space");
-  tokens.forEach((token, i) => {
-    const html = marked.parser([token]);
+  const blocks = toBlocks(text);
+  blocks.forEach((html, i) => {
     const block = element.children[i] ?? element.appendChild(document.createElement("div"));
     if (drawn.get(block) === html) return;
     drawn.set(block, html);
@@ -42,7 +41,17 @@ export function drawMarkdown(element, text) {
     block.querySelectorAll("table").forEach(letScroll);
     block.querySelectorAll("pre").forEach(addCopyButton);
   });
-  while (element.children.length > tokens.length) element.lastChild.remove();
+  while (element.children.length > blocks.length) element.lastChild.remove();
+}
+
+/** The HTML, not yet sanitized, of each paragraph, list, table, ... */
+function toBlocks(text) {
+  try {
+    const tokens = marked.lexer(text).filter(({ type }) => type !== "space");
+    return tokens.map((token) => marked.parser([token]));
+  } catch {
+    return [`<pre><code>${escape(text)}</code></pre>`]; // nested too deeply, such as 8,000 times ">"
+  }
 }
 
 function openElsewhere(link) {

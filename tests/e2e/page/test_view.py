@@ -85,6 +85,12 @@ def test_hostile_markdown_does_nothing(open_page: Open) -> None:
     assert chat.page.title() == "Kept · llamajax"
 
 
+def test_markdown_that_nests_too_deeply_is_shown_as_it_is(open_page: Open) -> None:
+    chat = open_page()
+    chat.keep(">" * 8000)
+    assert chat.answers.locator("code").inner_text().count(">") == 8000
+
+
 def test_code_is_copied(open_page: Open) -> None:
     chat = open_page(permissions=["clipboard-read", "clipboard-write"])
     chat.keep("Look:\n\n```python\nif 1 < 2:\n    print('<b>')\n```\n")
