@@ -88,6 +88,8 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
     """Serves until a signal comes. Raises what keeps the model from answering, if anything does."""
     import uvicorn
 
+    from llamajax.serve.connection import IDLE_SECONDS, Connection
+
     class Server(uvicorn.Server):
         interrupted = failed = False
         said = "loading"
@@ -119,6 +121,8 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
         access_log=False,
         # Requests that were cancelled then still get their last words.
         timeout_graceful_shutdown=round(shutdown) + 5,
+        http=Connection,
+        timeout_keep_alive=IDLE_SECONDS,
         ws="none",
     )
     server = Server(config)

@@ -119,6 +119,7 @@ def app_of(
             Exception: _internal_error,
         },
     )
+    app.router.redirect_slashes = False  # it would send clients where their Host header says
     app.state.service = service
     return app
 
@@ -525,7 +526,10 @@ async def _llamajax_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = {404: f"there is no {request.url.path} here (see /docs)", 405: f"{request.method} is not for this path"}
+    message = {
+        404: f"there is no {one_line(request.scope['path'], 80)} here (see /docs)",
+        405: f"{request.method} is not for this path",
+    }
     return error_response(error.status_code, message.get(error.status_code, str(error.detail)), **(error.headers or {}))
 
 

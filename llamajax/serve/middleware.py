@@ -74,13 +74,15 @@ class Bodies:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._read(receive)
         except TimeoutError:
-            await error_response(408, f"the body did not come within {BODY_SECONDS:g} s")(scope, receive, send)
+            late = error_response(408, f"the body did not come within {BODY_SECONDS:g} s", Connection="close")
+            await late(scope, receive, send)
             return
         if body is None:  # gone before all was sent
             return
         if len(body) > self._max_bytes:
             message = f"a body may have {self._max_bytes} bytes: send less at once"
-            await error_response(413, message, code="request_too_large")(scope, receive, send)
+            too_long = error_response(413, message, code="request_too_large", Connection="close")
+            await too_long(scope, receive, send)
             return
         await self._run(scope, body, receive, send)
 

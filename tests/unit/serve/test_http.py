@@ -16,7 +16,7 @@ from starlette.routing import Mount
 
 import llamajax.serve
 from llamajax import LLM, load
-from llamajax.serve import openapi, protocol
+from llamajax.serve import middleware, openapi, protocol
 
 QUESTION = [{"role": "user", "content": "Say hello."}]
 LONG = {"messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
@@ -225,6 +225,25 @@ def test_errors_have_codes_and_names(server: Running) -> None:
     for body in (b"", b"{", b"[1]", b"\xff", b'{"a":1,"a":2}', b"[" * 100_000):
         response = server.client.post(protocol.CHAT, content=body)
         assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("host", ["[", "a b", "x:y", ""])
+def test_a_path_that_there_is_not_whatever_the_host(server: Running, host: str) -> None:
+    for path in ("/nothing", "/health/", "/v1/%0a%ff", "/" + "a" * 5000):
+        response = server.client.get(path, headers={"Host": host})
+        assert (response.status_code, response.headers["content-type"]) == (404, "application/json")
+        assert len(response.json()["error"]["message"]) < 200
+
+
+def test_a_body_that_does_not_come_ends_the_connection(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.1)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"POST {protocol.CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode())
+        data = b""
+        while part := connection.recv(1000):
+            data += part
+    assert data.startswith(b"HTTP/1.1 408 ") and json.loads(data.partition(b"\r\n\r\n")[2])["error"]
 
 
 def test_a_full_queue_is_a_429(server: Running) -> None:
