@@ -142,6 +142,12 @@ def bench(
     which something was compiled is not to be trusted.
 
     peak memory: of all so far, the matrix included. To see one strategy's own, give --mode.
+
+    failed, ended early: of a server. Failed requests are in no other figure, and make the exit code 1. Answers that end
+    early, as where a server does not know ignore_eos, are measured as they are.
+
+    client busy: the part of a run in which this command itself computed. Near 100 %, it measures itself. A server's
+    tokens that come within 0.5 ms of each other count as a block.
     """
     rate, prompt_lens = _rate(arrival), _prompt_lens(prompt_len)
     batches = _numbers("1" if batch is None else batch, 1, "--batch")

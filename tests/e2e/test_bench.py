@@ -193,7 +193,16 @@ def test_what_does_not_fit_the_context_is_wrong_usage(shallow_model: str, argume
 def test_help_defines_the_figures() -> None:
     done = run("bench", "--help", COLUMNS="120")
     assert (done.code, done.stderr) == (0, "")
-    for word in (*STRATEGIES, "--arrival", "--random-weights", "--batch", "--depth"):
+    for word in (*STRATEGIES, "--arrival", "--random-weights", "--batch", "--depth", "--url"):
         assert word in done.stdout
-    for figure in ("tokens/s, requests/s:", "TTFT:", "E2E:", "TPOT:", "ITL:", "gaps:", "of fastest read:"):
+    for figure in (
+        "tokens/s, requests/s:",
+        "TTFT:",
+        "E2E:",
+        "TPOT:",
+        "ITL:",
+        "gaps:",
+        "of fastest read:",
+        "client busy:",
+    ):
         assert figure in done.stdout
