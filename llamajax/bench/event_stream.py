@@ -77,7 +77,7 @@ def read_answer(pieces: list[bytes], times: list[float]) -> Answer:
 def error_message(value: Any) -> str:
     """What the body of an error says, in any of the usual forms."""
     while isinstance(value, dict):
-        value = next((value[name] for name in ("error", "message", "detail") if value.get(name)), str(value))
+        value = next((value[name] for name in ("error", "message", "detail", "status") if value.get(name)), str(value))
     return one_line(value)
 
 

@@ -131,9 +131,13 @@ class Server:
 async def connect(url: str, model: str | None = None, api_key: str | None = None) -> AsyncIterator[Server]:
     """The server at an address, which /v1 follows, and its model of that name, or else the first that it lists.
 
-    Raises AnswerError if it cannot be reached, wants another key, or lists no models and none is named.
+    Raises AnswerError if it cannot be reached, is not ready yet, wants another key, or lists no models and none is
+    named.
     """
     with Client(url, {"Authorization": f"Bearer {api_key}"} if api_key else {}) as client:
+        health = await _request(client, "GET", "/health")
+        if isinstance(health, OSError) or health.status == 503:  # it loads or compiles, which would be measured too
+            _checked(health)
         models = await _models(client)
         if not (models or model):
             raise AnswerError(f"{url}/v1/models lists no models: name the one to ask for")

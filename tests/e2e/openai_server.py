@@ -59,6 +59,7 @@ class OpenAIServer:
         *,
         models: Any = ({"id": "a-model"}, {"id": "another"}),
         vocab_size: int | None = 100,
+        health: Response | None = None,
     ) -> None:
         self.bodies: list[Body] = []
         self.keys: list[str | None] = []
@@ -73,6 +74,7 @@ class OpenAIServer:
             Route("/v1/models", self._list),
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/tokenizer_info", lambda request: self._info),
+            Route("/health", lambda request: health or Response()),
         ]
         self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="critical"))
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)

@@ -19,7 +19,7 @@ from llamajax.types import SamplingParams
 
 from .command import Finished, run, start
 from .openai_server import Body, Events, OpenAIServer, error, event, events
-from .serving import serving
+from .serving import serving, wait_for
 
 GREEDY = ["--temperature", "0"]
 TEXTS = [" a", " b", " c", " d", " e"]  # one token each
@@ -253,6 +253,21 @@ def test_one_line_says_what_is_wrong(models: Any, answer: Any, options: list[str
     assert done.code == 1 and says in done.error
 
 
+@pytest.mark.parametrize(
+    ("health", "says"),
+    [
+        (JSONResponse({"status": "compiling 2 of 9"}, 503), "the server answered 503: compiling 2 of 9"),
+        (error(503, "Loading model"), "the server answered 503: Loading model"),
+        (error(404, "what?"), None),
+    ],
+)
+def test_a_server_that_is_not_ready(health: Response, says: str | None) -> None:
+    with OpenAIServer(lambda body: events(TEXTS, FIVE), health=health) as server:
+        done = bench(server, *GREEDY, "--repeat", "1")
+    assert done.code == (1 if says else 0)
+    assert says is None or says in done.error
+
+
 def test_no_server() -> None:
     with OpenAIServer(lambda body: events(TEXTS)) as server:
         pass
@@ -317,6 +332,7 @@ def test_our_own_server(shallow_model: str) -> None:
     """More requests at once than it has slots; each sampling, ids below its vocabulary, answers of full length."""
     with serving(shallow_model, "--api-key", "secret") as (_, client):
         url = str(client.base_url)
+        wait_for(client, "ready")
         with_key = ["bench", "--url", url, "--api-key", "secret"]
         done = run(*with_key, "-n", "20", "--repeat", "2", "--prompt-len", "3:60", "--json")
         assert "401" in run("bench", "--url", url).error

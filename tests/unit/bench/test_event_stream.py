@@ -105,6 +105,7 @@ def test_what_is_no_answer(pieces: list[bytes], says: str) -> None:
         ({"error": "a"}, "a"),
         ({"object": "error", "message": "a"}, "a"),
         ({"detail": [{"loc": 1}]}, "[{'loc': 1}]"),
+        ({"status": "compiling"}, "compiling"),
         ({"x": 1}, "{'x': 1}"),
         ("a\nb", "a b"),
     ],
