@@ -29,7 +29,7 @@ def serving(model: str, *options: str) -> Iterator[tuple["subprocess.Popen[bytes
 
 
 def wait_for(client: httpx.Client, *states: str) -> httpx.Response:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180  # a busy machine compiles for a minute
     while time.monotonic() < end:
         response = client.get("/health")
         if response.json()["status"].startswith(states):

@@ -1,12 +1,11 @@
 """A server with the chat page, and browsers that open it."""
 
-import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ..command import start
+from ..serving import serving, wait_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -17,16 +16,10 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="package")
 def url(shallow_model: str) -> Iterator[str]:
     """Where a server listens whose model is ready."""
-    process = start("serve", "-m", shallow_model, "--alias", "shallow", "--port", "0", "--slots", "2")
-    try:
-        said = b""
-        while not (match := re.search(rb"\((http://[^ ]+): ready\)", said)):
-            said += (line := process.stderr.readline())
-            assert line, said
-        yield match[1].decode()
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    # Room for answers that last until they are stopped.
+    with serving(shallow_model, "--alias", "shallow", "--max-seq-len", "2048") as (_, client):
+        wait_for(client, "ready")
+        yield str(client.base_url)
 
 
 @pytest.fixture(scope="package")
