@@ -33,6 +33,7 @@ from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, encode_chat
 from llamajax.tokenizers.stream import StopStrings, StreamDecoder
 from llamajax.types import (
+    MAX_TOP_LOGPROBS,
     Completion,
     Messages,
     Request,
@@ -299,19 +300,22 @@ class LLM:
 
         Raises RequestError for ids out of range, PromptTooLongError for more than `max_seq_len` of them.
         """
-        ids = [] if isinstance(token_ids, Sequence) and not token_ids else _token_ids(token_ids)
-        if ids is None:
-            raise RequestError(f"logits takes token ids, not {shown(token_ids)}: encode a text with tokenizer.encode")
-        return self._runner.logits(ids)
+        return self._runner.logits(_text_ids("logits", token_ids))
 
     def prompt_logprobs(self, token_ids: Sequence[int], num_top: int = 0) -> tuple[TokenLogprobs | None, ...]:
-        """Of each token of a text, given those before it; None for the first. Errors as in `logits`."""
-        scores = np.asarray(jax.nn.log_softmax(self.logits(token_ids), axis=-1))
-        found: list[TokenLogprobs | None] = [None]
-        for row, token_id in zip(scores, token_ids[1:], strict=False):
-            top = np.argsort(-row)[:num_top]
-            found.append(TokenLogprobs(float(row[token_id]), tuple((int(i), float(row[i])) for i in top)))
-        return tuple(found)
+        """How probable each token of a text is, given those before it; None for the first.
+
+        In little memory, where `logits` of a long text would take gigabytes. Any thread may call it, beside a server
+        too.
+
+        Args:
+          token_ids: the text's, as in `logits`.
+          num_top: how many of the most probable tokens to tell at each place, from 0 to 20.
+
+        Raises as `logits` does, and RequestError for a bad `num_top`.
+        """
+        num_top = integer("num_top", num_top, 0, MAX_TOP_LOGPROBS)
+        return None, *self._runner.prompt_logprobs(_text_ids("prompt_logprobs", token_ids), num_top)
 
     def warm_up(self, num_tokens: int = 1) -> None:
         """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""
@@ -409,6 +413,13 @@ class Server:
     def close(self) -> None:
         """Cancels what is not finished, and waits until all has stopped. May be called again."""
         self._concurrent.close()
+
+
+def _text_ids(name: str, value: object) -> list[int]:
+    ids = [] if isinstance(value, Sequence) and not value else _token_ids(value)
+    if ids is None:
+        raise RequestError(f"{name} takes token ids, not {shown(value)}: encode a text with tokenizer.encode")
+    return ids
 
 
 def _token_ids(value: object) -> list[int] | None:

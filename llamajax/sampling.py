@@ -84,6 +84,12 @@ class TopLogprobs(NamedTuple):
     top: Float32[Array, "B 20"]
     top_ids: Int32[Array, "B 20"]
 
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], vocab_size: int) -> "TopLogprobs":
+        """Of so many tokens, with nothing in them yet."""
+        top = (*shape, min(MAX_TOP_LOGPROBS, vocab_size))
+        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32))
+
 
 def sample(
     logits: Float32[Array, "B V"],
@@ -103,7 +109,7 @@ def sample(
 
     Returns the tokens; V, which is none, where a score is NaN or infinite.
     """
-    logits = _penalize(_biased(logits, sampling), sampling, prompt_mask, counts)
+    logits = _adjusted(logits, sampling, prompt_mask, counts)
     greedy = sampling.temperature < _GREEDY_TEMPERATURE
 
     def draw() -> Int32[Array, "B"]:
@@ -124,11 +130,37 @@ def top_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, "B"]) -> Top
     return TopLogprobs(chosen, top, ids.astype(jnp.int32))
 
 
-def _biased(logits: Float32[Array, "B V"], sampling: Sampling) -> Float32[Array, "B V"]:
-    """With what the rows add to some tokens' logits. Few requests do, and then a loop of no turns costs nothing."""
+def wanted_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, "B"], wanted: Bool[Array, "B"]) -> TopLogprobs:
+    """As `top_logprobs` if a row wants them, else zeros: a loop of no turns costs nothing."""
+    turns = wanted.any().astype(jnp.int32)
+    zeros = TopLogprobs.zeros(token.shape, logits.shape[1])
+    return jax.lax.fori_loop(0, turns, lambda turn, _: top_logprobs(_inside(logits, turn), token), zeros)
+
+
+def _inside(logits: Float32[Array, "B V"], turn: Int32[Array, ""]) -> Float32[Array, "B V"]:
+    """The same in a loop's only turn, whose number is 0: XLA moves what does not depend on it out of the loop."""
+    return logits + turn.astype(jnp.float32)
+
+
+def _adjusted(
+    logits: Float32[Array, "B V"],
+    sampling: Sampling,
+    prompt_mask: Bool[Array, "B V"],
+    counts: Int32[Array, "B V"],
+) -> Float32[Array, "B V"]:
+    """With what the rows add to some tokens' logits, then with penalties.
+
+    Few requests add anything, and then a loop of no turns costs nothing. It leaves the raw logits as they are: they
+    would be copied if it wrote to them, since log-probabilities are of them.
+    """
     rows = jnp.arange(logits.shape[0])[:, None]
+
+    def with_bias(turn: Int32[Array, ""], _: Array) -> Array:
+        biased = _inside(logits, turn).at[rows, sampling.bias_ids].add(sampling.bias)
+        return _penalize(biased, sampling, prompt_mask, counts)
+
     turns = (sampling.bias != 0).any().astype(jnp.int32)
-    return jax.lax.fori_loop(0, turns, lambda _, x: x.at[rows, sampling.bias_ids].add(sampling.bias), logits)
+    return jax.lax.fori_loop(0, turns, with_bias, _penalize(logits, sampling, prompt_mask, counts))
 
 
 def _penalize(

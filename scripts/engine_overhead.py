@@ -37,11 +37,11 @@ def through_engine(engine: Engine, requests: list[Request]) -> tuple[float, list
     began = 0.0
     decode = engine._batch.decode
 
-    def noted(num_steps: int, with_logprobs: bool) -> object:
+    def noted(num_steps: int) -> object:
         nonlocal began
         began = began or time.perf_counter()
         blocks.append(num_steps)
-        return decode(num_steps, with_logprobs)
+        return decode(num_steps)
 
     for request in requests:
         engine.scheduler.submit(engine.job(request, Discard()))
@@ -61,12 +61,12 @@ def on_device(batch: Batch, requests: list[Request], blocks: list[int], num_rows
     for row, request in enumerate(requests):
         prompts = batch.prompts([request], [request.max_new_tokens])
         while prompts.left:
-            batch.read(prompts, with_logprobs=False)
+            batch.read(prompts)
         batch.insert(prompts, [0], [row])
     jax.block_until_ready(batch._rows)
     began = time.perf_counter()
     for num_steps in blocks:
-        batch.decode(num_steps, with_logprobs=False)
+        batch.decode(num_steps)
     jax.block_until_ready(batch._rows)
     return time.perf_counter() - began
 

@@ -83,11 +83,11 @@ def generate(
     def run() -> float:
         for row in range(batch):
             engine.insert(prompt, [0], [row])
-        np.asarray(engine.decode(0, with_logprobs=False).tokens)  # the copies are made
+        np.asarray(engine.decode(0).tokens)  # the copies are made
         began = time.perf_counter()
         pending: list[Drawn] = []
         for done in range(0, tokens, BLOCK_LEN):
-            pending.append(engine.decode(min(BLOCK_LEN, tokens - done), with_logprobs=False))
+            pending.append(engine.decode(min(BLOCK_LEN, tokens - done)))
             if done:
                 np.asarray(pending[-2].tokens)
         last = np.asarray(pending[-1].tokens)
@@ -123,4 +123,4 @@ def _prompts(session: Session, requests: Sequence[Request], length: int) -> Prom
 
 def _read(engine: Batch, prompts: Prompts) -> None:
     while prompts.left:
-        engine.read(prompts, with_logprobs=False)
+        engine.read(prompts)

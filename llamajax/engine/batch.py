@@ -94,10 +94,21 @@ class Batch:
             rows = self._runner.empty_rows(len(requests), length)
         return Prompts(requests, limits, rows._replace(requests=self._runner.device_requests(requests)))
 
-    def read(self, prompts: Prompts, with_logprobs: bool) -> Drawn:
+    def read(self, prompts: Prompts) -> Drawn:
         """Reads the next chunk of each prompt; what it draws after the last one are the first tokens."""
         token_ids, start, length, limits = prompts.next_chunk()
-        return self._read(prompts, token_ids, np.full_like(length, start), length, limits, with_logprobs)
+        drawn, cache, slots = steps.prefill(
+            self._runner.model,
+            prompts.rows.cache,
+            token_ids,
+            np.full_like(length, start),
+            length,
+            limits,
+            prompts.rows.requests,
+        )
+        prompts.rows = Rows(cache, slots, prompts.rows.requests)
+        self._runner.copy_ahead(drawn)
+        return drawn
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
         """Puts these of the prompts, which were read, into the rows `at`."""
@@ -107,7 +118,7 @@ class Batch:
         self._rows = steps.insert(self._rows, prompts.rows, np.array(sources, np.int32), np.array(places, np.int32))
         self._spare[len(places)] = prompts.rows
 
-    def decode(self, num_steps: int, with_logprobs: bool) -> Drawn:
+    def decode(self, num_steps: int) -> Drawn:
         """Draws up to `num_steps` tokens for each row that has any left. Returns at once: the device works on."""
         assert self._rows is not None
         drawn, cache, slots = steps.decode(
@@ -116,7 +127,6 @@ class Batch:
             self._rows.slots,
             self._runner.step_counts[num_steps],
             self._rows.requests,
-            with_logprobs=with_logprobs,
         )
         self._rows = Rows(cache, slots, self._rows.requests)
         self._runner.copy_ahead(drawn)
@@ -192,29 +202,6 @@ class Batch:
                 for source, (num_rows, length) in permutations((small, large))
             ]
         return sorted(programs, key=_size)
-
-    def _read(
-        self,
-        prompts: Prompts,
-        token_ids: Int32[np.ndarray, "P T"],
-        start: Int32[np.ndarray, "P"],
-        length: Int32[np.ndarray, "P"],
-        limits: Int32[np.ndarray, "P"],
-        with_logprobs: bool,
-    ) -> Drawn:
-        drawn, cache, slots = steps.prefill(
-            self._runner.model,
-            prompts.rows.cache,
-            token_ids,
-            start,
-            length,
-            limits,
-            prompts.rows.requests,
-            with_logprobs=with_logprobs,
-        )
-        prompts.rows = Rows(cache, slots, prompts.rows.requests)
-        self._runner.copy_ahead(drawn)
-        return drawn
 
     def _resize(self, keep: Sequence[int], length: int) -> None:
         assert self._rows is not None

@@ -7,10 +7,7 @@ threads.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-
-import jax
-import numpy as np
+from collections.abc import Callable
 
 from llamajax import checks
 from llamajax.engine.batch import GROUP_LEN, Batch, Prompts
@@ -89,7 +86,7 @@ class Engine:
         self.scheduler.rows = []
 
     def compile(self, max_len: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compiles all programs for requests of up to this many tokens in all, but those with log-probabilities.
+        """Compiles all programs for requests of up to this many tokens in all.
 
         Any thread may call it while requests run: it touches no array on the device.
 
@@ -97,7 +94,7 @@ class Engine:
           max_len: a request's tokens, prompt and answer together.
           progress: called with how many programs are compiled, of how many, before the first and after each.
         """
-        programs = self._batch.programs(max_len)
+        programs = [*self._batch.programs(max_len), *self._runner.scorings()]
         progress(0, len(programs))
         for number, program in enumerate(programs, 1):
             self._runner.compile(program)
@@ -114,7 +111,7 @@ class Engine:
             requests, limits = zip(*((job.request, job.limit) for job in self._group), strict=True)
             self._prompts = self._batch.prompts(requests, limits)
         assert self._prompts is not None
-        drawn = self._batch.read(self._prompts, _want_logprobs(self._group))
+        drawn = self._batch.read(self._prompts)
         if self._prompts.left:
             return
         for job in scheduler.reading:
@@ -134,7 +131,7 @@ class Engine:
         self._fit(0, max(job.position + min(num_steps, job.left) for job in running.values()))
         # The rows may have moved.
         running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
-        self._pending.append((self._batch.decode(num_steps, _want_logprobs(running.values())), running))
+        self._pending.append((self._batch.decode(num_steps), running))
         for job in running.values():
             job.position += min(num_steps, job.left)
             job.left -= min(num_steps, job.left)
@@ -147,7 +144,8 @@ class Engine:
 
     def _deliver(self, drawn: Drawn, owners: dict[int, Job]) -> None:
         """Waits for a block, and hands its tokens to those they are for."""
-        block = jax.tree.map(np.asarray, drawn)
+        wants_logprobs = any(job.request.sampling.logprobs is not None for job in owners.values())
+        block = self._runner.to_host(drawn, wants_logprobs)
         now = time.monotonic()
         num_steps = int((block.tokens >= 0).any(axis=0).sum())
         if num_steps and self._pending:
@@ -189,7 +187,3 @@ class Engine:
             batch.approach(length)
         while batch.num_rows != num_rows:
             batch.take(scheduler.resize(batch.next_size(num_rows)))
-
-
-def _want_logprobs(jobs: Iterable[Job]) -> bool:
-    return any(job.request.sampling.logprobs is not None for job in jobs)

@@ -22,17 +22,19 @@ from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
 from llamajax.ops import layers_share_arrays
-from llamajax.sampling import Sampling
+from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs
 
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
-# programs are few: at most len(CHUNKS) + 1 for each length of the cache, twice that with log-probabilities.
+# programs are few: at most len(CHUNKS) + 1 for each length of the cache.
 CHUNKS = (16, 64, 128, 512)
 # A call costs as much as this many tokens more, on a CPU.
 CALL_COST = 32
 MIN_CACHE_LEN = 128
 # A context that is no power of two ends in a cache of a multiple of this length: each has programs of its own.
 LAST_CACHE_STEP = 1024
+# A text to score is padded to a power of two.
+MIN_SCORED_LEN = 64
 # An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
 RESERVED_LEN = 512
 
@@ -53,16 +55,16 @@ def chunk_lens(num_tokens: int) -> tuple[int, ...]:
 
 
 class Program(NamedTuple):
-    """A step compiled for rows of one shape, without log-probabilities.
+    """A step compiled for rows of one shape.
 
     Attributes:
-      cache_len: positions that each row has room for, when the step has run.
+      cache_len: positions that each row has room for, when the step has run; tokens, of prompt_logprobs.
       chunk_len: of a prefill.
       num_rows: when the step has run.
       source: rows and positions of what an insert takes them from, or of what is grown or resized.
     """
 
-    step: Literal["empty_rows", "grow", "prefill", "decode", "insert", "resize", "stop"]
+    step: Literal["empty_rows", "grow", "prefill", "decode", "insert", "resize", "stop", "prompt_logprobs"]
     cache_len: int
     chunk_len: int = 0
     num_rows: int = 1
@@ -101,7 +103,6 @@ class Runner:
         self._cache: Cache = ()
         self._slots: Slots
         self._requests: Requests
-        self._with_logprobs = False
         self._drawn_len = 0
 
     @property
@@ -148,7 +149,6 @@ class Runner:
         ids = list(request.token_ids)
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - len(ids))
         self._requests = self.device_requests([request])
-        self._with_logprobs = request.sampling.logprobs is not None
 
         reused, chunks, room = self._plan(request)
         self.cached_ids = ids[:reused]
@@ -188,7 +188,6 @@ class Runner:
             self._slots,
             self.step_counts[num_steps],
             self._requests,
-            with_logprobs=self._with_logprobs,
         )
         self.copy_ahead(drawn)
         return drawn
@@ -201,14 +200,19 @@ class Runner:
     def copy_ahead(self, drawn: Drawn) -> None:
         """Lets tokens come to the host when they are drawn, not when they are read."""
         if self.device.platform != "cpu":  # there they are on the host, and to ask takes 0.1 ms
-            jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+            drawn.tokens.copy_to_host_async()
 
     def read(self, drawn: Drawn, num_logprobs: int | None = None) -> list[Token]:
         """Waits for drawn tokens and brings them to the host.
 
         Raises CheckpointError if the model's scores are not numbers.
         """
-        return self.tokens(jax.tree.map(np.asarray, drawn), 0, num_logprobs)
+        return self.tokens(self.to_host(drawn, num_logprobs is not None), 0, num_logprobs)
+
+    def to_host(self, drawn: Drawn, with_logprobs: bool) -> Drawn:
+        """Waits for a block. Log-probabilities stay on the device if nobody wants them: each array takes its time."""
+        logprobs = jax.tree.map(np.asarray, drawn.logprobs) if with_logprobs else drawn.logprobs
+        return Drawn(jax.tree.map(np.asarray, drawn.tokens), logprobs)
 
     def tokens(self, drawn: Drawn, row: int, num_logprobs: int | None) -> list[Token]:
         """A row's tokens, of a block that is on the host.
@@ -219,14 +223,10 @@ class Runner:
         ids = [id for id in drawn.tokens[row].tolist() if id >= 0]
         if self.config.vocab_size in ids:
             raise CheckpointError("the model's scores are not finite numbers: its weights are broken")
-        if drawn.logprobs is None or num_logprobs is None:
+        if num_logprobs is None:
             return [Token(id, None, now) for id in ids]
-        chosen, top, top_ids = (x[row] for x in drawn.logprobs)
-        top, top_ids = top[:, :num_logprobs], top_ids[:, :num_logprobs]
-        return [
-            Token(id, TokenLogprobs(float(lp), tuple(zip(tops.tolist(), lps.tolist(), strict=True))), now)
-            for id, lp, lps, tops in zip(ids, chosen, top, top_ids, strict=False)
-        ]
+        logprobs = _token_logprobs(jax.tree.map(lambda x: x[row, : len(ids)], drawn.logprobs), num_logprobs)
+        return [Token(id, token_logprobs, now) for id, token_logprobs in zip(ids, logprobs, strict=True)]
 
     def reserve(self, num_positions: int) -> None:
         """Makes room in the cache for this many positions, keeping what it holds."""
@@ -250,13 +250,16 @@ class Runner:
         # Bound to the device as what the steps return is: else each step would be compiled for both.
         return jax.device_put(rows, self.device)
 
+    @property
+    def _cache_settings(self) -> dict[str, Any]:
+        return {"cache_dtype": self.cache_dtype, "shared": layers_share_arrays(self.device, self.config.head_dim)}
+
     def _settings(self, num_rows: int, length: int) -> dict[str, Any]:
         return {
             "num_rows": num_rows,
             "length": length,
             "config": self.config,
-            "cache_dtype": self.cache_dtype,
-            "shared": layers_share_arrays(self.device, self.config.head_dim),
+            **self._cache_settings,
         }
 
     def warm_up(self, num_positions: int = 1) -> None:
@@ -316,17 +319,18 @@ class Runner:
                 lowered = steps.grow.lower(self._shapes(*source).cache, length=length)
             case "prefill":
                 chunk, ones = np.zeros((num_rows, chunk_len), np.int32), np.ones(num_rows, np.int32)
-                lowered = steps.prefill.lower(self.model, cache, chunk, ones, ones, ones, requests, with_logprobs=False)
+                lowered = steps.prefill.lower(self.model, cache, chunk, ones, ones, ones, requests)
             case "decode":
-                lowered = steps.decode.lower(
-                    self.model, cache, slots, self.step_counts[1], requests, with_logprobs=False
-                )
+                lowered = steps.decode.lower(self.model, cache, slots, self.step_counts[1], requests)
             case "insert":
                 lowered = steps.insert.lower(rows, self._shapes(*source), places, places)
             case "resize":
                 lowered = steps.resize.lower(self._shapes(*source), np.zeros(num_rows, np.int32), length=length)
             case "stop":
                 lowered = steps.stop.lower(slots.left, np.int32(0))
+            case "prompt_logprobs":
+                ids = np.zeros(length, np.int32)
+                lowered = steps.prompt_logprobs.lower(self.model, ids, np.int32(1), **self._cache_settings)
         lowered.compile()  # jax.jit finds what was compiled of the same shapes
 
     def _shapes(self, num_rows: int, length: int) -> Rows:
@@ -339,14 +343,33 @@ class Runner:
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones. The cache is left as it is."""
-        self._check_ids(token_ids)
-        if len(token_ids) > self.max_seq_len:
-            raise PromptTooLongError(f"{len(token_ids)} tokens are more than the context, {self.max_seq_len}")
+        self._check_text(token_ids)
         length = power_of_two(len(token_ids), CHUNKS[0])
         padded = np.zeros(length, np.int32)
         padded[: len(token_ids)] = token_ids
         scores = steps.logits(self.model, padded, cache_dtype=self.cache_dtype)
         return np.asarray(scores)[: len(token_ids)]
+
+    def prompt_logprobs(self, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+        """Of each token but the first, given those before it. The cache is left as it is; any thread may call it."""
+        self._check_text(token_ids)
+        padded = np.zeros(power_of_two(len(token_ids), MIN_SCORED_LEN), np.int32)
+        padded[: len(token_ids)] = token_ids
+        # What comes after the last token is nobody's.
+        found = steps.prompt_logprobs(self.model, padded, np.int32(len(token_ids) - 1), **self._cache_settings)
+        return _token_logprobs(jax.tree.map(lambda x: np.asarray(x)[: len(token_ids) - 1], found), num_top)
+
+    def scorings(self) -> list[Program]:
+        """All that `prompt_logprobs` needs."""
+        lengths = [MIN_SCORED_LEN]
+        while lengths[-1] < self.max_seq_len:
+            lengths.append(2 * lengths[-1])
+        return [Program("prompt_logprobs", length) for length in lengths]
+
+    def _check_text(self, ids: Sequence[int]) -> None:
+        self._check_ids(ids)
+        if len(ids) > self.max_seq_len:
+            raise PromptTooLongError(f"{len(ids)} tokens are more than the context, {self.max_seq_len}")
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:
@@ -371,7 +394,6 @@ class Runner:
             np.array([end - start], np.int32),
             np.array([max_new_tokens], np.int32),
             self._requests,
-            with_logprobs=self._with_logprobs,
         )
         return drawn
 
@@ -385,7 +407,18 @@ class Runner:
             first_stop[row] = min(len(request.token_ids) + request.min_tokens, self.max_seq_len)
             prompt_mask[row, list(request.token_ids)] = True
         sampling = Sampling.of([request.sampling for request in requests])
-        return jax.device_put(Requests(sampling, stop_ids, first_stop, prompt_mask), self.device)
+        wants_logprobs: Any = np.array([request.sampling.logprobs is not None for request in requests])
+        return jax.device_put(Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs), self.device)
+
+
+def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:
+    """Of T tokens: arrays [T] and [T, 20], on the host."""
+    chosen, top, top_ids = (np.asarray(x) for x in found)
+    tops = zip(top_ids[:, :num_top].tolist(), top[:, :num_top].tolist(), strict=True)
+    return [
+        TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)))
+        for logprob, (ids, values) in zip(chosen.tolist(), tops, strict=True)
+    ]
 
 
 def _grow(length: int) -> Program:

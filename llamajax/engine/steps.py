@@ -19,12 +19,15 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from llamajax.config import LlamaConfig
 from llamajax.model.cache import Cache, empty_cache
 from llamajax.model.llama import Llama
-from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs
+from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs, wanted_logprobs
 from llamajax.types import SamplingParams
 
 # Tokens that one decode call returns at most.
 BLOCK_LEN = 16
 MAX_STOP_IDS = 128
+# Tokens of a text to score that are read at once, and whose scores are in memory at once.
+_READ_LEN = 512
+_SCORED_LEN = 64
 
 
 # XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
@@ -116,6 +119,7 @@ class Requests:
     stop_ids: Int32[Array, "B E"]  # padded with -1
     first_stop: Int32[Array, "B"]  # the first position at which a stop token may be drawn
     prompt_mask: Bool[Array, "B V"]  # which tokens occur in the prompt
+    wants_logprobs: Bool[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -130,10 +134,10 @@ class Slots:
 
 
 class Drawn(NamedTuple):
-    """Tokens drawn in one call, -1 where a slot drew none, with log-probabilities if asked for."""
+    """Tokens drawn in one call, -1 where a slot drew none."""
 
     tokens: Int32[Array, "B N"]
-    logprobs: TopLogprobs | None  # each with N after B
+    logprobs: TopLogprobs  # each with N after B; zeros if no slot wanted any
 
 
 class Rows(NamedTuple):
@@ -144,7 +148,7 @@ class Rows(NamedTuple):
     requests: Requests
 
 
-@_jit(static_argnames="with_logprobs", donate_argnames=("cache",))
+@_jit(donate_argnames=("cache",))
 def prefill(
     flat: FlatModel,
     cache: Cache,
@@ -153,8 +157,6 @@ def prefill(
     length: Int32[Array, "B"],
     max_new_tokens: Int32[Array, "B"],
     requests: Requests,
-    *,
-    with_logprobs: bool,
 ) -> tuple[Drawn, Cache, Slots]:
     """Reads `length` tokens of each row, which stand at `start`, and draws the token after them.
 
@@ -171,19 +173,17 @@ def prefill(
         left=max_new_tokens,
         counts=jnp.zeros(logits.shape, jnp.int32),
     )
-    drawn, slots = _draw(logits, slots, requests, with_logprobs)
+    drawn, slots = _draw(logits, slots, requests)
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
-@_jit(static_argnames="with_logprobs", donate_argnames=("cache", "slots"))
+@_jit(donate_argnames=("cache", "slots"))
 def decode(
     flat: FlatModel,
     cache: Cache,
     slots: Slots,
     steps: Int32[Array, ""],
     requests: Requests,
-    *,
-    with_logprobs: bool,
 ) -> tuple[Drawn, Cache, Slots]:
     """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
 
@@ -195,7 +195,7 @@ def decode(
         t, block, cache, slots = carry
         x, cache = _over_slots(model, slots.token[:, None], cache, slots.position)
         slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
-        drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests, with_logprobs)
+        drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests)
         block = jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, t, axis=1), block, drawn)
         return t + 1, block, cache, slots
 
@@ -203,10 +203,8 @@ def decode(
         t, _, _, slots = carry
         return (t < steps) & (slots.left > 0).any()
 
-    drawn = jax.eval_shape(
-        partial(_draw, with_logprobs=with_logprobs), slots.counts.astype(jnp.float32), slots, requests
-    )
-    block = jax.tree.map(lambda x: jnp.full((x.shape[0], BLOCK_LEN, *x.shape[1:]), -1, x.dtype), drawn[0])
+    shape = slots.token.shape[0], BLOCK_LEN
+    block = Drawn(jnp.full(shape, -1, jnp.int32), TopLogprobs.zeros(shape, slots.counts.shape[1]))
     _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, _enter(cache), slots))
     return block, _leave(cache), slots
 
@@ -218,6 +216,35 @@ def logits(flat: FlatModel, token_ids: Int32[Array, "T"], *, cache_dtype: DTypeL
     cache = empty_cache(model.config, token_ids.shape[0], cache_dtype)
     x, _ = model(token_ids, cache, jnp.int32(0))
     return model.logits(x)
+
+
+@_jit(static_argnames=("cache_dtype", "shared"))
+def prompt_logprobs(
+    flat: FlatModel, token_ids: Int32[Array, "T"], length: Int32[Array, ""], *, cache_dtype: DTypeLike, shared: bool
+) -> TopLogprobs:
+    """Of the token after each of the first `length` of T, given those up to it; what comes later is not read.
+
+    T is a power of two, at least 64. The text is read in chunks, since scores [T, V] may take gigabytes.
+    """
+    model, T = flat.llama(), token_ids.shape[0]
+    read_len, next_ids = min(T, _READ_LEN), jnp.roll(token_ids, -1)
+    cache = jax.tree.map(lambda x: x[None], empty_cache(model.config, T, cache_dtype, shared=shared))
+
+    def read(number: Int32[Array, ""], carry: tuple[Cache, TopLogprobs]) -> tuple[Cache, TopLogprobs]:
+        cache, found = carry
+        start = number * read_len
+        ids, after = (jax.lax.dynamic_slice_in_dim(x, start, read_len) for x in (token_ids, next_ids))
+        x, cache = _over_slots(model, ids[None], cache, start[None])
+        parts = x[0].reshape(-1, _SCORED_LEN, x.shape[-1]), after.reshape(-1, _SCORED_LEN)
+        scored = jax.lax.map(lambda part: top_logprobs(model.logits(part[0]), part[1]), parts)
+
+        def put(found: Array, part: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(found, part.reshape(read_len, *found.shape[1:]), start, 0)
+
+        return cache, jax.tree.map(put, found, scored)
+
+    zeros = TopLogprobs.zeros((T,), model.config.vocab_size)
+    return jax.lax.fori_loop(0, (length + read_len - 1) // read_len, read, (_enter(cache), zeros))[1]
 
 
 @partial(jax.jit, static_argnames=("length",))
@@ -235,7 +262,8 @@ def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: 
     cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), one)
     slots = Slots(zeros(), zeros(), zeros(), jnp.zeros((B, V), jnp.int32))
     stop_ids, mask = jnp.full((B, MAX_STOP_IDS), -1, jnp.int32), jnp.zeros((B, V), bool)
-    return Rows(cache, slots, Requests(Sampling.of([SamplingParams(temperature=0)] * B), stop_ids, zeros(), mask))
+    sampling, wants_logprobs = Sampling.of([SamplingParams(temperature=0)] * B), jnp.zeros(B, bool)
+    return Rows(cache, slots, Requests(sampling, stop_ids, zeros(), mask, wants_logprobs))
 
 
 @partial(jax.jit, donate_argnames=("rows",))
@@ -298,7 +326,7 @@ def _over_slots(
     return x[None], cache
 
 
-def _draw(logits: Float32[Array, "B V"], slots: Slots, requests: Requests, with_logprobs: bool) -> tuple[Drawn, Slots]:
+def _draw(logits: Float32[Array, "B V"], slots: Slots, requests: Requests) -> tuple[Drawn, Slots]:
     """Draws a token for each slot that has any left; `slots.position` is where it will stand."""
     too_early = (slots.position < requests.first_stop)[:, None]
     sampling = requests.sampling.forbidding(jnp.where(too_early, requests.stop_ids, -1))
@@ -311,4 +339,5 @@ def _draw(logits: Float32[Array, "B V"], slots: Slots, requests: Requests, with_
         left=jnp.where(active & ~stops, slots.left - 1, 0),
         counts=slots.counts.at[jnp.arange(token.shape[0]), token].add(active.astype(jnp.int32)),
     )
-    return Drawn(jnp.where(active, token, -1), top_logprobs(logits, token) if with_logprobs else None), moved
+    logprobs = wanted_logprobs(logits, token, active & requests.wants_logprobs)
+    return Drawn(jnp.where(active, token, -1), logprobs), moved

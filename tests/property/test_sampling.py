@@ -90,7 +90,7 @@ def assert_as_reference(found: np.ndarray, logits: np.ndarray, params: SamplingP
 def penalized_and_filtered(
     logits: np.ndarray, sampling_params: Sampling, mask: np.ndarray, counts: np.ndarray
 ) -> jax.Array:
-    penalized = sampling._penalize(sampling._biased(logits, sampling_params), sampling_params, mask, counts)
+    penalized = sampling._adjusted(logits, sampling_params, mask, counts)
     return sampling._filtered_probs(penalized / sampling_params.temperature[:, None], sampling_params)
 
 

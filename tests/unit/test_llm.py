@@ -317,6 +317,33 @@ def test_logits_refuse_what_is_no_prompt(llama: LLM) -> None:
         llama.logits([1] * 1025)
 
 
+def test_prompt_logprobs(llama: LLM) -> None:
+    ids = llama.tokenizer.encode("It was a bright cold day in April, and the clocks were striking thirteen. " * 40)[
+        :600
+    ]
+    first, *rest = llama.prompt_logprobs(ids, num_top=2)
+    assert first is None
+    scores = np.asarray(jax.nn.log_softmax(llama.logits(ids)[:-1]))
+    expected = scores[np.arange(599), ids[1:]]
+    assert sum(token.logprob for token in rest if token) == pytest.approx(expected.sum(), abs=1e-4)
+    assert [token.top[0][1] for token in rest if token] == pytest.approx(scores.max(-1), abs=1e-4)
+    assert {len(token.top) for token in rest if token} == {2}
+    assert llama.prompt_logprobs([5]) == (None,)
+
+
+def test_prompt_logprobs_refuse_what_is_no_prompt(llama: LLM) -> None:
+    with pytest.raises(RequestError, match="at least one token"):
+        llama.prompt_logprobs([])
+    with pytest.raises(RequestError, match="token ids must be from 0 to 49151"):
+        llama.prompt_logprobs([1, -1])
+    with pytest.raises(RequestError, match="prompt_logprobs takes token ids, not 'text'"):
+        llama.prompt_logprobs("text")  # type: ignore[arg-type]
+    with pytest.raises(PromptTooLongError, match="1025 tokens"):
+        llama.prompt_logprobs([1] * 1025)
+    with pytest.raises(RequestError, match="num_top must be an integer from 0 to 20, not 21"):
+        llama.prompt_logprobs([1], 21)
+
+
 # A stream that does not run to its end.
 
 

@@ -330,7 +330,7 @@ def test_a_row_draws_the_same_in_any_company() -> None:
 def test_top_logprobs(vocab_size: int) -> None:
     logits = np.random.default_rng(vocab_size).normal(size=(3, vocab_size)).astype(np.float32) * 5
     token = np.array([0, vocab_size - 1, 3], np.int32)
-    found = sampling.top_logprobs(logits, token)
+    found = sampling.wanted_logprobs(logits, token, wanted=np.array([True, False, False]))
     exact = logits.astype(np.float64)
     logprobs = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
     best = np.argsort(-logprobs, axis=-1)[:, :20]

@@ -162,8 +162,10 @@ def test_a_few_slots_need_few_programs(runner: Runner) -> None:
 
 def test_log_probabilities_are_those_of_a_request_alone(engine: Engine, runner: Runner) -> None:
     plain = submit(engine, request(1))[1]
-    collected = [submit(engine, request(number, logprobs=number))[1] for number in range(3)]
-    list(run(engine))
+    with count_compilations() as compiled:
+        collected = [submit(engine, request(number, logprobs=number))[1] for number in range(3)]
+        list(run(engine))
+    assert compiled == []
     assert plain.tokens == alone(runner, 1)
     for number, c in enumerate(collected):
         expected = list(Sequential(runner, request(number, logprobs=number)))

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from llamajax.engine import steps
 from llamajax.engine.runner import CHUNKS, Runner
@@ -62,8 +64,8 @@ def test_no_step_copies_the_cache(step: str, num_rows: int) -> None:
         "prefill": (np.zeros((num_rows, 16), np.int32), zeros, zeros, zeros),
         "decode": (rows.slots, np.int32(1)),
     }
-    jitted = jax.jit(getattr(steps, step).__wrapped__, static_argnames="with_logprobs", donate_argnames="cache")
-    lowered = jitted.lower(runner.model, rows.cache, *given[step], rows.requests, with_logprobs=False)
+    jitted = jax.jit(getattr(steps, step).__wrapped__, donate_argnames="cache")
+    lowered = jitted.lower(runner.model, rows.cache, *given[step], rows.requests)
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < sum(x.nbytes for x in jax.tree.leaves(rows.cache)) / 10
@@ -94,6 +96,52 @@ def test_logits_leave_the_cache_as_it_is() -> None:
 def test_bad_ids_have_no_logits(ids: Sequence[int], error: type[Exception]) -> None:
     with pytest.raises(error):
         tiny_runner(64).logits(ids)
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Runner:
+    return tiny_runner(2048)
+
+
+lengths_around_borders = st.builds(
+    lambda border, off: max(1, min(border + off, 2048)),
+    st.sampled_from([1, 64, 512, 1024, 1536, 2048]),
+    st.integers(-2, 2),
+)
+
+
+@settings(max_examples=25)
+@given(length=lengths_around_borders | st.integers(1, 2048), num_top=st.integers(0, 20))
+def test_prompt_logprobs_are_those_of_the_logits(scorer: Runner, length: int, num_top: int) -> None:
+    ids = random_ids(length)
+    scores = scorer.logits(ids).astype(np.float64)
+    logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    expected = logprobs[np.arange(length - 1), ids[1:]]
+    found = scorer.prompt_logprobs(ids, num_top)
+    assert len(found) == length - 1
+    assert sum(token.logprob for token in found) == pytest.approx(expected.sum(), abs=1e-4, rel=1e-6)
+    np.testing.assert_allclose([token.logprob for token in found], expected, atol=1e-4)
+    for token, row in zip(found[:: max(1, length // 10)], logprobs[:: max(1, length // 10)], strict=False):
+        assert [value for _, value in token.top] == pytest.approx(np.sort(row)[::-1][:num_top], abs=1e-4)
+        assert [row[id] for id, _ in token.top] == pytest.approx([value for _, value in token.top], abs=1e-4)
+
+
+def test_prompt_logprobs_need_little_memory_and_few_programs(scorer: Runner) -> None:
+    with count_compilations() as compiled:
+        for program in scorer.scorings():
+            scorer.compile(program)
+    with count_compilations() as compiled:
+        for length in (1, 2, 63, 65, 300, 1025):
+            scorer.prompt_logprobs(random_ids(length), 3)
+    assert compiled == []
+    config = replace(CONFIG, vocab_size=128_256, max_position_embeddings=1 << 16)
+    runner = tiny_runner(config=config)
+    ids = np.zeros(1 << 16, np.int32)
+    lowered = steps.prompt_logprobs.lower(runner.model, ids, np.int32(1), **runner._cache_settings)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    all_scores = 4 * config.vocab_size * len(ids)
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < all_scores / 100
 
 
 @pytest.mark.parametrize("max_seq_len", [0, -1, CONFIG.max_position_embeddings + 1])
