@@ -164,9 +164,15 @@ function remove() {
 
 // ---- Asking and answering
 
+/** Whether the current conversation can have an answer now. Says why if the server is the reason. */
+function canAsk() {
+  if (!ready) notify(`Not sent: ${$("#model").textContent}`);
+  return ready && !running.has(current);
+}
+
 /** Asks in the current conversation, after the messages before `at`; those from there on are replaced. */
 function ask(text, at = current.messages.length) {
-  if (!text.trim() || !ready || running.has(current)) return false;
+  if (!text.trim() || !canAsk()) return false;
   const before = at < current.messages.length ? [...current.messages] : null;
   current.messages.splice(at, Infinity, { role: "user", content: text });
   current.title ||= text.trim().split("\n")[0].slice(0, 80);
@@ -177,7 +183,7 @@ function ask(text, at = current.messages.length) {
 }
 
 function regenerate() {
-  if (!ready || running.has(current)) return;
+  if (!canAsk()) return;
   const before = [...current.messages];
   const replaced = current.messages.pop();
   answer(current, replaced.content ? before : null);
@@ -270,7 +276,10 @@ async function watchServer() {
     try {
       const progress = await fetchProgress();
       model = await fetchModel(recall("llamajax.key"));
-      if (!ready && model.max_model_len) announce("The model is ready");
+      if (!ready && model.max_model_len) {
+        notify("");
+        announce("The model is ready");
+      }
       ready = Boolean(model.max_model_len);
       if (!ready) sayState("Not ready yet", progress);
       else sayState(model.id, roomOf(model), progress || model.id);

@@ -111,7 +111,12 @@ def test_the_page_waits_for_the_server(open_page: Open) -> None:
     chat.page.reload()
     expect(chat.page.locator("#model")).to_have_text("loading shallow")
     expect(chat.button("Send")).to_be_disabled()
+    chat.send("Hello")
+    notice = chat.page.get_by_text("Not sent: loading shallow")
+    expect(notice).to_be_visible()
+    expect(chat.prompt).to_have_value("Hello")
     ready = True
     expect(chat.button("Send")).to_be_enabled()
+    expect(notice).to_be_hidden()
     expect(chat.page.locator("#model")).to_have_text("shallow")
     chat.errors.clear()
