@@ -6,7 +6,7 @@
 Starts `llamajax serve` with a tiny model. Request i follows from its number alone, so that `--first 1234 --requests 1`
 sends number 1234 again. They have mutated bodies, heads, methods and paths, wrong lengths, chunks, pipelined requests,
 huge heads; they come slowly, in part, or half-closed. What comes back must be HTTP whose body is an error in OpenAI's
-form, or an answer; where nothing that was sent is HTTP, uvicorn's own 400; nothing, only where the client left first.
+form, or an answer; nothing, only where the client left first.
 `/health` is asked all the time. In the end nothing may run, the server may have written nothing (no traceback), and
 memory after the first tenth must not have grown by more than `--growth` MB. Exit code 1 if anything was wrong.
 """
@@ -99,7 +99,7 @@ class Case:
         method, path = self.rng.choice(METHODS), self.rng.choice(PATHS)
         data = json_bytes(self.body) if self.rng.random() < 0.5 else b""
         await connection.send(self.head(method, path, data) + data)
-        return judge(await connection.reply(method), is_http=False, is_page=path.startswith("/page") or path == "/")
+        return judge(await connection.reply(method), is_page=path.startswith("/page") or path == "/")
 
     async def odd_headers(self, connection: Connection) -> str:
         chosen = self.rng.sample(HEADERS, self.rng.randrange(1, 4))
@@ -108,7 +108,7 @@ class Case:
         reply = await connection.reply()
         if all("Upgrade" in it or it.startswith(("Content-", "Accept", "Expect", "Cookie")) for it in chosen):
             assert reply.status == 200, reply  # they say nothing of the body
-        return judge(reply, is_http=False)
+        return judge(reply)
 
     async def mutated_head(self, connection: Connection) -> str:
         data = json_bytes(self.body)
@@ -228,24 +228,18 @@ async def anything(connection: Connection) -> str:
             return said if said != "closed" or not error.partial else "cut"
         except (ConnectionError, asyncio.LimitOverrunError):
             return said
-        said = judge(reply, is_http=False)
+        said = judge(reply)
 
 
-def judge(reply: Reply, *, is_http: bool = True, is_page: bool = False) -> str:
-    """What a response is; fails if it is neither an answer nor an error in OpenAI's form.
-
-    Args:
-      is_http: what was sent is certainly HTTP, so that it is for the app to refuse it.
-      is_page: files of the chat page are no JSON.
-    """
+def judge(reply: Reply, *, is_page: bool = False) -> str:
+    """What a response is; fails if it is neither an answer nor an error in OpenAI's form, nor a file of the page."""
     kind = reply.headers.get("content-type", "")
     if reply.status >= 500:
         raise AssertionError(reply)
     if reply.status >= 400:
-        is_uvicorns = not is_http and reply.body == b"Invalid HTTP request received."
-        if not is_uvicorns and not (is_page and kind.startswith("text/plain")) and reply.body:
+        if not (is_page and kind.startswith("text/plain")) and reply.body:
             assert kind == "application/json" and reply.error, reply
-        return "not HTTP" if is_uvicorns else f"refused, {reply.status}"
+        return f"refused, {reply.status}"
     assert reply.status in (200, 206, 304), reply
     if kind == "text/event-stream":
         events = [line[6:] for line in reply.body.decode().split("\n") if line.startswith("data: ")]
