@@ -50,9 +50,9 @@ def known_options(names: Iterable[str], known: Collection[str]) -> None:
     """Raises RequestError for a name that is not known, and tells the nearest one."""
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, 1)
+            near = get_close_matches(name[:80], known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-            raise RequestError(f"unknown option {name!r}: {hint}")
+            raise RequestError(f"unknown option {name!r:.80}: {hint}")
 
 
 def shown(value: object) -> str:

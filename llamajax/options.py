@@ -9,6 +9,7 @@ from llamajax.errors import RequestError
 from llamajax.types import SamplingParams
 
 DEFAULT_NEW_TOKENS = 50
+MAX_STOPS = 256  # each is looked for after each token, while the other requests wait
 
 
 class AnswerOptions(TypedDict, total=False):
@@ -89,6 +90,8 @@ def stop_strings(options: Options) -> tuple[str, ...]:
         raise RequestError(f"stop must be one string or several, not {checks.shown(stops)}")
     if not all(stops):
         raise RequestError("a stop string must not be empty")
+    if len(stops) > MAX_STOPS:
+        raise RequestError(f"at most {MAX_STOPS} stop strings, not {len(stops)}")
     return tuple(stops)
 
 

@@ -222,6 +222,7 @@ class Watch:
         self.memory: list[tuple[float, int]] = []
         self.slowest = 0.0
         self._served = served
+        self._files = served.num_files
 
     async def look(self, share: float) -> None:
         began = time.monotonic()
@@ -230,13 +231,26 @@ class Watch:
         self.slowest = max(self.slowest, time.monotonic() - began)
         self.memory.append((share, self._served.memory))
 
-    @property
-    def growth(self) -> int:
-        """Bytes by which the last tenth took more memory than the second one."""
-        second, last = (
-            sorted(memory for share, memory in self.memory if low <= share <= low + 0.1) for low in (0.1, 0.9)
-        )
-        return last[len(last) // 2] - second[len(second) // 2]
+    async def wrong(self, most_growth: float) -> list[str]:
+        """What a server that was misused should not be like. It must be idle.
+
+        Args:
+          most_growth: MB by which the last tenth may take more memory than the second one.
+        """
+        tenths: list[list[int]] = [[] for _ in range(10)]
+        for share, memory in self.memory:
+            tenths[int(10 * share)].append(memory)
+        medians = [sorted(it)[len(it) // 2] / 1e6 for it in tenths if it]
+        print("memory, by tenths of the requests, in MB:", *(f"{median:.0f}" for median in medians))
+        print(f"/health took {self.slowest * 1000:.0f} ms at most")
+        wrong = [f"the server wrote: {line}" for line in self._served.complaints]
+        if medians[-1] > medians[min(1, len(medians) - 1)] + most_growth:
+            wrong.append("memory grew")
+        if late := (await self._served.metrics())["llamajax:late_compilations_total"]:
+            wrong.append(f"{late:.0f} programs were compiled after the server was ready")
+        if self._served.num_files > self._files + 5:
+            wrong.append(f"{self._served.num_files} files are open, {self._files} were before")
+        return wrong
 
 
 def choose(rng: Random, shares: dict[str, float]) -> str:

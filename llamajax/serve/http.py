@@ -420,10 +420,13 @@ def _token_ids(llm: LLM, asked: "_Fields") -> list[int]:
 async def _detokenize(request: Request) -> Response:
     llm = request.app.state.service.model
     tokens = _Fields(read_object(await request.body(), "the body"), "tokens").get("tokens")
+    return Json({"prompt": await run_in_threadpool(_text, llm, tokens)})
+
+
+def _text(llm: LLM, tokens: object) -> str:
     if not isinstance(tokens, list):
         raise RequestError("tokens must be a list of token ids")
-    ids = [checks.integer("each of tokens", i, 0, llm.config.vocab_size - 1) for i in tokens]
-    return Json({"prompt": await run_in_threadpool(llm.tokenizer.decode, ids)})
+    return llm.tokenizer.decode([checks.integer("each of tokens", i, 0, llm.config.vocab_size - 1) for i in tokens])
 
 
 async def _tokenizer_info(request: Request) -> Response:

@@ -167,7 +167,7 @@ def _check_names(given: Mapping[str, Any], known: set[str]) -> None:
         if name in _NEUTRAL:
             if value not in _NEUTRAL[name]:
                 raise RequestError(f"{name} is not supported: leave it out")
-        elif near := get_close_matches(name.lower(), known, n=1, cutoff=0.75):
+        elif near := get_close_matches(name[:80].lower(), known, n=1, cutoff=0.75):
             raise RequestError(f"unknown field {name!r:.80}: did you mean {near[0]}?")
         else:
             raise RequestError(f"unknown field {name!r:.80}: leave it out")

@@ -124,7 +124,9 @@ _BYTES_OF = {letter: bytes([byte]) for letter, byte in byte_alphabet().items()}
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     with refused("the tokenizer's file is broken: a text cannot be encoded"):
-        return backend.encode(well_formed(text), add_special_tokens=False).ids
+        # `encode` would keep Python's lock: other threads would wait for seconds while a long text is encoded.
+        [encoding] = backend.encode_batch_fast([well_formed(text)], add_special_tokens=False)
+        return encoding.ids
 
 
 def _add_missing(backend: tokenizers.Tokenizer, tokens: Mapping[str, AddedToken]) -> None:

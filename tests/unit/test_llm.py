@@ -126,6 +126,7 @@ def test_emoji_are_never_cut(llama: LLM) -> None:
         ({"stop": [1]}, r"stop must be one string or several, not \[1\]"),
         ({"stop": ""}, "a stop string must not be empty"),
         ({"stop": ["a", ""]}, "a stop string must not be empty"),
+        ({"stop": ["a"] * 257}, "at most 256 stop strings, not 257"),
     ],
     ids=str,
 )

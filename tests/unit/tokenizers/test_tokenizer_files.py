@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,19 @@ def test_tokenizer_json_never_truncates_or_pads(tmp_path: Path) -> None:
     backend.enable_padding(length=64)
     backend.save(str(tmp_path / "tokenizer.json"))
     assert len(load_directory(tmp_path).encode("a" * 10)) == 10
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_directory(tmp_path)
+    encoded: list[list[int]] = []
+    thread = threading.Thread(target=lambda: encoded.append(tokenizer.encode("ab " * 300_000)))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20 and len(encoded[0]) == 900_000
 
 
 def test_holes_in_the_numbering_decode_to_nothing(tmp_path: Path) -> None:
