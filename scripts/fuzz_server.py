@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.property.hostile.mutations import json_bytes, mutate_bytes, mutate_json, nested, odd_value
 
-from .served import Connection, Reply, Served, Watch
+from .served import Client, Connection, Reply, Served, Watch
 
 WITH_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 HI = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -69,10 +69,10 @@ class Case:
         self.rng = random.Random(number)
         self.url, self.body = self.rng.choice(BODIES)
 
-    async def run(self, served: Served) -> str:
+    async def run(self, client: Client) -> str:
         """Says in a word what came of it; fails if that may not be."""
         kind = self.rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
-        connection = await served.connect()
+        connection = await client.connect()
         try:
             return f"{kind}: {await KINDS[kind][1](self, connection)}"
         except (ConnectionError, EOFError) as error:

@@ -40,11 +40,48 @@ def write_tiny_model(path: Path) -> None:
     path.write_bytes(file.to_bytes())
 
 
-class Served:
+class Client:
+    """Asks a server on 127.0.0.1."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def connect(self, receive_bytes: int | None = None) -> "Connection":
+        """A connection to it, of which few bytes are on their way if `receive_bytes` is small."""
+        return await Connection.open(self.port, receive_bytes)
+
+    async def get(self, path: str) -> "Reply":
+        connection = await self.connect()
+        try:
+            await connection.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            return await connection.reply()
+        finally:
+            connection.close()
+
+    async def metrics(self) -> dict[str, float]:
+        """The counters, by their names and labels but for the model's name."""
+        lines = (await self.get("/metrics")).body.decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {_without_model(name): float(value) for name, value in pairs}
+
+    async def wait_until(self, is_idle: bool, seconds: float) -> float:
+        """Waits until it is ready, and idle if that is asked. Returns the seconds that it took."""
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
+            if is_idle:
+                found = await self.metrics()
+                if not found["vllm:num_requests_running"] and not found["vllm:num_requests_waiting"]:
+                    return time.monotonic() - began
+            elif (await self.get("/health")).status == 200:
+                return time.monotonic() - began
+            await asyncio.sleep(0.005)
+        raise TimeoutError(f"the server is not {'idle' if is_idle else 'ready'} after {seconds:.0f} s")
+
+
+class Served(Client):
     """A server of the installed command. A context manager; it is stopped in the end, which must succeed.
 
     Attributes:
-      port: on 127.0.0.1.
       model: the file that it serves.
     """
 
@@ -59,7 +96,7 @@ class Served:
         while "http://" not in (said := self._log.read_text()):
             assert self.is_alive, said
             time.sleep(0.05)
-        self.port = int(said.split("http://127.0.0.1:")[1].split(":")[0])
+        super().__init__(int(said.split("http://127.0.0.1:")[1].split(":")[0]))
 
     def __enter__(self) -> Self:
         return self
@@ -94,37 +131,6 @@ class Served:
     def complaints(self) -> list[str]:
         """What it wrote beside its notes."""
         return [line for line in self._log.read_text(errors="replace").splitlines() if not line.startswith("(")]
-
-    async def connect(self, receive_bytes: int | None = None) -> "Connection":
-        """A connection to it, of which few bytes are on their way if `receive_bytes` is small."""
-        return await Connection.open(self.port, receive_bytes)
-
-    async def get(self, path: str) -> "Reply":
-        connection = await self.connect()
-        try:
-            await connection.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            return await connection.reply()
-        finally:
-            connection.close()
-
-    async def metrics(self) -> dict[str, float]:
-        """The counters, by their names and labels but for the model's name."""
-        lines = (await self.get("/metrics")).body.decode().splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {_without_model(name): float(value) for name, value in pairs}
-
-    async def wait_until(self, is_idle: bool, seconds: float) -> float:
-        """Waits until it is ready, and idle if that is asked. Returns the seconds that it took."""
-        began = time.monotonic()
-        while time.monotonic() < began + seconds:
-            if is_idle:
-                found = await self.metrics()
-                if not found["vllm:num_requests_running"] and not found["vllm:num_requests_waiting"]:
-                    return time.monotonic() - began
-            elif (await self.get("/health")).status == 200:
-                return time.monotonic() - began
-            await asyncio.sleep(0.005)
-        raise TimeoutError(f"the server is not {'idle' if is_idle else 'ready'} after {seconds:.0f} s")
 
 
 def _without_model(name: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from llamajax import LLM, load
 from llamajax.types import Completion
 
-from .served import CONTEXT, Connection, Reply, Served, Watch, choose
+from .served import CONTEXT, Client, Connection, Reply, Served, Watch, choose
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 SHARES = {"whole": 0.65, "cancelled": 0.2, "bad": 0.1, "slow": 0.05}
@@ -113,6 +113,20 @@ def _expected(llm: LLM, url: str, answer: Completion, echoed: Any, num_top: int 
     return text, answer.finish_reason, logprobs
 
 
+async def send(connection: Connection, asked: Asked, streams: bool) -> None:
+    body = {**asked.body, "stream": streams}
+    if streams and asked.url != RESPONSES:
+        body["stream_options"] = {"include_usage": True}
+    await connection.post(asked.url, json.dumps(body).encode())
+
+
+def check(asked: Asked, reply: Reply, streams: bool) -> None:
+    """Fails unless the answer is the one that the library gave."""
+    assert reply.status == 200, reply
+    found = view_of(asked, reply, streams)
+    assert found == (asked.view, asked.usage), f"{asked}: got {found}"
+
+
 def view_of(asked: Asked, reply: Reply, streams: bool) -> tuple[list[tuple[Any, ...]], tuple[int, int]]:
     """The choices of an answer (text, why it ended, log-probabilities), and the tokens that it counts."""
     if not streams:
@@ -179,8 +193,8 @@ class Soak:
     def __init__(self, served: Served, pool: list[Asked], num_requests: int, seed: int) -> None:
         self.failures: list[str] = []
         self.seen: Counter[str] = Counter()
-        self.answered = Counter[str]()  # of whole answers: must be counted
-        self.cancelled = Counter[str]()  # of others: may be counted
+        self.answered = 0  # choices: the server must have counted them
+        self.cancelled = 0  # may have been counted
         self.watch = Watch(served)
         self._served = served
         self._pool = pool
@@ -218,40 +232,23 @@ class Soak:
             reply = await connection.reply()
             assert (reply.status, bool(reply.error)) == (status, True), (reply, status)
             self.seen["bad"] += 1
-            self.cancelled["requests"] += 5  # those before the bad one
-            self.cancelled["tokens"] += 5 * CONTEXT
+            self.cancelled += 5  # those before the bad one
             return True
         asked, streams = rng.choice(self._pool), rng.random() < 0.5
-        body = {**asked.body, "stream": streams}
-        if streams and asked.url != RESPONSES:
-            body["stream_options"] = {"include_usage": True}
-        sending = connection.post(asked.url, json.dumps(body).encode())
+        await send(connection, asked, streams)
         if kind == "cancelled":
-            await sending
-            with_part = rng.random() < 0.3
-            if with_part:
+            if rng.random() < 0.3:
                 await connection.reader.read(1)
             await asyncio.sleep(rng.choice([0, 0.001, 0.01, 0.05, 0.2]) * rng.random())
             self.seen[f"cancelled {'in a stream' if streams else 'in a plain request'}"] += 1
-            self.cancelled["requests"] += asked.num_choices
-            self.cancelled["tokens"] += asked.usage[0] * asked.num_choices
+            self.cancelled += asked.num_choices
             return False
-        await sending
         if kind == "slow":
             await asyncio.sleep(rng.random() * rng.choice([0.01, 0.1, 1]))
-        reply = await connection.reply(pause=rng.random() * 0.02 if kind == "slow" else 0)
-        assert reply.status == 200, reply
-        found = view_of(asked, reply, streams)
-        assert found == (asked.view, asked.usage), f"{body}: expected {asked.view, asked.usage}, got {found}"
+        check(asked, await connection.reply(pause=rng.random() * 0.02 if kind == "slow" else 0), streams)
         self.seen[f"{kind} {'stream' if streams else 'answer'}, as alone"] += 1
-        self.answered["requests"] += asked.num_choices
-        self.answered["tokens"] += asked.usage[0] * asked.num_choices // _per_prompt(asked)
+        self.answered += asked.num_choices
         return kind == "whole"
-
-
-def _per_prompt(asked: Asked) -> int:
-    prompt = asked.body.get("prompt")
-    return asked.num_choices // asked.body.get("n", 1) if isinstance(prompt, list) else 1
 
 
 async def check_counters(served: Served, soak: Soak) -> list[str]:
@@ -260,7 +257,7 @@ async def check_counters(served: Served, soak: Soak) -> list[str]:
     found = await served.metrics()
     ended = sum(value for name, value in found.items() if name.startswith("vllm:request_success_total"))
     whole = ended - found.get('vllm:request_success_total{finished_reason="abort"}', 0)
-    least, most = soak.answered["requests"], soak.answered["requests"] + soak.cancelled["requests"]
+    least, most = soak.answered, soak.answered + soak.cancelled
     print(
         f"{ended:.0f} answers ended, {whole:.0f} of them whole; {least} were received whole; {late:.0f} compiled late"
     )
@@ -270,7 +267,7 @@ async def check_counters(served: Served, soak: Soak) -> list[str]:
     return wrong
 
 
-async def hang_up(served: Served, count: int, rng: random.Random) -> list[float]:
+async def hang_up(served: Client, count: int, rng: random.Random) -> list[float]:
     """Fills all slots with clients that go away. Returns the seconds from each last one to when all rows were free."""
 
     async def client(number: int) -> None:

@@ -1,9 +1,10 @@
 """A connection of uvicorn's, with what it lacks: limits, and errors in JSON for what is no request. Knows no app."""
 
 import asyncio
+from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .middleware import error_response
 
@@ -18,6 +19,7 @@ class Connection(HttpToolsProtocol):
     """Refuses what is no request in OpenAI's form, and drops a client that does nothing."""
 
     _head_bytes = 0
+    _running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last one, of several that came at once
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -25,6 +27,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        if self._running and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -53,6 +58,10 @@ class Connection(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _stay(self) -> None:
         """Reads a request to go on in another protocol as one without that wish, as HTTP allows.
 
@@ -70,7 +79,8 @@ class Connection(HttpToolsProtocol):
         """Says why, unless an answer has begun, and closes the connection."""
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        running = self._running
+        if running is None or running.response_complete or not running.response_started:
             response = error_response(status, message, Connection="close")
             head = [STATUS_LINE[status], *(b"%s: %s\r\n" % pair for pair in response.raw_headers), b"\r\n"]
             self.transport.write(b"".join(head) + bytes(response.body))

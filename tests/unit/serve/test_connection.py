@@ -1,5 +1,6 @@
 """Connections of clients that send what is no HTTP, or send and take nothing, to an app that says what it was sent."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -18,8 +19,16 @@ from llamajax.serve.middleware import Bodies
 LARGE = 2**25  # more than the buffers of sockets hold
 
 
+left = threading.Event()
+
+
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     message = await receive()
+    if scope["path"] == "/wait":
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
     body = b"x" * LARGE if scope["path"] == "/large" else scope["method"].encode() + b" " + message["body"]
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -99,6 +108,16 @@ def test_an_upgrade_is_not_the_end_of_a_connection(address: tuple[str, int]) -> 
             data = b""
             while not data.endswith(b"POST hi"):
                 data += client.recv(1000)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_who_leaves_after_several_requests_at_once_is_gone_for_the_first(address: tuple[str, int], count: int) -> None:
+    left.clear()
+    with connect(address) as client:
+        client.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n" * count)
+        time.sleep(0.1)
+        assert not left.is_set()
+    assert left.wait(20)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from starlette.routing import Mount
 import llamajax.serve
 from llamajax import LLM, load
 from llamajax.serve import middleware, openapi, protocol
+from llamajax.serve.connection import Connection
 
 QUESTION = [{"role": "user", "content": "Say hello."}]
 LONG = {"messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
@@ -27,7 +28,7 @@ class Running:
 
     def __init__(self, app: Any) -> None:
         self.service = app.state.service
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", http=Connection))
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, args=([listening],))

@@ -1,0 +1,110 @@
+"""The server with many clients at once: answers as alone, hang-ups, broken HTTP. The scripts do more of the same."""
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Iterator
+
+import pytest
+
+import llamajax.serve
+from llamajax import LLM, load
+from llamajax.engine.scheduler import Job
+from scripts import fuzz_server, soak_server
+from scripts.served import CONTEXT, Client, write_tiny_model
+
+from .test_http import Running
+
+SLOTS = 4
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny_model(path)
+    return load(path)
+
+
+@pytest.fixture(scope="module")
+def server(llama: LLM) -> Iterator[Running]:
+    running = Running(llamajax.serve.app(llama, name="tiny", slots=SLOTS, max_waiting=2000))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def client(server: Running) -> Client:
+    return Client(int(server.url.rpartition(":")[2]))
+
+
+def test_many_at_once_are_answered_as_alone(llama: LLM, client: Client) -> None:
+    rng = random.Random(0)
+    pool = [soak_server.draw(llama, rng, number) for number in range(20)]
+
+    async def ask(number: int) -> None:
+        connection = await client.connect()
+        await soak_server.send(connection, pool[number % 20], streams=number % 40 < 20)
+        soak_server.check(pool[number % 20], await connection.reply(), streams=number % 40 < 20)
+        connection.close()
+
+    async def ask_all() -> None:
+        await asyncio.gather(*(ask(number) for number in range(320)))
+
+    asyncio.run(ask_all())
+
+
+def test_who_hangs_up_frees_the_row_within_two_blocks(
+    server: Running, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = server.service.server._engine
+    steps, cancelled, ended = 0, dict[Job, int](), dict[Job, int]()
+    step, end, cancel = engine.step, engine.scheduler.end, Job.cancel
+
+    def counted_step() -> bool:
+        nonlocal steps
+        steps += 1
+        return step()
+
+    def noted_end(job: Job, *others: object) -> int | None:
+        ended[job] = steps
+        return end(job, *others)
+
+    def noted_cancel(job: Job) -> None:
+        cancelled.setdefault(job, steps)
+        cancel(job)
+
+    monkeypatch.setattr(engine, "step", counted_step)
+    monkeypatch.setattr(engine.scheduler, "end", noted_end)
+    monkeypatch.setattr(Job, "cancel", noted_cancel)
+    rng = random.Random(0)
+
+    async def leave(number: int) -> None:
+        body = {"prompt": f"{number}", "max_tokens": CONTEXT - 9, "ignore_eos": True, "stream": number % 2 == 0}
+        connection = await client.connect()
+        await connection.post(soak_server.COMPLETIONS, json.dumps(body).encode())
+        await asyncio.sleep(rng.random() * 0.1)
+        connection.close()
+
+    async def leave_all() -> None:
+        await asyncio.gather(*(leave(number) for number in range(40)))
+        await client.wait_until(is_idle=True, seconds=20)
+
+    asyncio.run(leave_all())
+    early = [job for job, at in ended.items() if at > cancelled.get(job, at)]
+    assert len(early) > 10
+    assert max(ended[job] - cancelled[job] for job in early) <= 2
+
+
+def test_broken_requests_are_refused_and_others_answered(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    async def send(first: int) -> None:
+        for number in range(first, 300, 10):
+            await fuzz_server.Case(number).run(client)
+
+    async def send_all() -> None:
+        await asyncio.gather(*(send(first) for first in range(10)))
+        await client.wait_until(is_idle=True, seconds=20)
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(send_all())
+    assert not caplog.records
