@@ -1,7 +1,7 @@
 """LiteLLM, unchanged, against a server; README.md says how to start both.
 
 pip install litellm
-python scripts/clients/with_litellm.py http://127.0.0.1:8123
+LITELLM_LOCAL_MODEL_COST_MAP=True python scripts/clients/with_litellm.py http://127.0.0.1:8123
 """
 
 import asyncio
