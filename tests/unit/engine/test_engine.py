@@ -126,8 +126,9 @@ def test_once_all_is_compiled_nothing_compiles_whatever_is_asked() -> None:
 
     def serve(lengths: Sequence[int], limit: int, cancelled: int = 0) -> None:
         """Prompts of these lengths at once; some are given up as they are read, or as they run."""
+        kinds = [*KINDS, SamplingParams(temperature=0, logprobs=3)]
         jobs = [
-            submit(engine, Request(random_ids(length, number), limit, KINDS[number % len(KINDS)]))[0]
+            submit(engine, Request(random_ids(length, number), limit, kinds[number % len(kinds)]))[0]
             for number, length in enumerate(lengths)
         ]
         for number, _ in enumerate(run(engine)):
@@ -145,6 +146,8 @@ def test_once_all_is_compiled_nothing_compiles_whatever_is_asked() -> None:
         for _ in range(10):
             lengths = rng.choice([1, 20, 130, 260, 400, 500], 12).tolist()
             serve(lengths, int(rng.integers(1, 200)), cancelled=4)
+        for length in (1, 65, 512):
+            engine._runner.prompt_logprobs(random_ids(length), 5)
     assert compiled == []
 
 
