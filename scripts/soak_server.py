@@ -258,9 +258,7 @@ async def check_counters(served: Served, soak: Soak) -> list[str]:
     ended = sum(value for name, value in found.items() if name.startswith("vllm:request_success_total"))
     whole = ended - found.get('vllm:request_success_total{finished_reason="abort"}', 0)
     least, most = soak.answered, soak.answered + soak.cancelled
-    print(
-        f"{ended:.0f} answers ended, {whole:.0f} of them whole; {least} were received whole; {late:.0f} compiled late"
-    )
+    print(f"{ended:.0f} answers ended, {whole:.0f} of them whole; {least} were received whole")
     wrong = []
     if not least <= whole <= ended <= most:
         wrong.append(f"requests that ended must be from {least} to {most}")
