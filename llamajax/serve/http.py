@@ -353,7 +353,7 @@ async def _echoes(service: Service, asked: Asked, streams: list[ServedStream]) -
         ids = list(first.request.token_ids)
         logprobs: Sequence[TokenLogprobs | None] | None = None
         if (num_top := first.request.sampling.logprobs) is not None:
-            logprobs = await run_in_threadpool(service.prompt_logprobs, ids, num_top)
+            logprobs = await asyncio.wrap_future(service.prompt_logprobs(ids, num_top))
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         echoes += [Choice(text, ids, logprobs, None)] * asked.num_choices
     return echoes

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from threading import Lock, Thread, Timer
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread, Timer
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -63,7 +64,8 @@ class Service:
         self._server: Server | None = None
         self._compiled = 0, 0
         self._streams: WeakSet[ServedStream] = WeakSet()
-        self._reading = Lock()  # prompts whose log-probabilities are wanted are read one at a time
+        # Scores are computed one after the other, and those of a client that has left are not.
+        self._scoring = ThreadPoolExecutor(1, "llamajax scores")
         Thread(target=self._start, name="llamajax service", daemon=True).start()
 
     @property
@@ -106,10 +108,9 @@ class Service:
         if self.state == "stopping":  # it came in between
             self._cancel()
 
-    def prompt_logprobs(self, token_ids: list[int], num_top: int) -> tuple[TokenLogprobs | None, ...]:
-        """As `LLM.prompt_logprobs`, for one caller at a time."""
-        with self._reading:
-            return self.model.prompt_logprobs(token_ids, num_top)
+    def prompt_logprobs(self, token_ids: list[int], num_top: int) -> Future[tuple[TokenLogprobs | None, ...]]:
+        """As `LLM.prompt_logprobs`, in its turn. Cancel it if it is not wanted any more."""
+        return self._scoring.submit(self.model.prompt_logprobs, token_ids, num_top)
 
     @property
     def model(self) -> LLM:
@@ -135,6 +136,7 @@ class Service:
     def close(self) -> None:
         """Cancels all requests and ends the engine."""
         self.state = "stopping"
+        self._scoring.shutdown(wait=False, cancel_futures=True)
         if self._server:
             self._server.close()
         jax.monitoring.unregister_event_duration_listener(self._count_late)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ import llamajax.serve
 from llamajax import LLM, load
 from llamajax.engine.scheduler import Job
 from scripts import fuzz_server, soak_server
-from scripts.served import CONTEXT, Client, write_tiny_model
+from scripts.served import CONTEXT, Client, Connection, write_tiny_model
 
 from .test_http import Running
 
@@ -94,6 +95,39 @@ def test_who_hangs_up_frees_the_row_within_two_blocks(
     early = [job for job, at in ended.items() if at > cancelled.get(job, at)]
     assert len(early) > 10
     assert max(ended[job] - cancelled[job] for job in early) <= 2
+
+
+def test_scores_keep_no_one_else_waiting_and_are_not_computed_for_who_left(
+    llama: LLM, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, may_go_on, compute = [], threading.Event(), llama.prompt_logprobs
+
+    def blocked(token_ids: list[int], num_top: int) -> object:
+        calls.append(token_ids)
+        may_go_on.wait(20)
+        return compute(token_ids, num_top)
+
+    monkeypatch.setattr(llama, "prompt_logprobs", blocked)
+
+    async def ask(body: dict[str, object]) -> Connection:
+        connection = await client.connect()
+        await connection.post(soak_server.COMPLETIONS, json.dumps({"prompt": "Hi", "max_tokens": 1, **body}).encode())
+        return connection
+
+    async def ask_all() -> None:
+        scored = [await ask({"echo": True, "logprobs": 1}) for _ in range(60)]
+        while not calls:
+            await asyncio.sleep(0.01)
+        assert (await asyncio.wait_for((await ask({})).reply(), 10)).status == 200
+        for connection in scored[1:]:
+            connection.close()
+        await asyncio.sleep(0.2)
+        may_go_on.set()
+        assert json.loads((await scored[0].reply()).body)["choices"][0]["logprobs"]["token_logprobs"][0] is None
+        await client.wait_until(is_idle=True, seconds=20)
+
+    asyncio.run(ask_all())
+    assert len(calls) <= 2  # of whoever came first, and of who stayed
 
 
 def test_broken_requests_are_refused_and_others_answered(client: Client, caplog: pytest.LogCaptureFixture) -> None:
