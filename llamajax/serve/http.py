@@ -321,6 +321,8 @@ class _EventStream(Response):
                 async with asyncio.timeout(SEND_SECONDS):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            pass  # the connection is closed, since the response has no end
         finally:
             _cancel(self._streams)
 

@@ -12,6 +12,7 @@ import pytest
 import llamajax.serve
 from llamajax import LLM, load
 from llamajax.engine.scheduler import Job
+from llamajax.serve import http
 from scripts import fuzz_server, soak_server
 from scripts.served import CONTEXT, Client, Connection, write_tiny_model
 
@@ -128,6 +129,25 @@ def test_scores_keep_no_one_else_waiting_and_are_not_computed_for_who_left(
 
     asyncio.run(ask_all())
     assert len(calls) <= 2  # of whoever came first, and of who stayed
+
+
+def test_a_reader_who_takes_nothing_is_dropped(
+    server: Running, client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http, "SEND_SECONDS", 0.2)
+    body = {"prompt": "Hi", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 48, "logprobs": 20}
+
+    async def stall() -> None:
+        connection = await client.connect(receive_bytes=4096)
+        await connection.post(soak_server.COMPLETIONS, json.dumps(body).encode())
+        while not server.service.server.num_running:
+            await asyncio.sleep(0.01)
+        await client.wait_until(is_idle=True, seconds=60)
+        with pytest.raises(EOFError):  # in the middle of the stream
+            await connection.reply()
+
+    asyncio.run(stall())
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_broken_requests_are_refused_and_others_answered(client: Client, caplog: pytest.LogCaptureFixture) -> None:
