@@ -33,8 +33,6 @@ CALL_COST = 32
 MIN_CACHE_LEN = 128
 # A context that is no power of two ends in a cache of a multiple of this length: each has programs of its own.
 LAST_CACHE_STEP = 1024
-# A text to score is padded to a power of two.
-MIN_SCORED_LEN = 64
 # An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
 RESERVED_LEN = 512
 
@@ -353,7 +351,8 @@ class Runner:
     def prompt_logprobs(self, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
         """Of each token but the first, given those before it. The cache is left as it is; any thread may call it."""
         self._check_text(token_ids)
-        padded = np.zeros(power_of_two(len(token_ids), MIN_SCORED_LEN), np.int32)
+        # As in `logits`: what a text is padded to changes how attention rounds.
+        padded = np.zeros(power_of_two(len(token_ids), CHUNKS[0]), np.int32)
         padded[: len(token_ids)] = token_ids
         # What comes after the last token is nobody's.
         found = steps.prompt_logprobs(self.model, padded, np.int32(len(token_ids) - 1), **self._cache_settings)
@@ -361,7 +360,7 @@ class Runner:
 
     def scorings(self) -> list[Program]:
         """All that `prompt_logprobs` needs."""
-        lengths = [MIN_SCORED_LEN]
+        lengths = [CHUNKS[0]]
         while lengths[-1] < self.max_seq_len:
             lengths.append(2 * lengths[-1])
         return [Program("prompt_logprobs", length) for length in lengths]

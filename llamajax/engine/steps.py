@@ -224,7 +224,7 @@ def prompt_logprobs(
 ) -> TopLogprobs:
     """Of the token after each of the first `length` of T, given those up to it; what comes later is not read.
 
-    T is a power of two, at least 64. The text is read in chunks, since scores [T, V] may take gigabytes.
+    T is a power of two. The text is read in chunks, since scores [T, V] may take gigabytes.
     """
     model, T = flat.llama(), token_ids.shape[0]
     read_len, next_ids = min(T, _READ_LEN), jnp.roll(token_ids, -1)
@@ -235,7 +235,8 @@ def prompt_logprobs(
         start = number * read_len
         ids, after = (jax.lax.dynamic_slice_in_dim(x, start, read_len) for x in (token_ids, next_ids))
         x, cache = _over_slots(model, ids[None], cache, start[None])
-        parts = x[0].reshape(-1, _SCORED_LEN, x.shape[-1]), after.reshape(-1, _SCORED_LEN)
+        scored_len = min(read_len, _SCORED_LEN)
+        parts = x[0].reshape(-1, scored_len, x.shape[-1]), after.reshape(-1, scored_len)
         scored = jax.lax.map(lambda part: top_logprobs(model.logits(part[0]), part[1]), parts)
 
         def put(found: Array, part: Array) -> Array:

@@ -332,6 +332,15 @@ def test_prompt_logprobs(llama: LLM) -> None:
     assert llama.prompt_logprobs([5]) == (None,)
 
 
+@pytest.mark.parametrize("length", [2, 6, 16, 17, 33])
+def test_a_short_text_is_scored_as_by_logits(llama: LLM, length: int) -> None:
+    ids = llama.tokenizer.encode("It was a bright cold day in April, and the clocks were striking thirteen. " * 3)
+    scores = np.asarray(jax.nn.log_softmax(llama.logits(ids[:length])))
+    expected = scores[np.arange(length - 1), ids[1:length]]
+    found = [token.logprob for token in llama.prompt_logprobs(ids[:length]) if token]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_prompt_logprobs_refuse_what_is_no_prompt(llama: LLM) -> None:
     with pytest.raises(RequestError, match="at least one token"):
         llama.prompt_logprobs([])
