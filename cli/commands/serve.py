@@ -1,8 +1,10 @@
 """`llamajax serve`: a model for programs that speak OpenAI's protocol, and a page to chat with it."""
 
 import os
+import resource
 import signal
 import socket
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -60,6 +62,7 @@ def serve(
     It listens at once; /health says when it is ready. SIGTERM and Ctrl-C let the running requests end first, a second
     Ctrl-C does not.
     """
+    _allow_connections()
     with _listening(host, port) as listening:
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         name = alias or (Path(model).stem if Path(model).exists() else model)
@@ -72,6 +75,13 @@ def serve(
         service = Service(load, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
         app = app_of(service, api_key=api_key, cors=cors, max_body_bytes=round(max_body * 1e6))
         _run(app, service, listening, url, shutdown)
+
+
+def _allow_connections() -> None:
+    """Each client takes a file, of which a process may have more than it is given: 1,024 at first on most systems."""
+    given, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # more than the system has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(given, min(most, 2**16)), most))
 
 
 def _listening(host: str, port: int) -> socket.socket:

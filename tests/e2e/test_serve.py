@@ -1,12 +1,17 @@
 """`llamajax serve`: how it starts, says what it does, and stops."""
 
+import re
+import resource
 import signal
+import socket
 import subprocess
 import time
+from contextlib import ExitStack
 
+import httpx
 import pytest
 
-from .command import notes, run
+from .command import notes, run, start
 from .serving import serving
 
 QUESTION = {"messages": [{"role": "user", "content": "Say hello."}], "ignore_eos": True}
@@ -43,6 +48,23 @@ def test_a_request_that_takes_too_long_to_end_is_told_so(shallow_model: str) -> 
             data = [line for line in lines if line]
         assert "the server is stopping" in data[-1]
         assert ended(process)[0] == 0
+
+
+def test_more_clients_than_a_process_has_files_at_first(shallow_model: str) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    process = start("serve", "-m", shallow_model, "--port", "0", preexec_fn=limit)
+    try:
+        assert process.stderr
+        [port] = re.findall(r"127[.]0[.]0[.]1:(\d+)", process.stderr.readline().decode())
+        with ExitStack() as clients:
+            for _ in range(200):
+                clients.enter_context(socket.create_connection(("127.0.0.1", int(port))))
+            assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).json()["status"]
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_ctrl_c_ends_it_and_twice_at_once(shallow_model: str) -> None:
