@@ -133,8 +133,6 @@ async def _generate(url: str, request: Request) -> Response:
     if (name := body.get("model")) not in (None, service.name):
         return _unknown_model(service, name)
     asked = READERS[url](body)
-    if url == protocol.RESPONSES and asked.num_choices > 1:
-        raise RequestError("n is not supported in responses: leave it out")
     head = Head(
         f"{_PREFIXES[url]}{secrets.token_hex(12)}",
         service.name,

@@ -68,6 +68,9 @@ def read_response(body: Mapping[str, Any]) -> Asked:
     )
     if (instructions := body.get("instructions")) is not None:
         messages.insert(0, {"role": "system", "content": protocol.text(instructions)})
+    for name, neutral in (("n", (None, 1)), ("logprobs", (None, False)), ("top_logprobs", (None, 0))):
+        if body.get(name) not in neutral:
+            raise RequestError(f"{name} is not supported in responses: leave it out")
     return _read(body, [messages], None, "input", "instructions")
 
 
