@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Thread, Timer
+from threading import Thread, Timer, main_thread
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -66,7 +66,9 @@ class Service:
         self._streams: WeakSet[ServedStream] = WeakSet()
         # Scores are computed one after the other, and those of a client that has left are not.
         self._scoring = ThreadPoolExecutor(1, "llamajax scores")
-        Thread(target=self._start, name="llamajax service", daemon=True).start()
+        # No daemon: XLA aborts the process if the interpreter ends a thread that compiles.
+        self._starting = Thread(target=self._start, name="llamajax service")
+        self._starting.start()
 
     @property
     def is_ready(self) -> bool:
@@ -155,6 +157,8 @@ class Service:
             self._go_on("loading", "compiling")
             self._server.compile(self._note_compiled)
             self._go_on("compiling", "ready")
+        except _StoppedError:
+            pass
         except Exception as error:
             self.error, self.state = error, "failed"
 
@@ -164,7 +168,13 @@ class Service:
 
     def _note_compiled(self, done: int, total: int) -> None:
         self._compiled = done, total
+        if self.state == "stopping" or not main_thread().is_alive():  # the interpreter waits for this thread
+            raise _StoppedError
 
     def _count_late(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and self.state == "ready":
             self.metrics.compiled_late()
+
+
+class _StoppedError(Exception):
+    """What is left to compile is of no use any more."""

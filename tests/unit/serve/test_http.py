@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -165,6 +167,28 @@ def test_the_app_can_be_mounted_elsewhere(llama: LLM) -> None:
     finally:
         running.close()
         inner.state.service.close()
+
+
+def test_a_program_ends_while_its_app_compiles(default_model: None) -> None:
+    program = """
+import time, llamajax, llamajax.serve
+service = llamajax.serve.app(llamajax.load(max_seq_len=512)).state.service
+while service.state == "loading":
+    time.sleep(0.01)
+print(service.state)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "compiling\n", "")
+
+
+def test_an_app_that_is_closed_compiles_no_more(llama: LLM) -> None:
+    service = llamajax.serve.app(llama, slots=3).state.service
+    while service.state == "loading":
+        time.sleep(0.01)
+    service.close()
+    service._starting.join(30)
+    done, total = service._compiled
+    assert not service._starting.is_alive() and done < total
 
 
 def test_responses(server: Running) -> None:
