@@ -145,7 +145,10 @@ async def _generate(url: str, request: Request) -> Response:
         if asked.streams:
             return _EventStream(_events(url, asked, head, body, service, streams, echoes), streams)
         return await _whole(url, asked, head, body, service, streams, echoes)
-    except BaseException:  # the client may be gone
+    except asyncio.CancelledError:  # the server ends, or nobody is there to read this
+        _cancel(streams)
+        raise _stopping() from None
+    except BaseException:
         _cancel(streams)
         raise
 
@@ -210,6 +213,8 @@ async def _events(
             yield b"".join(_choice_events(events, news, sent[news.choice]))
         for event in events.end([_completion(stream) for stream in streams]):
             yield event
+    except asyncio.CancelledError:  # the server ends, or nobody is there to read this
+        yield error_event(_stopping().body, url)
     except Exception as error:
         yield error_event(_as_error_body(error), url)
 
@@ -331,7 +336,7 @@ def _completion(stream: ServedStream) -> Completion:
     if completion.finish_reason == "timeout":
         raise _EndedError(504, "the request took longer than this server allows", "deadline_exceeded")
     if completion.finish_reason == "cancelled":
-        raise _EndedError(503, "the server is stopping: the answer is not whole", "server_stopping")
+        raise _stopping()
     return completion
 
 
@@ -506,6 +511,10 @@ class _EndedError(Exception):
         super().__init__(message)
         self.status = status
         self.body = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
+
+
+def _stopping() -> _EndedError:
+    return _EndedError(503, "the server is stopping: the answer is not whole", "server_stopping")
 
 
 def _as_error_body(error: Exception) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -110,16 +111,15 @@ class Bodies:
 
         work = asyncio.ensure_future(self._app(scope, replay, send))
         gone = asyncio.ensure_future(_disconnected(receive))
-        try:
+        with suppress(asyncio.CancelledError):  # the server itself ends: the work may say so
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
+        has_left = gone.done()
+        gone.cancel()
+        work.cancel()
         try:
             await work
         except asyncio.CancelledError:
-            if not gone.done() or gone.cancelled():  # the server itself ends
+            if not has_left:
                 raise
 
 

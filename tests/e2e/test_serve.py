@@ -1,7 +1,6 @@
 """`llamajax serve`: how it starts, says what it does, and stops."""
 
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -11,7 +10,7 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from .command import notes, run, start
+from .command import COMMAND, notes, run
 from .serving import serving
 
 QUESTION = {"messages": [{"role": "user", "content": "Say hello."}], "ignore_eos": True}
@@ -51,10 +50,8 @@ def test_a_request_that_takes_too_long_to_end_is_told_so(shallow_model: str) -> 
 
 
 def test_more_clients_than_a_process_has_files_at_first(shallow_model: str) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-
-    process = start("serve", "-m", shallow_model, "--port", "0", preexec_fn=limit)
+    limited = ["sh", "-c", 'ulimit -S -n 128; exec "$0" "$@"', COMMAND]
+    process = subprocess.Popen([*limited, "serve", "-m", shallow_model, "--port", "0"], stderr=subprocess.PIPE)
     try:
         assert process.stderr
         [port] = re.findall(r"127[.]0[.]0[.]1:(\d+)", process.stderr.readline().decode())

@@ -30,16 +30,16 @@ class Running:
 
     def __init__(self, app: Any) -> None:
         self.service = app.state.service
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", http=Connection))
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", http=Connection))
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._server.run, args=([listening],))
+        self._thread = threading.Thread(target=self.server.run, args=([listening],))
         self._thread.start()
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
     def close(self) -> None:
         self.client.close()
-        self._server.should_exit = True
+        self.server.should_exit = True
         self._thread.join()
 
     def wait_until_idle(self, seconds: float = 5) -> None:

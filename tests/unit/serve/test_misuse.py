@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ from llamajax import LLM, load
 from llamajax.engine.scheduler import Job
 from llamajax.serve import http
 from scripts import fuzz_server, soak_server
-from scripts.served import CONTEXT, Client, Connection, write_tiny_model
+from scripts.served import CONTEXT, Client, Connection, Reply, write_tiny_model
 
 from .test_http import Running
 
@@ -148,6 +149,37 @@ def test_a_reader_who_takes_nothing_is_dropped(
 
     asyncio.run(stall())
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_server_that_ends_before_its_engine_says_so(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(llamajax.serve.app(llama, slots=1))
+    running.server.config.timeout_graceful_shutdown = 1
+    client, may_go_on = Client(int(running.url.rpartition(":")[2])), threading.Event()
+
+    async def ask(streams: bool) -> Reply:
+        connection = await client.connect()
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 100, "stream": streams}
+        await connection.post(soak_server.CHAT, json.dumps(body).encode())
+        return await connection.reply()
+
+    async def ask_both() -> list[Reply]:
+        replies = [asyncio.ensure_future(ask(streams)) for streams in (True, False)]
+        while not running.service.server.num_waiting:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        running.server.should_exit = True
+        return await asyncio.gather(*replies)
+
+    while running.service.state == "loading":
+        time.sleep(0.01)
+    monkeypatch.setattr(running.service.server._engine, "step", lambda: not may_go_on.wait(30))
+    try:
+        stream, whole = asyncio.run(ask_both())
+    finally:
+        may_go_on.set()
+        running.close()
+    assert (whole.status, whole.error["code"]) == (503, "server_stopping")
+    assert json.loads(stream.body.strip().splitlines()[-1][6:])["error"]["code"] == "server_stopping"
 
 
 def test_broken_requests_are_refused_and_others_answered(client: Client, caplog: pytest.LogCaptureFixture) -> None:
