@@ -16,6 +16,7 @@ from llamajax.serve import batch_file
 from llamajax.serve.batch_run import BatchRun
 from llamajax.serve.input_file import Format, Input
 from llamajax.serve.result_file import SETTINGS_SUFFIX, ResultFile, Settings
+from llamajax.serve.work import Pace
 from llamajax.text import one_line
 from llamajax.types import SamplingParams
 
@@ -204,8 +205,7 @@ class _Progress:
         """Shows it meanwhile."""
         self._run = run
         self._began = time.monotonic()
-        # When the first token came, and what was done then: what was compiled until then is no measure.
-        self._first: tuple[float, float] | None = None
+        self._pace = Pace()
         with progress_bar("lines", shown=self._shown, own_time=True) as self._bar:
             self._task = self._bar.add_task("", total=run.total, completed=run.finished)
             yield
@@ -221,9 +221,6 @@ class _Progress:
         if not self._shown or now < self._next_look:
             return
         self._next_look = now + self._SECONDS
-        since, done_before = self._first = self._first or (now, self._run.work.done)
-        done, left = self._run.work.done - done_before, self._run.work_left
-        time_left = (
-            f", {timedelta(seconds=round((now - since) / done * left))} left" if done and left is not None else ""
-        )
+        speed, left = self._pace.look(now, self._run.work.done), self._run.work_left
+        time_left = f", {timedelta(seconds=round(left / speed))} left" if speed and left is not None else ""
         self._bar.update(self._task, completed=self._run.finished, description=f"{self.speed:.1f} tokens/s{time_left}")

@@ -29,7 +29,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 is any that is free.")] = 8000,
     slots: Annotated[int, typer.Option("--slots", min=1, help="How many requests are answered at the same time.")] = 16,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="How many more may wait; further ones are told to come again.")
+        int, typer.Option("--max-waiting", min=1, help="How many more may wait; further ones get a 429.")
     ] = 256,
     api_key: Annotated[
         str | None,
@@ -45,7 +45,8 @@ def serve(
         str | None, typer.Option("--alias", help="The name that clients ask for, in place of the model's.")
     ] = None,
     deadline: Annotated[
-        float | None, typer.Option("--deadline", min=0.001, help="Seconds after which a request is ended; none.")
+        float | None,
+        typer.Option("--deadline", min=0.001, help="Seconds that a request may take; no limit by default."),
     ] = None,
     shutdown: Annotated[
         float, typer.Option("--shutdown", min=0, help="Seconds that requests have to end when the server is stopped.")
@@ -63,9 +64,10 @@ def serve(
     Ctrl-C does not.
     """
     _allow_connections()
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # until uvicorn has its own
     with _listening(host, port) as listening:
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        name = alias or (Path(model).stem if Path(model).exists() else model)
+        name = alias or _name(Path(model)) or model
         note(f"({url}: loading {name}; Ctrl-C stops it)")
         loading.prepare_jax(device)
         from llamajax.serve.http import app_of
@@ -82,6 +84,11 @@ def _allow_connections() -> None:
     given, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # more than the system has
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(given, min(most, 2**16)), most))
+
+
+def _name(model: Path) -> str | None:
+    """The name of a model on disk."""
+    return model.stem if model.is_file() else model.resolve().name if model.is_dir() else None
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -129,7 +136,7 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
         log_config=None,
         log_level="error",
         access_log=False,
-        # Requests that were cancelled then still get their last words.
+        # 5 s more, so that cancelled requests still get their error.
         timeout_graceful_shutdown=round(shutdown) + 5,
         http=Connection,
         timeout_keep_alive=IDLE_SECONDS,
@@ -137,7 +144,7 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
     )
     server = Server(config)
     server.run([listening])
-    if server.failed:
+    if server.failed or service.error:
         raise service.error or InternalError("the engine has stopped; what it said of it is above")
     if server.interrupted:
         raise typer.Exit(INTERRUPTED)

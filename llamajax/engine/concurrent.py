@@ -14,6 +14,7 @@ class Concurrent:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: list[Job] = []
+        self._num_jobs = 0  # of the scheduler, between two steps
         self._closed = False
         self._changed = Condition()
         self._thread = Thread(target=self._run, name="llamajax engine", daemon=True)
@@ -62,7 +63,8 @@ class Concurrent:
         self._thread.join()
 
     def _is_full(self) -> bool:
-        return self.num_waiting >= self._engine.scheduler.max_waiting
+        scheduler = self._engine.scheduler
+        return len(self._inbox) + self._num_jobs >= scheduler.num_slots + scheduler.max_waiting
 
     def _run(self) -> None:
         try:
@@ -85,8 +87,10 @@ class Concurrent:
                 for job in self._inbox:
                     self._engine.scheduler.submit(job)
                 self._inbox.clear()
+                self._num_jobs = self._engine.scheduler.num_jobs
                 if self._closed:
                     return
             busy = self._engine.step()
             with self._changed:
+                self._num_jobs = self._engine.scheduler.num_jobs
                 self._changed.notify_all()  # there may be room in the queue

@@ -342,8 +342,7 @@ class Runner:
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones. The cache is left as it is."""
         self._check_text(token_ids)
-        length = power_of_two(len(token_ids), CHUNKS[0])
-        padded = np.zeros(length, np.int32)
+        padded = np.zeros(power_of_two(len(token_ids), CHUNKS[0]), np.int32)
         padded[: len(token_ids)] = token_ids
         scores = steps.logits(self.model, padded, cache_dtype=self.cache_dtype)
         return np.asarray(scores)[: len(token_ids)]

@@ -91,6 +91,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def is_full(self) -> bool:
+        """Whether a job more would have neither a slot nor a place to wait."""
+        return self.num_jobs >= self.num_slots + self.max_waiting
+
+    @property
     def num_admitted(self) -> int:
         """Those that have a slot."""
         return len(self.reading) + len(self.running)
@@ -111,7 +116,7 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Raises QueueFullError if the queue is full."""
         assert job.state == "new"
-        if len(self._waiting) >= self.max_waiting:
+        if self.is_full:
             raise QueueFullError(f"{self.max_waiting} requests wait already: try again later")
         job.state = "waiting"
         self._waiting.append(job)
@@ -177,7 +182,7 @@ class Scheduler:
         jobs = list(self)
         assert len(jobs) == len(set(map(id, jobs)))
         assert self.num_admitted <= self.num_slots
-        assert len(self._waiting) <= self.max_waiting
+        assert self.num_jobs <= self.num_slots + self.max_waiting
         assert {job.state for job in self.running} <= {"running"}
         assert {job.state for job in self.reading} <= {"reading"}
         assert {job.state for job in self._waiting} <= {"waiting"}

@@ -76,12 +76,19 @@ def text_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None
     def text(token_id: int) -> str:
         return tokenizer.token_bytes(token_id).decode(errors="replace")
 
+    def top(token_id: int, at: TokenLogprobs) -> dict[str, float]:
+        # Of several tokens that read the same (parts of characters) the most probable counts.
+        found: dict[str, float] = {}
+        for i, logprob in (*at.top, (token_id, at.logprob)):
+            found.setdefault(text(i), logprob)
+        return found
+
     tokens = [text(i) for i in choice.token_ids]
     return {
         "text_offset": list(accumulate(map(len, tokens[:-1]), initial=choice.offset))[: len(tokens)],
         "token_logprobs": [at and at.logprob for at in choice.logprobs],
         "tokens": tokens,
-        "top_logprobs": [at and {text(i): logprob for i, logprob in at.top} for at in choice.logprobs],
+        "top_logprobs": [at and top(i, at) for i, at in zip(choice.token_ids, choice.logprobs, strict=True)],
     }
 
 

@@ -11,12 +11,12 @@ from llamajax.types import Completion
 
 from . import protocol
 from .answers import Choice, chat_logprobs, text_logprobs, usage
-from .requests import Asked
+from .requests import GenerationRequest
 
 
 @dataclass
-class Head:
-    """What all events of an answer have in common.
+class AnswerInfo:
+    """What all objects and events of an answer have in common.
 
     Attributes:
       id: the answer's.
@@ -42,19 +42,22 @@ class Events(Protocol):
     def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
         """After all choices."""
 
+    def error(self, error: Mapping[str, Any]) -> bytes:
+        """What a stream that cannot go on ends with; the error is in OpenAI's form."""
+
 
 @dataclass
 class ChunkEvents:
     """Chunks of a chat or of a completion."""
 
-    asked: Asked
-    head: Head
+    request: GenerationRequest
+    info: AnswerInfo
     tokenizer: Tokenizer
     is_chat: bool
 
     def begin(self) -> Iterator[bytes]:
         if self.is_chat:
-            for index in range(len(self.asked.prompts) * self.asked.num_choices):
+            for index in range(len(self.request.prompts) * self.request.num_choices):
                 delta = {"role": "assistant", "content": ""}
                 yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
@@ -67,20 +70,23 @@ class ChunkEvents:
         yield self._chunk([{"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason}])
 
     def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
-        if self.asked.include_usage:
-            yield self._chunk([], usage=usage(completions, self.asked.num_choices))
+        if self.request.include_usage:
+            yield self._chunk([], usage=usage(completions, self.request.num_choices))
         yield b"data: [DONE]\n\n"
 
+    def error(self, error: Mapping[str, Any]) -> bytes:
+        return data_event({"error": error})
+
     def _chunk(self, choices: list[dict[str, Any]], **others: Any) -> bytes:
-        if self.asked.include_usage:
+        if self.request.include_usage:
             others = {"usage": None, **others}
         return data_event(
             {
-                "id": self.head.id,
+                "id": self.info.id,
                 "object": "chat.completion.chunk" if self.is_chat else "text_completion",
-                "created": self.head.created,
-                "model": self.head.model,
-                **self.head.others,
+                "created": self.info.created,
+                "model": self.info.model,
+                **self.info.others,
                 "choices": choices,
                 **others,
             }
@@ -91,14 +97,13 @@ class ChunkEvents:
 class ResponseEvents:
     """Events of `/v1/responses`."""
 
-    asked: Asked
-    head: Head
+    info: AnswerInfo
     body: Mapping[str, Any]
     _number: int = 0
 
     def begin(self) -> Iterator[bytes]:
-        response = response_body(self.head, self.asked, self.body, None)
-        item = _message(self.head, None)
+        response = response_body(self.info, self.body, None)
+        item = _message(self.info, None)
         yield self._event("response.created", response=response)
         yield self._event("response.in_progress", response=response)
         yield self._event("response.output_item.added", output_index=0, item=item)
@@ -110,36 +115,39 @@ class ResponseEvents:
 
     def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
         [completion] = completions
-        response = response_body(self.head, self.asked, self.body, completion)
+        response = response_body(self.info, self.body, completion)
         yield self._event("response.output_text.done", **self._where(), text=completion.text, logprobs=[])
         yield self._event("response.content_part.done", **self._where(), part=_part(completion.text))
-        yield self._event("response.output_item.done", output_index=0, item=_message(self.head, completion))
+        yield self._event("response.output_item.done", output_index=0, item=_message(self.info, completion))
         yield self._event(f"response.{response['status']}", response=response)
 
+    def error(self, error: Mapping[str, Any]) -> bytes:
+        return self._event("error", **{name: error[name] for name in ("code", "message", "param")})
+
     def _where(self) -> dict[str, Any]:
-        return {"item_id": _message_id(self.head), "output_index": 0, "content_index": 0}
+        return {"item_id": _message_id(self.info), "output_index": 0, "content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         return f"event: {kind}\n".encode() + data_event({"type": kind, "sequence_number": number, **fields})
 
 
-def response_body(head: Head, asked: Asked, body: Mapping[str, Any], completion: Completion | None) -> dict[str, Any]:
+def response_body(info: AnswerInfo, body: Mapping[str, Any], completion: Completion | None) -> dict[str, Any]:
     """The object that `/v1/responses` answers with; of an answer that is still to come if there is no completion."""
     is_cut = completion is not None and completion.finish_reason == "length"
     took = completion and usage([completion])
     return {
-        "id": head.id,
+        "id": info.id,
         "object": "response",
-        "created_at": head.created,
-        "model": head.model,
-        **head.others,
+        "created_at": info.created,
+        "model": info.model,
+        **info.others,
         "status": "in_progress" if completion is None else "incomplete" if is_cut else "completed",
         "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
-        "output": [_message(head, completion)] if completion else [],
+        "output": [_message(info, completion)] if completion else [],
         "parallel_tool_calls": True,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
@@ -163,18 +171,13 @@ def response_body(head: Head, asked: Asked, body: Mapping[str, Any], completion:
     }
 
 
-def make_events(url: str, asked: Asked, head: Head, tokenizer: Tokenizer, body: Mapping[str, Any]) -> Events:
-    """Those of an endpoint."""
+def make_events(
+    url: str, request: GenerationRequest, info: AnswerInfo, tokenizer: Tokenizer, body: Mapping[str, Any]
+) -> Events:
+    """The events of an endpoint's streams."""
     if url == protocol.RESPONSES:
-        return ResponseEvents(asked, head, body)
-    return ChunkEvents(asked, head, tokenizer, url == protocol.CHAT)
-
-
-def error_event(error: Mapping[str, Any], url: str) -> bytes:
-    """What a stream that cannot go on ends with."""
-    if url == protocol.RESPONSES:
-        return b"event: error\n" + data_event({"type": "error", **error["error"]})
-    return data_event(error)
+        return ResponseEvents(info, body)
+    return ChunkEvents(request, info, tokenizer, url == protocol.CHAT)
 
 
 def data_event(value: Mapping[str, Any]) -> bytes:
@@ -190,21 +193,21 @@ def encode_json(value: Any) -> bytes:
 _encode: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def _message(head: Head, completion: Completion | None) -> dict[str, Any]:
+def _message(info: AnswerInfo, completion: Completion | None) -> dict[str, Any]:
     status = (
         "in_progress" if completion is None else "incomplete" if completion.finish_reason == "length" else "completed"
     )
     return {
         "type": "message",
-        "id": _message_id(head),
+        "id": _message_id(info),
         "status": status,
         "role": "assistant",
         "content": [_part(completion.text)] if completion else [],
     }
 
 
-def _message_id(head: Head) -> str:
-    return head.id.replace("resp_", "msg_")
+def _message_id(info: AnswerInfo) -> str:
+    return info.id.replace("resp_", "msg_")
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -1,13 +1,11 @@
-"""A service as an ASGI app that speaks OpenAI's protocol. Knows HTTP; what an answer is, it does not."""
+"""A service as an ASGI app that speaks OpenAI's protocol. Knows HTTP, but not what an answer contains."""
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -22,24 +20,23 @@ from starlette.types import Receive, Scope, Send
 
 import llamajax
 from llamajax import checks
-from llamajax.answer import Piece, ServedStream
-from llamajax.errors import InternalError, LlamaJaxError, RequestError
+from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.llm import LLM
 from llamajax.text import one_line
-from llamajax.types import Completion, TokenLogprobs
 
 from . import answers, openapi, protocol
-from .answers import Choice
-from .events import Events, Head, error_event, make_events, response_body
+from .generation import Generation, IncompleteError, error_body, stopping
 from .json_object import read_object
 from .metrics import CONTENT_TYPE
 from .middleware import Bodies, Json, Key, error_response
-from .requests import READERS, Asked
+from .requests import READERS
 from .service import Service
 
-# While a request waits, a comment as often as this keeps proxies from giving it up.
-COMMENT_SECONDS = 15.0
-# A reader who takes nothing for so long is taken to be gone.
+T = TypeVar("T")
+
+# A body of more bytes is read in another thread, so that it does not hold up the answers to others.
+_LONG_BODY = 2**16
+# A client that reads nothing for this long is disconnected.
 SEND_SECONDS = 60.0
 _OPEN_PATHS = ("/", "/health", "/version", "/docs", "/openapi.json", "/favicon.ico")
 _PAGE = str(files("llamajax.serve") / "page")
@@ -62,15 +59,17 @@ def app(
 ) -> Starlette:
     """An ASGI app that serves a model, to run or to mount elsewhere.
 
+    The end of its lifespan ends the engine. An app that it is mounted in calls `app.state.service.close()` instead.
+
     Args:
       llm: the model.
-      name: that it is served under.
+      name: the model's, in requests and answers.
       slots: how many requests are answered at once.
       max_waiting: how many more may wait.
       deadline: seconds that a request may take; None for no limit.
-      api_key: what clients must send as their bearer token; None lets all in.
+      api_key: what clients must send as their bearer token; None lets everybody in.
       cors: origins whose pages may ask; "*" is all.
-      max_body_bytes: of a request.
+      max_body_bytes: the largest request body.
     """
     service = Service(lambda: llm, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
     return app_of(service, api_key=api_key, cors=cors, max_body_bytes=max_body_bytes)
@@ -79,14 +78,18 @@ def app(
 def app_of(
     service: Service, *, api_key: str | None = None, cors: Collection[str] = (), max_body_bytes: int = 2**24
 ) -> Starlette:
-    """As `app`, of a service that may still be loading its model."""
+    """As `app`, of a service that may still be loading its model.
+
+    Raises RequestError for an empty key, which would let everybody in.
+    """
+    if api_key is not None and not api_key.strip():
+        raise RequestError("the API key is empty: set one, or leave it out to let everybody in")
     middleware = [Middleware(Bodies, max_bytes=max_body_bytes)]
-    if api_key:
+    if api_key is not None:
         middleware.insert(0, Middleware(Key, key=api_key, open_paths=_OPEN_PATHS))
     if cors:
-        middleware.insert(
-            0, Middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
-        )
+        everything: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(cors), **everything))
     routes = [
         Route("/", _page, methods=["GET"]),
         Mount("/page", _PageFiles(directory=_PAGE)),
@@ -115,7 +118,7 @@ def app_of(
         exception_handlers={
             HTTPException: _http_error,
             LlamaJaxError: _llamajax_error,
-            _EndedError: _ended_error,
+            IncompleteError: _incomplete,
             Exception: _internal_error,
         },
     )
@@ -129,247 +132,55 @@ def app_of(
 
 async def _generate(url: str, request: Request) -> Response:
     service: Service = request.app.state.service
-    body = read_object(await request.body(), "the body")
+    body, asked = await _read(request, READERS[url])
     if (name := body.get("model")) not in (None, service.name):
         return _unknown_model(service, name)
-    asked = READERS[url](body)
-    head = Head(
-        f"{_PREFIXES[url]}{secrets.token_hex(12)}",
-        service.name,
-        {"system_fingerprint": f"llamajax-{llamajax.__version__}", "seed": asked.seed},
-    )
-    streams: list[ServedStream] = []
+    generation = Generation(url, asked, body, service)
     try:
-        await run_in_threadpool(service.submit, asked.choices(), streams)
-        echoes = await _echoes(service, asked, streams)
-        if asked.streams:
-            return _EventStream(_events(url, asked, head, body, service, streams, echoes), streams)
-        return await _whole(url, asked, head, body, service, streams, echoes)
+        await generation.submit()
+        if generation.request.streams:
+            return _EventStream(generation)
+        return Response(await generation.whole(), media_type="application/json")
     except asyncio.CancelledError:  # the server ends, or nobody is there to read this
-        _cancel(streams)
-        raise _stopping() from None
+        generation.cancel()
+        raise stopping() from None
     except BaseException:
-        _cancel(streams)
+        generation.cancel()
         raise
 
 
-_PREFIXES = {protocol.CHAT: "chatcmpl-", protocol.COMPLETIONS: "cmpl-", protocol.RESPONSES: "resp_"}
+async def _read(request: Request, reader: Callable[[Mapping[str, Any]], T]) -> tuple[dict[str, Any], T]:
+    """A body's fields, and what a reader makes of them."""
+    data = await request.body()
 
+    def read() -> tuple[dict[str, Any], T]:
+        fields = read_object(data, "the body")
+        request.state.names = fields.keys()  # an error may be about one of them
+        return fields, reader(fields)
 
-async def _whole(
-    url: str,
-    asked: Asked,
-    head: Head,
-    body: Mapping[str, Any],
-    service: Service,
-    streams: list[ServedStream],
-    echoes: list[Choice] | None,
-) -> Response:
-    """The answer when all of it is there."""
-    async for _ in _news(streams):
-        pass
-    completions = [_completion(stream) for stream in streams]
-    if url == protocol.RESPONSES:
-        return Json(response_body(head, asked, body, completions[0]))
-    choices = [Choice.of(completion) for completion in completions]
-    if echoes is not None:
-        choices = [_joined(echo, choice) for echo, choice in zip(echoes, choices, strict=True)]
-    answer = answers.answer_body(
-        url,
-        choices,
-        service.model.tokenizer,
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        usage=answers.usage(completions, asked.num_choices),
-    )
-    return Json({**answer, **head.others})
-
-
-async def _events(
-    url: str,
-    asked: Asked,
-    head: Head,
-    body: Mapping[str, Any],
-    service: Service,
-    streams: list[ServedStream],
-    echoes: list[Choice] | None,
-) -> AsyncIterator[bytes]:
-    """The answer as it comes. An error on the way is its last event."""
-    events = make_events(url, asked, head, service.model.tokenizer, body)
-    sent = [_Sent(stream) for stream in streams]
-    try:
-        for event in events.begin():
-            yield event
-        for index, echo in enumerate(echoes or ()):
-            sent[index].num_chars = len(echo.text)
-            for event in events.piece(index, echo):
-                yield event
-        async for news in _news(streams):
-            if news is None:
-                yield b": waiting\n\n"
-                continue
-            # What came together is sent together: to write to a socket takes longer than to make an event.
-            yield b"".join(_choice_events(events, news, sent[news.choice]))
-        for event in events.end([_completion(stream) for stream in streams]):
-            yield event
-    except asyncio.CancelledError:  # the server ends, or nobody is there to read this
-        yield error_event(_stopping().body, url)
-    except Exception as error:
-        yield error_event(_as_error_body(error), url)
-
-
-def _choice_events(events: Events, news: "_News", sent: "_Sent") -> Iterator[bytes]:
-    for piece in news.pieces:
-        yield from events.piece(news.choice, sent.part(piece.text, piece.num_tokens))
-    if news.ended:
-        completion = _completion(sent.stream)
-        yield from events.piece(
-            news.choice, sent.part("", len(completion.token_ids))._replace(finish_reason=completion.finish_reason)
-        )
-
-
-@dataclass
-class _Sent:
-    """How much of a choice was sent."""
-
-    stream: ServedStream
-    num_tokens: int = 0
-    num_chars: int = 0
-
-    def part(self, text: str, stop: int) -> Choice:
-        """The next part, up to the token `stop`."""
-        tokens = self.stream.tokens(self.num_tokens, stop)
-        wanted = tokens and self.stream.request.sampling.logprobs is not None
-        logprobs = [token.logprobs for token in tokens] if wanted else None
-        part = Choice(text, [token.id for token in tokens], logprobs, None, self.num_chars)
-        self.num_tokens = stop
-        self.num_chars += len(text)
-        return part
-
-
-class _News(NamedTuple):
-    """What has come of a stream.
-
-    Attributes:
-      choice: the stream's number.
-      ended: there will be no more.
-    """
-
-    choice: int
-    pieces: list[Piece]
-    ended: bool
-
-
-async def _news(streams: list[ServedStream]) -> AsyncIterator[_News | None]:
-    """What there is to read, as soon as it is there, until all streams have ended; None if nothing came for a while.
-
-    Raises what went wrong with a request.
-    """
-    bell = _Bell()
-    for stream in streams:
-        stream.on_change(bell.ring)
-    left = set(range(len(streams)))
-    while left:
-        if not await bell.wait(COMMENT_SECONDS):
-            yield None
-        for index in sorted(left):
-            news = _News(index, streams[index].take(), streams[index].ended)
-            if news.ended:
-                left.remove(index)
-            if news.pieces or news.ended:
-                yield news
-
-
-class _Bell:
-    """Wakes a task of an event loop from any thread, at most once until it has waited again."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-        self._event.set()  # what came before is looked at first
-        self._rung = False
-
-    def ring(self) -> None:
-        if not self._rung and not self._loop.is_closed():
-            self._rung = True
-            self._loop.call_soon_threadsafe(self._event.set)
-
-    async def wait(self, seconds: float) -> bool:
-        """False if it was not rung for so long."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        except TimeoutError:
-            return False
-        self._rung = False
-        self._event.clear()
-        return True
+    return await run_in_threadpool(read) if len(data) > _LONG_BODY else read()
 
 
 class _EventStream(Response):
-    """Server-sent events; whatever ends it, its requests end with it."""
+    """Server-sent events; whatever ends them, the generation ends with them."""
 
-    def __init__(self, events: AsyncIterator[bytes], streams: list[ServedStream]) -> None:
+    def __init__(self, generation: Generation) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
-        self._events = events
-        self._streams = streams
+        self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
+            async for event in self._generation.events():
                 async with asyncio.timeout(SEND_SECONDS):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             pass  # the connection is closed, since the response has no end
         finally:
-            _cancel(self._streams)
-
-
-def _completion(stream: ServedStream) -> Completion:
-    """An answer that has ended. Raises what kept it from being whole."""
-    completion = stream.completion
-    if completion.finish_reason == "timeout":
-        raise _EndedError(504, "the request took longer than this server allows", "deadline_exceeded")
-    if completion.finish_reason == "cancelled":
-        raise _stopping()
-    return completion
-
-
-def _cancel(streams: Iterable[ServedStream]) -> None:
-    for stream in streams:
-        stream.cancel()
-
-
-# ---- echo
-
-
-async def _echoes(service: Service, asked: Asked, streams: list[ServedStream]) -> list[Choice] | None:
-    """The prompts as parts of the answers, with log-probabilities if they are wanted."""
-    if not asked.echo:
-        return None
-    tokenizer = service.model.tokenizer
-    echoes = []
-    for prompt, first in zip(asked.prompts, streams[:: asked.num_choices], strict=True):
-        ids = list(first.request.token_ids)
-        logprobs: Sequence[TokenLogprobs | None] | None = None
-        if (num_top := first.request.sampling.logprobs) is not None:
-            logprobs = await asyncio.wrap_future(service.prompt_logprobs(ids, num_top))
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        echoes += [Choice(text, ids, logprobs, None)] * asked.num_choices
-    return echoes
-
-
-def _joined(echo: Choice, choice: Choice) -> Choice:
-    return choice._replace(
-        text=echo.text + choice.text,
-        token_ids=[*echo.token_ids, *choice.token_ids],
-        logprobs=None if echo.logprobs is None or choice.logprobs is None else [*echo.logprobs, *choice.logprobs],
-    )
+            self._generation.cancel()
 
 
 # ---- what the model is
@@ -402,8 +213,8 @@ def _unknown_model(service: Service, name: object) -> Response:
 
 async def _tokenize(request: Request) -> Response:
     llm = request.app.state.service.model
-    body = read_object(await request.body(), "the body")
-    asked = _Fields(body, "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs")
+    names = ("prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs")
+    _, asked = await _read(request, lambda body: _Fields(body, *names))
     ids = await run_in_threadpool(_token_ids, llm, asked)
     tokens = {"count": len(ids), "max_model_len": llm.max_seq_len, "tokens": ids}
     if asked.flag("return_token_strs", False):
@@ -424,8 +235,8 @@ def _token_ids(llm: LLM, asked: "_Fields") -> list[int]:
 
 async def _detokenize(request: Request) -> Response:
     llm = request.app.state.service.model
-    tokens = _Fields(read_object(await request.body(), "the body"), "tokens").get("tokens")
-    return Json({"prompt": await run_in_threadpool(_text, llm, tokens)})
+    _, asked = await _read(request, lambda body: _Fields(body, "tokens"))
+    return Json({"prompt": await run_in_threadpool(_text, llm, asked.get("tokens"))})
 
 
 def _text(llm: LLM, tokens: object) -> str:
@@ -490,7 +301,7 @@ async def _openapi(request: Request) -> Response:
 
 async def _health(request: Request) -> Response:
     service: Service = request.app.state.service
-    return Json({"status": service.status}, 200 if service.is_ready else 503)
+    return Json({"status": service.status}, 200 if service.state == "ready" else 503)
 
 
 async def _version(request: Request) -> Response:
@@ -504,34 +315,10 @@ async def _metrics(request: Request) -> Response:
 # ---- errors
 
 
-class _EndedError(Exception):
-    """An answer ended before it was whole, and not by the client."""
-
-    def __init__(self, status: int, message: str, code: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
-
-
-def _stopping() -> _EndedError:
-    return _EndedError(503, "the server is stopping: the answer is not whole", "server_stopping")
-
-
-def _as_error_body(error: Exception) -> Mapping[str, Any]:
-    if isinstance(error, _EndedError):
-        return error.body
-    if not isinstance(error, LlamaJaxError):
-        error = InternalError(f"internal error, {type(error).__name__}: {one_line(error)}")
-    return answers.error_body(error)
-
-
 async def _llamajax_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LlamaJaxError)
     status = answers.error_status(error)
-    names: Collection[str] = ()
-    if status == 400:
-        with suppress(RequestError):
-            names = read_object(await request.body()).keys()
+    names = getattr(request.state, "names", ())
     headers = {"Retry-After": "1"} if status in (429, 503) else None
     return Json(answers.error_body(error, names), status, headers)
 
@@ -545,11 +332,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return error_response(error.status_code, message.get(error.status_code, str(error.detail)), **(error.headers or {}))
 
 
-async def _ended_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, _EndedError)
+async def _incomplete(request: Request, error: Exception) -> Response:
+    assert isinstance(error, IncompleteError)
     # Clients that try again by themselves would wait as long again.
     return Json(error.body, error.status, {"x-should-retry": "false"} if error.status == 504 else None)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    return Json(_as_error_body(error), 500)
+    return Json(error_body(error), 500)

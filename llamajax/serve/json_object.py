@@ -16,7 +16,7 @@ def read_object(data: bytes, name: str = "the line") -> dict[str, Any]:
 
     Raises RequestError.
     """
-    # A byte order mark may be where files from Windows begin, wherever they were put together.
+    # `from_utf8` drops a byte order mark, which stands where files from Windows begin, wherever they were joined.
     text = from_utf8(data, name).rstrip("\r\n")
     try:
         found = json.loads(
@@ -40,7 +40,7 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(name: str = "the line") -> float:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 

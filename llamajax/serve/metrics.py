@@ -56,7 +56,8 @@ class Metrics:
     def answered(self, completion: Completion, queue_time: float) -> None:
         """Counts an answer that has ended."""
         self._success.labels(self._model, _REASONS[completion.finish_reason]).inc()
-        self._prompt_tokens.inc(completion.prompt_tokens)
+        if completion.timings.token_times:  # else it was given up before it was read
+            self._prompt_tokens.inc(completion.prompt_tokens)
         self._generation_tokens.inc(len(completion.token_ids))
         self._queue_time.observe(queue_time)
         self._prompt_len.observe(completion.prompt_tokens)

@@ -1,4 +1,4 @@
-"""What stands before the endpoints: who may ask, how much they may send, and whether they still wait. Plain ASGI."""
+"""ASGI middleware: the API key, the limit of a body, and cancelling when the client disconnects."""
 
 import asyncio
 import hmac
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .events import encode_json
 
-# A body that is too long is read on to here, and dropped: a client that is still sending would not read the answer.
+# Read and drop up to this much of a body that is too long: a client that is still sending would not read the error.
 _MAX_DROPPED_BYTES = 2**29
 BODY_SECONDS = 60.0
 
@@ -36,7 +36,7 @@ class Key:
 
     def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +53,8 @@ class Key:
         if path in self._open_paths or path.startswith("/page/"):
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return hmac.compare_digest(given, self._expected)
+        scheme, _, key = given.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
 
 
 class Bodies:
@@ -106,7 +107,7 @@ class Bodies:
         async def replay() -> Message:
             if messages:
                 return messages.pop()
-            await asyncio.Event().wait()  # who is gone is noticed here
+            await asyncio.Event().wait()  # `_disconnected` watches for the disconnect: this must never return
             raise AssertionError
 
         work = asyncio.ensure_future(self._app(scope, replay, send))

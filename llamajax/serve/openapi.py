@@ -30,7 +30,7 @@ _FIELDS = {
     "stream": ("boolean", "Send the answer as it is generated, as server-sent events."),
     "stream_options": ("object", "include_usage: true lets a stream end with what the request took."),
     "echo": ("boolean", "The prompt is a part of the answer."),
-    "logprobs": ("integer", "Log-probabilities of the tokens: a number in completions, true in chats."),
+    "logprobs": ("integer", "How many of the most probable tokens beside each; in chats true or false."),
     "top_logprobs": ("integer", "In chats, how many of the most probable tokens beside each; 0 to 20."),
     "logit_bias": ("object", "Token id -> what is added to its logit, in [-100, 100]."),
     "add_special_tokens": ("boolean", "Begin with the token that begins a text; true if it is left out."),
@@ -42,6 +42,12 @@ _GENERATED = {
     protocol.COMPLETIONS: ("Continue a text.", "prompt echo"),
     protocol.RESPONSES: ("Answer in the form of the Responses API; nothing is stored.", "input instructions"),
 }
+# Supported fields that this endpoint has not.
+_LACKING = {
+    protocol.CHAT: {"max_output_tokens"},
+    protocol.COMPLETIONS: {"max_output_tokens", "top_logprobs", "add_generation_prompt", "continue_final_message"},
+    protocol.RESPONSES: {"logprobs", "top_logprobs", "n", "best_of"},
+}
 _OTHERS = {
     ("post", "/tokenize"): (
         "Text or messages to token ids.",
@@ -50,6 +56,7 @@ _OTHERS = {
     ("post", "/detokenize"): ("Token ids to text.", "tokens"),
     ("get", "/tokenizer_info"): ("What the tokenizer is.", ""),
     ("get", "/v1/models"): ("The model that is served.", ""),
+    ("get", "/v1/models/{name}"): ("The same, by its name.", ""),
     ("get", "/health"): ("200 if the server is ready, 503 and what it is doing if not.", ""),
     ("get", "/version"): ("The version of llamajax.", ""),
     ("get", "/metrics"): ("Counters for Prometheus.", ""),
@@ -58,9 +65,9 @@ _OTHERS = {
 
 def schema() -> dict[str, Any]:
     """The description as OpenAPI 3.1."""
-    options = sorted(protocol.READ)
     paths: dict[str, Any] = {}
     for url, (summary, fields) in _GENERATED.items():
+        options = sorted(protocol.SUPPORTED_FIELDS - _LACKING[url])
         paths[url] = {"post": _operation(summary, [*fields.split(), *_SENT.split(), *options])}
     for (method, url), (summary, fields) in _OTHERS.items():
         paths[url] = {method: _operation(summary, fields.split())}

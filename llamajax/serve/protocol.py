@@ -37,7 +37,7 @@ _OPTIONS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logi
     "stop",
 }
 _LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")  # the last one counts
-READ = _OPTIONS | {*_LENGTHS, "logit_bias", "logprobs", "top_logprobs", "n", "best_of"}
+SUPPORTED_FIELDS = _OPTIONS | {*_LENGTHS, "logit_bias", "logprobs", "top_logprobs", "n", "best_of"}
 
 # Fields that change no answer: whose request it is, how it is transported, when it runs. There is one model.
 _WITHOUT_EFFECT = """
@@ -123,7 +123,7 @@ def read_options(body: Mapping[str, Any], *others: str) -> dict[str, Any]:
     Raises RequestError for a field that is unknown, or asks for what is not supported.
     """
     given = {name: value for name, value in body.items() if value is not None}
-    _check_names(given, {*READ, *_WITHOUT_EFFECT.split(), *others})
+    _check_names(given, {*SUPPORTED_FIELDS, *_WITHOUT_EFFECT.split(), *others})
     options = {name: given[name] for name in _OPTIONS & given.keys()}
     for name in _LENGTHS:
         if name in given:
@@ -165,6 +165,8 @@ def _check_names(given: Mapping[str, Any], known: set[str]) -> None:
         if name in known:
             continue
         if name in _NEUTRAL:
+            if isinstance(value, dict):
+                value = {key: item for key, item in value.items() if item is not None}
             if value not in _NEUTRAL[name]:
                 raise RequestError(f"{name} is not supported: leave it out")
         elif near := get_close_matches(name[:80].lower(), known, n=1, cutoff=0.75):

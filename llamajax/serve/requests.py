@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamajax import checks
@@ -13,7 +13,7 @@ from . import protocol
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """What a request asks for.
 
     Attributes:
@@ -23,6 +23,7 @@ class Asked:
       streams: the answer is sent as it is generated.
       include_usage: a stream ends with what the request took.
       echo: the prompt is a part of the answer.
+      echo_only: and all of it: no tokens are wanted.
     """
 
     prompts: list[protocol.Prompt]
@@ -32,6 +33,11 @@ class Asked:
     streams: bool = False
     include_usage: bool = False
     echo: bool = False
+    echo_only: bool = False
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompts) * self.num_choices
 
     def choices(self) -> Iterator[tuple[protocol.Prompt, dict[str, Any]]]:
         """The prompt and the options of each answer, in their order."""
@@ -40,24 +46,28 @@ class Asked:
                 yield prompt, {**self.options, "seed": protocol.choice_seed(self.seed, i)}
 
 
-def read_chat(body: Mapping[str, Any]) -> Asked:
+def read_chat(body: Mapping[str, Any]) -> GenerationRequest:
     """A request to `/v1/chat/completions`. Raises RequestError."""
     return _read(body, [protocol.read_messages(body)], None, "messages")
 
 
-def read_completion(body: Mapping[str, Any]) -> Asked:
+def read_completion(body: Mapping[str, Any]) -> GenerationRequest:
     """A request to `/v1/completions`. Raises RequestError."""
-    return _read(body, list(protocol.read_prompts(body)), 16, "prompt", "echo")
+    echo_only = _flag(body, "echo") and body.get("max_tokens") == 0
+    if echo_only:  # the engine draws at least one
+        body = {**body, "max_tokens": 1}
+    request = _read(body, list(protocol.read_prompts(body)), 16, "prompt", "echo")
+    return replace(request, echo_only=echo_only)
 
 
-def read_response(body: Mapping[str, Any]) -> Asked:
+def read_response(body: Mapping[str, Any]) -> GenerationRequest:
     """A request to `/v1/responses`: what was said before comes in the input. Raises RequestError."""
     given = body.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise RequestError("input must be a text, or a list of messages with a role and a content")
     for item in items:
-        if item.get("type", "message") != "message":
+        if item.get("type") not in (None, "message"):
             raise RequestError(f"input of type {checks.shown(item['type'])} is not supported: only messages are")
     messages: list[Message] = protocol.read_messages(
         {
@@ -74,21 +84,26 @@ def read_response(body: Mapping[str, Any]) -> Asked:
     return _read(body, [messages], None, "input", "instructions")
 
 
-READERS: dict[str, Callable[[Mapping[str, Any]], Asked]] = {
+READERS: dict[str, Callable[[Mapping[str, Any]], GenerationRequest]] = {
     protocol.CHAT: read_chat,
     protocol.COMPLETIONS: read_completion,
     protocol.RESPONSES: read_response,
 }
 
 
-def _read(body: Mapping[str, Any], prompts: list[protocol.Prompt], length: int | None, *others: str) -> Asked:
+def _read(
+    body: Mapping[str, Any], prompts: list[protocol.Prompt], length: int | None, *others: str
+) -> GenerationRequest:
     given = _given(body)
     options = {"max_new_tokens": length, **protocol.read_options(given, *others)}
     seed = options.pop("seed", None)  # one that is drawn has no more bits than a number in JavaScript
     stream_options = given.get("stream_options", {})
     if not isinstance(stream_options, dict):
         raise RequestError(f"stream_options must be an object, not {checks.shown(stream_options)}")
-    return Asked(
+    for name, value in stream_options.items():
+        if value and name not in ("include_usage", "include_obfuscation"):
+            raise RequestError(f"stream_options.{name:.80} is not supported: leave it out")
+    return GenerationRequest(
         prompts,
         options,
         secrets.randbits(53) if seed is None else protocol.choice_seed(seed, 0),

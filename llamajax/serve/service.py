@@ -1,21 +1,22 @@
 """A model's life in a server: it is loaded, compiled, answers, and stops. Knows no HTTP."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Thread, Timer, main_thread
-from typing import Any, Literal
+from contextlib import suppress
+from threading import Lock, Thread, Timer, main_thread
+from typing import Literal
 from weakref import WeakSet
 
 import jax
 
 from llamajax.answer import ServedStream
-from llamajax.errors import RequestError, UnavailableError
+from llamajax.errors import InternalError, RequestError, UnavailableError
 from llamajax.llm import LLM, Server
 from llamajax.types import TokenLogprobs
 
 from .metrics import Metrics
-from .protocol import Prompt
+from .requests import GenerationRequest
 
 State = Literal["loading", "compiling", "ready", "stopping", "failed"]
 
@@ -25,13 +26,12 @@ class Service:
 
     Args:
       load: gives the model; called in a thread.
-      name: that it is served under.
+      name: the model's, in requests and answers.
       slots: how many requests are answered at once.
       max_waiting: how many more may wait.
       deadline: seconds that a request may take; None for no limit.
 
     Attributes:
-      state: "compiling" is ready for requests, but the first of a kind may wait for a program.
       error: why it has failed.
       llm: the model, once it is loaded.
       created: when the service was, in seconds since 1970.
@@ -47,9 +47,7 @@ class Service:
         deadline: float | None = None,
     ) -> None:
         self.name = name
-        self.max_waiting = max_waiting
         self.created = int(time.time())
-        self.state: State = "loading"
         self.error: Exception | None = None
         self.llm: LLM | None = None
         self.metrics = Metrics(
@@ -60,59 +58,45 @@ class Service:
         )
         self._load = load
         self._slots = slots
+        self._max_waiting = max_waiting
         self._deadline = deadline
         self._server: Server | None = None
-        self._compiled = 0, 0
+        self._progress = 0, 0  # programs compiled, of how many
+        self._is_compiled = self._is_stopping = self._is_closed = False
+        self._changing = Lock()
         self._streams: WeakSet[ServedStream] = WeakSet()
-        # Scores are computed one after the other, and those of a client that has left are not.
+        # Texts are scored one after the other, and those of a client that has left are not.
         self._scoring = ThreadPoolExecutor(1, "llamajax scores")
         # No daemon: XLA aborts the process if the interpreter ends a thread that compiles.
         self._starting = Thread(target=self._start, name="llamajax service")
         self._starting.start()
 
     @property
-    def is_ready(self) -> bool:
-        """Whether all is compiled, and the engine lives."""
-        return self.state == "ready" and self.is_alive
+    def state(self) -> State:
+        """ "compiling" takes requests, but the first of a kind may wait for a program."""
+        if not self.is_alive:
+            return "failed"
+        if self._is_stopping:
+            return "stopping"
+        return "loading" if self._server is None else "ready" if self._is_compiled else "compiling"
 
     @property
     def is_alive(self) -> bool:
-        """False if it can never answer again, though nobody asked it to stop."""
-        return self.state != "failed" and (self._server is None or self.state == "stopping" or self._server.is_alive)
+        """False if it can never answer again, though nobody closed it."""
+        return self.error is None and (self._server is None or self._is_closed or self._server.is_alive)
 
     @property
     def status(self) -> str:
         """What it is doing, in words."""
-        if not self.is_alive:
-            return f"failed: {self.error or 'the engine has stopped'}"
-        if self.state == "loading":
-            return f"loading {self.name}"
-        if self.state == "compiling":
-            done, total = self._compiled
-            return f"compiling: {done} of {total} programs" if total else "compiling"
-        return self.state
-
-    def submit(self, asked: Iterable[tuple[Prompt, Mapping[str, Any]]], streams: list[ServedStream]) -> None:
-        """Asks for answers to prompts, each with options of its own, and adds them to the list one by one.
-
-        Raises UnavailableError before the model is loaded and after `stop`, QueueFullError, and what
-        `Server.submit` raises; the answers that are in the list then are the caller's to cancel.
-        """
-        server = self.server
-        asked = list(asked)
-        if len(asked) > self.max_waiting:
-            raise RequestError(
-                f"a request may ask for {self.max_waiting} answers, not {len(asked)}: send several requests"
-            )
-        for prompt, options in asked:
-            streams.append(server.submit(prompt, deadline=self._deadline, **options))
-            self._streams.add(streams[-1])
-        if self.state == "stopping":  # it came in between
-            self._cancel()
-
-    def prompt_logprobs(self, token_ids: list[int], num_top: int) -> Future[tuple[TokenLogprobs | None, ...]]:
-        """As `LLM.prompt_logprobs`, in its turn. Cancel it if it is not wanted any more."""
-        return self._scoring.submit(self.model.prompt_logprobs, token_ids, num_top)
+        match self.state:
+            case "failed":
+                return f"failed: {self.error or 'the engine has stopped'}"
+            case "loading":
+                return f"loading {self.name}"
+            case "compiling":
+                return "compiling: {} of {} programs".format(*self._progress)
+            case state:
+                return state
 
     @property
     def model(self) -> LLM:
@@ -124,55 +108,82 @@ class Service:
     @property
     def server(self) -> Server:
         """Raises UnavailableError if it takes no requests now."""
-        if self._server is None or self.state == "stopping" or not self.is_alive:
+        if self._server is None or self.state not in ("compiling", "ready"):
             raise UnavailableError(f"{self.status}: try again later")
         return self._server
 
+    def submit(self, request: GenerationRequest, streams: list[ServedStream]) -> None:
+        """Asks for all answers to a request, and adds them to the list one by one.
+
+        Raises UnavailableError before the model is loaded and after `stop`, QueueFullError, and what
+        `Server.submit` raises; the answers that are in the list then are the caller's to cancel.
+        """
+        server, most = self.server, self._slots + self._max_waiting
+        if request.num_answers > most:
+            raise RequestError(
+                f"a request may ask for {most} answers, not {request.num_answers}: send several requests"
+            )
+        for prompt, options in request.choices():
+            stream = server.submit(prompt, deadline=self._deadline, **options)
+            streams.append(stream)
+            with self._changing:
+                self._streams.add(stream)
+
+    def prompt_logprobs(self, token_ids: list[int], num_top: int) -> Future[tuple[TokenLogprobs | None, ...]]:
+        """As `LLM.prompt_logprobs`, in its turn. Cancel it if it is not wanted any more."""
+        return self._scoring.submit(self.model.prompt_logprobs, token_ids, num_top)
+
     def stop(self, seconds: float) -> None:
         """Takes no more requests; those that still run after so many seconds are cancelled. Returns at once."""
-        self.state = "stopping"
+        self._is_stopping = True
         timer = Timer(seconds, self._cancel)
         timer.daemon = True
         timer.start()
 
     def close(self) -> None:
-        """Cancels all requests and ends the engine."""
-        self.state = "stopping"
+        """Cancels all requests and ends the engine. May be called again."""
+        with self._changing:
+            if not self.is_alive:
+                self.error = self.error or InternalError("the engine has stopped")
+            self._is_stopping = self._is_closed = True
         self._scoring.shutdown(wait=False, cancel_futures=True)
         if self._server:
             self._server.close()
-        jax.monitoring.unregister_event_duration_listener(self._count_late)
+        with suppress(AssertionError, ValueError):  # it is not there any more
+            jax.monitoring.unregister_event_duration_listener(self._count_late)
 
     def _cancel(self) -> None:
-        for stream in list(self._streams):
+        with self._changing:
+            streams = list(self._streams)
+        for stream in streams:
             stream.cancel()
 
     def _start(self) -> None:
         try:
+            llm = self._load()
+            with self._changing:
+                if self._is_closed:
+                    return
+                self.llm = llm
+                self._server = llm.serve_requests(
+                    slots=self._slots, max_waiting=self._max_waiting, on_answer=self.metrics.answered
+                )
+            self._server.compile(self._note_progress)
             jax.monitoring.register_event_duration_secs_listener(self._count_late)
-            self.llm = self._load()
-            self._server = self.llm.serve_requests(
-                slots=self._slots, max_waiting=self.max_waiting, on_answer=self.metrics.answered
-            )
-            self._go_on("loading", "compiling")
-            self._server.compile(self._note_compiled)
-            self._go_on("compiling", "ready")
+            self._is_compiled = True
         except _StoppedError:
             pass
         except Exception as error:
-            self.error, self.state = error, "failed"
+            if not self._is_closed:
+                self.error = error
 
-    def _go_on(self, before: State, after: State) -> None:
-        if self.state == before:  # and was not stopped
-            self.state = after
-
-    def _note_compiled(self, done: int, total: int) -> None:
-        self._compiled = done, total
-        if self.state == "stopping" or not main_thread().is_alive():  # the interpreter waits for this thread
+    def _note_progress(self, done: int, total: int) -> None:
+        self._progress = done, total
+        if self._is_stopping or not main_thread().is_alive():  # the interpreter waits for this thread
             raise _StoppedError
 
     def _count_late(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration" and self.state == "ready":
+        if event == "/jax/core/compile/backend_compile_duration":
             self.metrics.compiled_late()
 
 

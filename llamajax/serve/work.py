@@ -1,12 +1,37 @@
 """How much of a batch is left, in tokens: what a line costs, and when an answer may end. Knows no clock."""
 
-from collections import Counter
+from collections import Counter, deque
 from itertools import accumulate
 
 # Measured with the native kernels, in the cost of a token in a step of many: reading a token, and a step by itself.
 _READ = 0.4
 _STEP = 5.0
 _BYTES_PER_TOKEN = 4
+
+
+class Pace:
+    """How fast work is done lately: in the second half of the time since the first look.
+
+    The first part is slower: programs are compiled, and few requests run.
+    """
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, float]] = deque()
+        self._began: float | None = None
+
+    def look(self, now: float, done: float) -> float:
+        """What is done in a second.
+
+        Args:
+          now: of any clock, in seconds.
+          done: so far.
+        """
+        self._began = now if self._began is None else self._began
+        self._looks.append((now, done))
+        while len(self._looks) > 1 and self._looks[1][0] <= (self._began + now) / 2:
+            self._looks.popleft()
+        since, done_before = self._looks[0]
+        return (done - done_before) / (now - since) if now > since else 0.0
 
 
 class Work:

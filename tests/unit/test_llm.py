@@ -330,6 +330,10 @@ def test_prompt_logprobs(llama: LLM) -> None:
     assert [token.top[0][1] for token in rest if token] == pytest.approx(scores.max(-1), abs=1e-4)
     assert {len(token.top) for token in rest if token} == {2}
     assert llama.prompt_logprobs([5]) == (None,)
+    for length in (2, 10, 15, 17, 33, 64, 100):  # padded as for the logits: rounding sees the padding
+        scores = np.asarray(jax.nn.log_softmax(llama.logits(ids[:length])[:-1]))
+        found = [token.logprob for token in llama.prompt_logprobs(ids[:length]) if token]
+        assert found == pytest.approx(scores[np.arange(length - 1), ids[1:length]].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("length", [2, 6, 16, 17, 33])

@@ -17,11 +17,12 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import llamajax.serve
-from llamajax import LLM, load
+from llamajax import LLM, RequestError, ServedStream, UnavailableError, load
 from llamajax.serve import middleware, openapi, protocol
 from llamajax.serve.connection import Connection
 
 QUESTION = [{"role": "user", "content": "Say hello."}]
+NAMES = ("tokens", "token_logprobs", "top_logprobs")
 LONG = {"messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
 
 
@@ -142,6 +143,27 @@ def test_echo_scores_the_prompt(llama: LLM, server: Running) -> None:
     assert body["usage"]["prompt_tokens"] == len(ids) + 5
 
 
+def test_echo_alone(llama: LLM, server: Running) -> None:
+    asked = {"prompt": "One, two, three", "echo": True, "max_tokens": 0, "logprobs": 0}
+    body = server.post(protocol.COMPLETIONS, **asked)
+    [choice] = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("One, two, three", "length")
+    assert body["usage"]["completion_tokens"] == 0
+    ids = llama.tokenizer.encode("One, two, three")
+    assert choice["logprobs"]["tokens"] == [llama.tokenizer.token_bytes(i).decode() for i in ids]
+    # The token that is there is among the most probable ones, as OpenAI's has it.
+    for text, logprob, top in list(zip(*(choice["logprobs"][name] for name in NAMES), strict=True))[1:]:
+        assert top == {text: logprob}
+    chunks = server.events(protocol.COMPLETIONS, **asked)[:-1]
+    assert "".join(part["text"] for chunk in chunks for part in chunk["choices"]) == "One, two, three"
+
+
+def test_null_is_as_if_it_was_left_out(server: Running) -> None:
+    item = {"type": None, "role": "user", "content": "Hi", "id": None, "phase": None}
+    nulls = {"reasoning": {"effort": None, "summary": None}, "logprobs": None, "temperature": None, "stop": None}
+    assert server.post(protocol.RESPONSES, input=[item], max_output_tokens=2, **nulls)["output"]
+
+
 def test_text_that_utf_8_cannot_have(server: Running) -> None:
     response = server.client.post(
         protocol.COMPLETIONS,
@@ -227,10 +249,15 @@ def test_responses(server: Running) -> None:
         (protocol.RESPONSES, {"input": "Hi", "top_logprobs": 2}, 400, "top_logprobs is not supported in responses"),
         (protocol.CHAT, {"messages": QUESTION, "echo": True}, 400, "echo is not supported"),
         (protocol.COMPLETIONS, {}, 400, "expected a prompt"),
-        (protocol.COMPLETIONS, {"prompt": ["x"] * 9}, 400, "may ask for 8 answers, not 9"),
+        (protocol.COMPLETIONS, {"prompt": ["x"] * 13}, 400, "may ask for 12 answers, not 13"),
         (protocol.COMPLETIONS, {"prompt": [999999]}, 400, "token ids must be from 0"),
         (protocol.RESPONSES, {"input": [{"type": "function_call_output"}]}, 400, "only messages are"),
         (protocol.RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, 400, "previous_response_id is not"),
+        (protocol.RESPONSES, {"input": "x", "top_logprobs": 3}, 400, "top_logprobs is not supported in responses"),
+        (protocol.CHAT, {"messages": QUESTION, "stream_options": {"continuous_usage_stats": True}}, 400, "continuous"),
+        (protocol.CHAT, {"messages": QUESTION, "x" * 100_000: 1}, 400, "unknown field"),
+        (protocol.COMPLETIONS, {"prompt": [""] * 100_000, "n": 128}, 400, "may ask for 12 answers, not 12800000"),
+        (protocol.COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 400, "max_tokens must be"),
         ("/tokenize", {}, 400, "expected a prompt"),
         ("/detokenize", {"tokens": [-1]}, 400, "each of tokens"),
         ("/v1/embeddings", {}, 404, "there is no /v1/embeddings here"),
@@ -325,7 +352,7 @@ def test_the_description_names_each_field(server: Running) -> None:
     described = server.client.get("/openapi.json").json()
     assert described == openapi.schema()
     fields = described["paths"][protocol.CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(fields["properties"]) >= protocol.READ
+    assert set(fields["properties"]) >= protocol.SUPPORTED_FIELDS - {"max_output_tokens"}
     page = server.client.get("/docs").text
     assert all(path in page for path in described["paths"])
 
@@ -353,6 +380,44 @@ def test_a_key_is_needed(llama: LLM) -> None:
         )
     finally:
         running.close()
+
+
+def test_an_empty_key_is_refused(llama: LLM) -> None:
+    with pytest.raises(RequestError, match="the API key is empty"):
+        llamajax.serve.app(llama, api_key="")
+
+
+def test_a_dead_engine_is_said(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = llamajax.serve.app(llama, name="small", slots=1).state.service
+    while service.state == "loading":
+        time.sleep(0.01)
+
+    def fails() -> bool:
+        raise SystemExit
+
+    monkeypatch.setattr(service.server._engine, "step", fails)
+    service.server.submit("x")
+    service.server._concurrent._thread.join()
+    assert (service.state, service.is_alive) == ("failed", False)
+    with pytest.raises(UnavailableError, match="the engine has stopped"):
+        _ = service.server
+    service.stop(1)
+    service.close()
+    assert service.state == "failed" and service.error
+
+
+def test_stopping_lets_what_runs_end(llama: LLM) -> None:
+    service = llamajax.serve.app(llama, name="small", slots=1, max_waiting=3).state.service
+    while service.state == "loading":
+        time.sleep(0.01)
+    streams: list[ServedStream] = []
+    service.submit(READERS[protocol.COMPLETIONS]({"prompt": ["x", "y"], "max_tokens": 30, "ignore_eos": True}), streams)
+    service.stop(60)
+    with pytest.raises(UnavailableError, match="stopping"):
+        service.submit(READERS[protocol.COMPLETIONS]({"prompt": "z"}), streams)
+    assert [stream.finish().finish_reason for stream in streams] == ["length"] * 2
+    service.close()
+    assert service.state == "stopping"
 
 
 def test_a_body_that_is_too_long(llama: LLM) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llamajax.serve.work import Work
+from llamajax.serve.work import Pace, Work
 
 Lengths = Callable[[random.Random], tuple[int, int, int]]  # the most tokens, those it takes, bytes of the prompt
 
@@ -73,3 +73,15 @@ def test_a_request_that_failed_leaves_nothing() -> None:
     work.add(1, 50, 100)
     work.end(0, by_itself=False)
     assert work.left == pytest.approx(50 + 50 * 5 + 0.4 * 25)
+
+
+def test_a_slow_start_is_forgotten() -> None:
+    pace, done = Pace(), 0.0
+    for tick in range(100):  # of a tenth of a second: the first 20 at a third of the speed
+        done += 1 if tick < 20 else 3
+        speed = pace.look(tick / 10, done)
+        if tick >= 40:
+            assert speed == pytest.approx(30, rel=0.05)
+        elif tick >= 26:
+            assert 20 <= speed <= 31
+    assert Pace().look(5.0, 7.0) == 0

@@ -1,0 +1,264 @@
+"""One request's answers, from the engine to what is sent: whole, or piece by piece. Knows no HTTP."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from starlette.concurrency import run_in_threadpool
+
+import llamajax
+from llamajax.answer import Piece, ServedStream
+from llamajax.errors import InternalError, LlamaJaxError, RequestError
+from llamajax.text import one_line
+from llamajax.types import Completion, TokenLogprobs
+
+from . import answers, protocol
+from .answers import Choice
+from .events import AnswerInfo, Events, encode_json, make_events, response_body
+from .requests import GenerationRequest
+from .service import Service
+
+# A comment at this interval keeps proxies from closing an idle stream.
+COMMENT_SECONDS = 15.0
+# Of one request: each takes about 100 bytes of JSON.
+MAX_LOGPROBS = 4_000_000
+_ID_PREFIXES = {protocol.CHAT: "chatcmpl-", protocol.COMPLETIONS: "cmpl-", protocol.RESPONSES: "resp_"}
+
+
+class IncompleteError(Exception):
+    """An answer ended before it was whole, and not by the client.
+
+    Attributes:
+      status: HTTP's.
+      body: the error in OpenAI's form.
+    """
+
+    def __init__(self, status: int, message: str, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
+
+
+def stopping() -> IncompleteError:
+    """Why an answer ends that nobody ended."""
+    return IncompleteError(503, "the server is stopping: the answer is not whole", "server_stopping")
+
+
+def error_body(error: Exception) -> Mapping[str, Any]:
+    """Any error in OpenAI's form."""
+    if isinstance(error, IncompleteError):
+        return error.body
+    if not isinstance(error, LlamaJaxError):
+        error = InternalError(f"internal error, {type(error).__name__}: {one_line(error)}")
+    return answers.error_body(error)
+
+
+@dataclass
+class Generation:
+    """The answers to one request.
+
+    Attributes:
+      url: the endpoint.
+      request: what it asks for.
+      body: the same, as it came.
+    """
+
+    url: str
+    request: GenerationRequest
+    body: Mapping[str, Any]
+    service: Service
+    _streams: list[ServedStream] = field(default_factory=list)
+
+    async def submit(self) -> None:
+        """Hands it to the engine. Raises as `Service.submit`; RequestError for too many log-probabilities."""
+        self._info = AnswerInfo(
+            f"{_ID_PREFIXES[self.url]}{secrets.token_hex(12)}",
+            self.service.name,
+            {"system_fingerprint": f"llamajax-{llamajax.__version__}", "seed": self.request.seed},
+        )
+        self._tokenizer = self.service.model.tokenizer
+        await run_in_threadpool(self.service.submit, self.request, self._streams)
+        wanted = 0
+        for stream in self._streams:
+            if (num_top := stream.request.sampling.logprobs) is not None:
+                length = stream.request.max_new_tokens + self.request.echo * len(stream.request.token_ids)
+                wanted += min(length, self.service.model.max_seq_len) * (num_top + 1)
+        if wanted > MAX_LOGPROBS:
+            raise RequestError(
+                f"the answer may have {MAX_LOGPROBS} log-probabilities, not {wanted}: ask for fewer logprobs, tokens "
+                "or answers at once"
+            )
+
+    def cancel(self) -> None:
+        """Ends what is not finished."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def whole(self) -> bytes:
+        """The answers as JSON, when all of them are there."""
+        echoes = await self._echoes()
+        async for _ in _updates(self._streams):
+            pass
+        return await run_in_threadpool(self._whole, [self._completion(stream) for stream in self._streams], echoes)
+
+    def _whole(self, completions: list[Completion], echoes: list[Choice] | None) -> bytes:
+        if self.url == protocol.RESPONSES:
+            return encode_json(response_body(self._info, self.body, completions[0]))
+        choices = [Choice.of(completion) for completion in completions]
+        if echoes is not None:
+            choices = [_joined(echo, choice) for echo, choice in zip(echoes, choices, strict=True)]
+        answer = answers.answer_body(
+            self.url,
+            choices,
+            self._tokenizer,
+            id=self._info.id,
+            created=self._info.created,
+            model=self._info.model,
+            usage=answers.usage(completions, self.request.num_choices),
+        )
+        return encode_json({**answer, **self._info.others})
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answers as server-sent events, as they come. An error on the way is the last event."""
+        events = make_events(self.url, self.request, self._info, self._tokenizer, self.body)
+        sent = [_SentSoFar(stream) for stream in self._streams]
+        try:
+            yield b"".join(events.begin())
+            for index, echo in enumerate(await self._echoes() or ()):
+                sent[index].num_chars = len(echo.text)
+                yield b"".join(events.piece(index, echo))
+            async for update in _updates(self._streams):
+                # What came together is sent together: a write to a socket takes longer than to make an event.
+                yield (
+                    b": waiting\n\n" if update is None else b"".join(self._pieces(events, update, sent[update.stream]))
+                )
+            yield b"".join(events.end([self._completion(stream) for stream in self._streams]))
+        except asyncio.CancelledError:  # the server ends, or nobody is there to read this
+            yield events.error(stopping().body["error"])
+        except Exception as error:
+            yield events.error(error_body(error)["error"])
+
+    def _pieces(self, events: Events, update: "_Update", sent: "_SentSoFar") -> Iterator[bytes]:
+        for piece in () if self.request.echo_only else update.pieces:
+            yield from events.piece(update.stream, sent.part(piece.text, piece.num_tokens))
+        if update.ended:
+            completion = self._completion(sent.stream)
+            last = sent.part("", len(completion.token_ids))
+            yield from events.piece(update.stream, last._replace(finish_reason=completion.finish_reason))
+
+    def _completion(self, stream: ServedStream) -> Completion:
+        """An answer that has ended. Raises IncompleteError if it is not whole."""
+        completion = stream.completion
+        if completion.finish_reason == "timeout":
+            raise IncompleteError(504, "the request took longer than this server allows", "deadline_exceeded")
+        if completion.finish_reason == "cancelled":
+            raise stopping()
+        if self.request.echo_only:
+            logprobs = None if completion.logprobs is None else ()
+            return replace(completion, text="", token_ids=(), logprobs=logprobs, finish_reason="length")
+        return completion
+
+    async def _echoes(self) -> list[Choice] | None:
+        """The prompts as parts of the answers, with log-probabilities if they are wanted; None without echo."""
+        if not self.request.echo:
+            return None
+        echoes: list[Choice] = []
+        firsts = self._streams[:: self.request.num_choices]
+        for prompt, first in zip(self.request.prompts, firsts, strict=True):
+            ids = list(first.request.token_ids)
+            logprobs: Sequence[TokenLogprobs | None] | None = None
+            if (num_top := first.request.sampling.logprobs) is not None:
+                logprobs = await asyncio.wrap_future(self.service.prompt_logprobs(ids, num_top))
+            text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+            echoes += [Choice(text, ids, logprobs, None)] * self.request.num_choices
+        return echoes
+
+
+def _joined(echo: Choice, choice: Choice) -> Choice:
+    return choice._replace(
+        text=echo.text + choice.text,
+        token_ids=[*echo.token_ids, *choice.token_ids],
+        logprobs=None if echo.logprobs is None or choice.logprobs is None else [*echo.logprobs, *choice.logprobs],
+    )
+
+
+@dataclass
+class _SentSoFar:
+    """How much of a choice was sent."""
+
+    stream: ServedStream
+    num_tokens: int = 0
+    num_chars: int = 0
+
+    def part(self, text: str, stop: int) -> Choice:
+        """The next part, up to the token `stop`."""
+        tokens = self.stream.tokens(self.num_tokens, stop)
+        wanted = tokens and self.stream.request.sampling.logprobs is not None
+        logprobs = [token.logprobs for token in tokens] if wanted else None
+        part = Choice(text, [token.id for token in tokens], logprobs, None, self.num_chars)
+        self.num_tokens = stop
+        self.num_chars += len(text)
+        return part
+
+
+class _Update(NamedTuple):
+    """What is new in a stream.
+
+    Attributes:
+      stream: its number.
+      ended: there will be no more.
+    """
+
+    stream: int
+    pieces: list[Piece]
+    ended: bool
+
+
+async def _updates(streams: list[ServedStream]) -> AsyncIterator[_Update | None]:
+    """What there is to read, as soon as it is there, until all streams have ended; None if nothing came for a while.
+
+    Raises what went wrong with a request.
+    """
+    wakeup = _Wakeup()
+    for stream in streams:
+        stream.on_change(wakeup)
+    left = set(range(len(streams)))
+    while left:
+        if not await wakeup.wait(COMMENT_SECONDS):
+            yield None
+        for index in sorted(left):
+            update = _Update(index, streams[index].take(), streams[index].ended)
+            if update.ended:
+                left.remove(index)
+            if update.pieces or update.ended:
+                yield update
+
+
+class _Wakeup:
+    """Wakes a task of an event loop from any thread, at most once until it has waited again."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+        self._event.set()  # what came before is looked at first
+        self._is_pending = False
+
+    def __call__(self) -> None:
+        if not self._is_pending:
+            self._is_pending = True
+            with suppress(RuntimeError):  # the loop was closed
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, seconds: float) -> bool:
+        """False if nothing happened for so long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        except TimeoutError:
+            return False
+        self._is_pending = False
+        self._event.clear()
+        return True
