@@ -14,7 +14,7 @@ class Concurrent:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: list[Job] = []
-        self._num_jobs = 0  # of the scheduler, between two steps
+        self._num_submitted = 0
         self._closed = False
         self._changed = Condition()
         self._thread = Thread(target=self._run, name="llamajax engine", daemon=True)
@@ -53,6 +53,7 @@ class Concurrent:
             if self._is_full():
                 raise QueueFullError(f"{self._engine.scheduler.max_waiting} requests wait already: try again later")
             self._inbox.append(job)
+            self._num_submitted += 1
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -64,7 +65,8 @@ class Concurrent:
 
     def _is_full(self) -> bool:
         scheduler = self._engine.scheduler
-        return len(self._inbox) + self._num_jobs >= scheduler.num_slots + scheduler.max_waiting
+        # The scheduler moves its jobs while it is asked; those that have ended only become more.
+        return self._num_submitted - scheduler.num_ended >= scheduler.num_slots + scheduler.max_waiting
 
     def _run(self) -> None:
         try:
@@ -87,10 +89,8 @@ class Concurrent:
                 for job in self._inbox:
                     self._engine.scheduler.submit(job)
                 self._inbox.clear()
-                self._num_jobs = self._engine.scheduler.num_jobs
                 if self._closed:
                     return
             busy = self._engine.step()
             with self._changed:
-                self._num_jobs = self._engine.scheduler.num_jobs
                 self._changed.notify_all()  # there may be room in the queue

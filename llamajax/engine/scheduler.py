@@ -78,12 +78,14 @@ class Scheduler:
       max_waiting: jobs that may wait.
       rows: the running jobs by their row on the device; None where a row is free.
       reading: the group whose prompts are being read.
+      num_ended: jobs that have ended so far.
     """
 
     num_slots: int
     max_waiting: int
     rows: list[Job | None] = field(default_factory=list)
     reading: list[Job] = field(default_factory=list)
+    num_ended: int = 0
     _waiting: deque[Job] = field(default_factory=deque)
 
     @property
@@ -170,6 +172,7 @@ class Scheduler:
             case _:
                 raise AssertionError(f"a {job.state} job cannot end")
         job.state = "ended"
+        self.num_ended += 1
         try:
             job.listener.end(reason, error)
         except Exception:
