@@ -32,22 +32,26 @@ class Choice(NamedTuple):
         return cls(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason)
 
 
-def usage(completions: Sequence[Completion], num_choices: int | None = None) -> dict[str, Any]:
-    """What answers took.
+def token_counts(completions: Sequence[Completion], num_choices: int | None = None) -> dict[str, int]:
+    """How many tokens the prompts and the answers have.
 
     Args:
       completions: of one prompt, or of several, `num_choices` of each.
       num_choices: all if None.
     """
-    firsts = completions[:: num_choices or len(completions)]
-    prompt_tokens = sum(completion.prompt_tokens for completion in firsts)
+    prompt_tokens = sum(completion.prompt_tokens for completion in completions[:: num_choices or len(completions)])
     generated = sum(len(completion.token_ids) for completion in completions)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(completion.cached_tokens for completion in firsts)},
     }
+
+
+def usage(completions: Sequence[Completion], num_choices: int | None = None) -> dict[str, Any]:
+    """As `token_counts`, in OpenAI's form."""
+    cached = sum(completion.cached_tokens for completion in completions[:: num_choices or len(completions)])
+    return {**token_counts(completions, num_choices), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def chat_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ class Source(NamedTuple):
             "digest": self.digest,
             **self.labels,
             **(choices[0] if len(choices) == 1 else several),
-            "usage": answers.usage(completions),
+            "usage": answers.token_counts(completions),
         }
 
     def _response(self, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
