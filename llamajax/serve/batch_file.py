@@ -76,7 +76,7 @@ class Source(NamedTuple):
                     id=f"{'chatcmpl' if self.url == protocol.CHAT else 'cmpl'}-{self.number}",
                     created=_CREATED,
                     model=model,
-                    usage=answers.usage(completions),
+                    usage=answers.token_counts(completions),
                 ),
             )
         choices = [_choice(completion, tokenizer) for completion in completions]
