@@ -232,7 +232,7 @@ def test_more_requests_than_may_wait(client: openai.OpenAI, model: str) -> None:
 
 def test_a_client_that_retries_gets_its_answer(url: str, model: str) -> None:
     async def ask() -> set[str]:
-        async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=10) as client:
+        async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=100) as client:
             asked: Any = {"model": model, "prompt": "Once", "max_tokens": 30, "seed": 1}
             answers = await asyncio.gather(*(client.completions.create(**asked) for _ in range(24)))
             return {answer.choices[0].text for answer in answers}
