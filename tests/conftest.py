@@ -13,6 +13,9 @@ import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Tests run scripts, too. Last, so that the package is the installed one, with its kernels, and not the sources.
+sys.path.append(str(Path(__file__).parents[1]))
+
 # Machines differ in speed, and a build must not fail by chance.
 settings.register_profile(
     "llamajax", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]

@@ -22,7 +22,7 @@ def url(shallow_model: str) -> Iterator[str]:
         yield str(client.base_url)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # while it is open an event loop runs, and no other test could run one
 def browser() -> Iterator["Browser"]:
     from playwright.sync_api import sync_playwright
 
