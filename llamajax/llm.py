@@ -159,6 +159,7 @@ class LLM:
         slots: int = 16,
         max_waiting: int = 1024,
         on_answer: Callable[[Completion, float], None] = lambda completion, queue_time: None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> "Server":
         """Starts a server of many requests at once: the concurrent strategy.
 
@@ -167,8 +168,9 @@ class LLM:
           max_waiting: how many more may wait.
           on_answer: called, from the engine's thread, with each answer that has ended and the seconds that it had
             waited for its turn.
+          on_step: called, from the engine's thread, after each step: whatever a step gives is there to read.
         """
-        return Server(self, Engine(self._runner, num_slots=slots, max_waiting=max_waiting), on_answer)
+        return Server(self, Engine(self._runner, num_slots=slots, max_waiting=max_waiting), on_answer, on_step)
 
     @overload
     def generate_batch(
@@ -340,11 +342,13 @@ class Server:
     A context manager: leaving it cancels what is not finished.
     """
 
-    def __init__(self, llm: LLM, engine: Engine, on_answer: Callable[[Completion, float], None]) -> None:
+    def __init__(
+        self, llm: LLM, engine: Engine, on_answer: Callable[[Completion, float], None], on_step: Callable[[], None]
+    ) -> None:
         self._llm = llm
         self._engine = engine
         self._on_answer = on_answer
-        self._concurrent = Concurrent(engine)
+        self._concurrent = Concurrent(engine, on_step)
 
     def __enter__(self) -> Self:
         return self

@@ -203,10 +203,16 @@ class _Progress:
     @contextmanager
     def of(self, run: BatchRun) -> Iterator[None]:
         """Shows it meanwhile."""
+        from llamajax.engine.compilations import on_compilation
+
         self._run = run
         self._began = time.monotonic()
         self._pace = Pace()
-        with progress_bar("lines", shown=self._shown, own_time=True) as self._bar:
+        self._compiling: list[float] = []  # seconds of each program
+        with (
+            on_compilation(self._compiling.append),
+            progress_bar("lines", shown=self._shown, own_time=True) as self._bar,
+        ):
             self._task = self._bar.add_task("", total=run.total, completed=run.finished)
             yield
 
@@ -221,6 +227,8 @@ class _Progress:
         if not self._shown or now < self._next_look:
             return
         self._next_look = now + self._SECONDS
-        speed, left = self._pace.look(now, self._run.work.done), self._run.work_left
+        # Programs are compiled early, and few of them later.
+        speed = self._pace.look(now - sum(self._compiling), self._run.work.done)
+        left = self._run.work_left
         time_left = f", {timedelta(seconds=round(left / speed))} left" if speed and left is not None else ""
         self._bar.update(self._task, completed=self._run.finished, description=f"{self.speed:.1f} tokens/s{time_left}")

@@ -5,14 +5,14 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from llamajax.bench.metrics import WarmUp
+from llamajax.engine.compilations import on_compilation
 from llamajax.errors import PromptTooLongError
 from llamajax.llm import LLM
 from llamajax.ops import PackedWeight, Stacked
@@ -53,12 +53,13 @@ class Session:
 
     def measure(self, warm_up: Callable[[], object], run: Callable[[], R]) -> tuple[list[R], dict[str, Any]]:
         """The runs, and what every `Result` says of them but the bandwidth of decoding."""
-        with _compilations() as compiled:
+        seconds: list[float] = []  # of each program
+        with on_compilation(seconds.append):
             began = time.perf_counter()
             warm_up()
-            warmed = WarmUp(time.perf_counter() - began, len(compiled), sum(compiled))
-        runs, bandwidths = [], [self._read_bandwidth()]
-        with _compilations() as compiled:
+            warmed = WarmUp(time.perf_counter() - began, len(seconds), sum(seconds))
+            seconds.clear()
+            runs, bandwidths = [], [self._read_bandwidth()]
             for _ in range(self.repeat):
                 runs.append(run())
                 bandwidths.append(self._read_bandwidth())
@@ -66,7 +67,7 @@ class Session:
             "read_bandwidth": max(bandwidths),
             "peak_bytes": _peak_bytes(self.llm._runner.device),
             "warm_up": warmed,
-            "programs_while_measured": len(compiled),
+            "programs_while_measured": len(seconds),
         }
 
     def kv_bytes(self, positions: float) -> int:
@@ -107,22 +108,6 @@ def _reader(device: jax.Device, nbytes: int) -> Callable[[], float]:
         return matrix.nbytes / min(seconds)
 
     return read
-
-
-@contextmanager
-def _compilations() -> Iterator[list[float]]:
-    """Seconds of each program that XLA has compiled since, or read from its cache on disk."""
-    compiled: list[float] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _weight_bytes(llm: LLM) -> int:

@@ -1,5 +1,6 @@
 """The concurrent strategy: requests come from any thread at any time, and share the engine token by token."""
 
+from collections.abc import Callable
 from threading import Condition, Thread
 from typing import Self
 
@@ -9,10 +10,14 @@ from llamajax.errors import QueueFullError, RequestError
 
 
 class Concurrent:
-    """An engine in a thread of its own. A context manager: leaving it cancels what is not finished."""
+    """An engine in a thread of its own. A context manager: leaving it cancels what is not finished.
 
-    def __init__(self, engine: Engine) -> None:
+    `on_step` is called from that thread, after each of the engine's steps.
+    """
+
+    def __init__(self, engine: Engine, on_step: Callable[[], None] = lambda: None) -> None:
         self._engine = engine
+        self._on_step = on_step
         self._inbox: list[Job] = []
         self._num_submitted = 0
         self._closed = False
@@ -79,6 +84,7 @@ class Concurrent:
                 self._inbox.clear()
                 self._changed.notify_all()
             self._engine.abort()
+            self._on_step()
 
     def _serve(self) -> None:
         busy = False
@@ -92,5 +98,6 @@ class Concurrent:
                 if self._closed:
                     return
             busy = self._engine.step()
+            self._on_step()
             with self._changed:
                 self._changed.notify_all()  # there may be room in the queue

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from llamajax.types import Completion, TokenLogprobs
 
 from . import answers, protocol
 from .answers import Choice
+from .bell import Bell, Wakeup
 from .events import AnswerInfo, Events, encode_json, make_events, response_body
 from .requests import GenerationRequest
 from .service import Service
@@ -100,7 +100,7 @@ class Generation:
     async def whole(self) -> bytes:
         """The answers as JSON, when all of them are there."""
         echoes = await self._echoes()
-        async for _ in _updates(self._streams):
+        async for _ in _updates(self._streams, self.service.bell):
             pass
         return await run_in_threadpool(self._whole, [self._completion(stream) for stream in self._streams], echoes)
 
@@ -130,7 +130,7 @@ class Generation:
             for index, echo in enumerate(await self._echoes() or ()):
                 sent[index].num_chars = len(echo.text)
                 yield b"".join(events.piece(index, echo))
-            async for update in _updates(self._streams):
+            async for update in _updates(self._streams, self.service.bell):
                 # What came together is sent together: a write to a socket takes longer than to make an event.
                 yield (
                     b": waiting\n\n" if update is None else b"".join(self._pieces(events, update, sent[update.stream]))
@@ -217,12 +217,12 @@ class _Update(NamedTuple):
     ended: bool
 
 
-async def _updates(streams: list[ServedStream]) -> AsyncIterator[_Update | None]:
+async def _updates(streams: list[ServedStream], bell: Bell) -> AsyncIterator[_Update | None]:
     """What there is to read, as soon as it is there, until all streams have ended; None if nothing came for a while.
 
     Raises what went wrong with a request.
     """
-    wakeup = _Wakeup()
+    wakeup = Wakeup(bell)
     for stream in streams:
         stream.on_change(wakeup)
     left = set(range(len(streams)))
@@ -235,30 +235,3 @@ async def _updates(streams: list[ServedStream]) -> AsyncIterator[_Update | None]
                 left.remove(index)
             if update.pieces or update.ended:
                 yield update
-
-
-class _Wakeup:
-    """Wakes a task of an event loop from any thread, at most once until it has waited again."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-        self._event.set()  # what came before is looked at first
-        self._is_pending = False
-
-    def __call__(self) -> None:
-        if not self._is_pending:
-            self._is_pending = True
-            with suppress(RuntimeError):  # the loop was closed
-                self._loop.call_soon_threadsafe(self._event.set)
-
-    async def wait(self, seconds: float) -> bool:
-        """False if nothing happened for so long."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        except TimeoutError:
-            return False
-        self._is_pending = False
-        self._event.clear()
-        return True

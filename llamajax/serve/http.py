@@ -7,6 +7,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
+from anyio.to_thread import current_default_thread_limiter
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -38,6 +39,8 @@ T = TypeVar("T")
 _LONG_BODY = 2**16
 # A client that reads nothing for this long is disconnected.
 SEND_SECONDS = 60.0
+# Threads in which requests are read. Each that computes takes turns with the event loop, of up to 5 ms.
+_THREADS = 4
 _OPEN_PATHS = ("/", "/health", "/version", "/docs", "/openapi.json", "/favicon.ico")
 _PAGE = str(files("llamajax.serve") / "page")
 _PAGE_HEADERS = {
@@ -70,7 +73,10 @@ def app(
       api_key: what clients must send as their bearer token; None lets everybody in.
       cors: origins whose pages may ask; "*" is all.
       max_body_bytes: the largest request body.
+
+    Raises RequestError for an empty key, which would let everybody in.
     """
+    _check_key(api_key)  # before a service runs that nobody could close
     service = Service(lambda: llm, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
     return app_of(service, api_key=api_key, cors=cors, max_body_bytes=max_body_bytes)
 
@@ -82,8 +88,7 @@ def app_of(
 
     Raises RequestError for an empty key, which would let everybody in.
     """
-    if api_key is not None and not api_key.strip():
-        raise RequestError("the API key is empty: set one, or leave it out to let everybody in")
+    _check_key(api_key)
     middleware = [Middleware(Bodies, max_bytes=max_body_bytes)]
     if api_key is not None:
         middleware.insert(0, Middleware(Key, key=api_key, open_paths=_OPEN_PATHS))
@@ -108,6 +113,7 @@ def app_of(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        current_default_thread_limiter().total_tokens = _THREADS
         yield
         await run_in_threadpool(service.close)
 
@@ -125,6 +131,11 @@ def app_of(
     app.router.redirect_slashes = False  # it would send clients where their Host header says
     app.state.service = service
     return app
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and not key.strip():
+        raise RequestError("the API key is empty: set one, or leave it out to let everybody in")
 
 
 # ---- generation

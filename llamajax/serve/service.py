@@ -3,18 +3,18 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from threading import Lock, Thread, Timer, main_thread
 from typing import Literal
 from weakref import WeakSet
 
-import jax
-
 from llamajax.answer import ServedStream
+from llamajax.engine.compilations import on_compilation
 from llamajax.errors import InternalError, RequestError, UnavailableError
 from llamajax.llm import LLM, Server
 from llamajax.types import TokenLogprobs
 
+from .bell import Bell
 from .metrics import Metrics
 from .requests import GenerationRequest
 
@@ -35,6 +35,7 @@ class Service:
       error: why it has failed.
       llm: the model, once it is loaded.
       created: when the service was, in seconds since 1970.
+      bell: rings after each step of the engine.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Service:
             waiting=lambda: self._server.num_waiting if self._server else 0,
             kv_usage=lambda: self._server.kv_usage if self._server else 0.0,
         )
+        self.bell = Bell()
         self._load = load
         self._slots = slots
         self._max_waiting = max_waiting
@@ -64,6 +66,7 @@ class Service:
         self._progress = 0, 0  # programs compiled, of how many
         self._is_compiled = self._is_stopping = self._is_closed = False
         self._changing = Lock()
+        self._counting = ExitStack()
         self._streams: WeakSet[ServedStream] = WeakSet()
         # Texts are scored one after the other, and those of a client that has left are not.
         self._scoring = ThreadPoolExecutor(1, "llamajax scores")
@@ -149,8 +152,7 @@ class Service:
         self._scoring.shutdown(wait=False, cancel_futures=True)
         if self._server:
             self._server.close()
-        with suppress(AssertionError, ValueError):  # it is not there any more
-            jax.monitoring.unregister_event_duration_listener(self._count_late)
+        self._counting.close()
 
     def _cancel(self) -> None:
         with self._changing:
@@ -166,10 +168,13 @@ class Service:
                     return
                 self.llm = llm
                 self._server = llm.serve_requests(
-                    slots=self._slots, max_waiting=self._max_waiting, on_answer=self.metrics.answered
+                    slots=self._slots,
+                    max_waiting=self._max_waiting,
+                    on_answer=self.metrics.answered,
+                    on_step=self.bell.ring,
                 )
             self._server.compile(self._note_progress)
-            jax.monitoring.register_event_duration_secs_listener(self._count_late)
+            self._counting.enter_context(on_compilation(lambda seconds: self.metrics.compiled_late()))
             self._is_compiled = True
         except _StoppedError:
             pass
@@ -181,10 +186,6 @@ class Service:
         self._progress = done, total
         if self._is_stopping or not main_thread().is_alive():  # the interpreter waits for this thread
             raise _StoppedError
-
-    def _count_late(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.metrics.compiled_late()
 
 
 class _StoppedError(Exception):

@@ -1,0 +1,24 @@
+"""Programs that XLA compiles, noticed when it does."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+
+
+@contextmanager
+def on_compilation(callback: Callable[[float], object]) -> Iterator[None]:
+    """Has this called for each program that XLA compiles meanwhile, or reads from its cache on disk.
+
+    It is called by the thread that compiled, with the seconds that it took.
+    """
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            callback(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
