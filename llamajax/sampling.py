@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
-from llamajax.ops import threshold
+from llamajax.ops import native
 from llamajax.types import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 
 # Below this a temperature is 0: dividing by it would overflow.
@@ -109,6 +109,40 @@ def sample(
 
     Returns the tokens; V, which is none, where a score is NaN or infinite.
     """
+    arguments = logits, sampling, position, prompt_mask, counts
+    if native.available():
+        return jax.lax.platform_dependent(*arguments, cpu=_native_sample, default=_sample)
+    return _sample(*arguments)
+
+
+def _native_sample(
+    logits: Float32[Array, "B V"],
+    sampling: Sampling,
+    position: Int[Array, "B"],
+    prompt_mask: Bool[Array, "B V"],
+    counts: Int32[Array, "B V"],
+) -> Int32[Array, "B"]:
+    options = (
+        jnp.where(sampling.temperature < _GREEDY_TEMPERATURE, 0, sampling.temperature),
+        sampling.min_p,
+        sampling.top_k.astype(jnp.float32),
+        sampling.top_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        jax.vmap(_uniform)(sampling.seed, position),
+    )
+    columns = jnp.stack(options, axis=1)
+    return native.sample(logits, prompt_mask, counts, sampling.bias_ids, sampling.bias, columns)
+
+
+def _sample(
+    logits: Float32[Array, "B V"],
+    sampling: Sampling,
+    position: Int[Array, "B"],
+    prompt_mask: Bool[Array, "B V"],
+    counts: Int32[Array, "B V"],
+) -> Int32[Array, "B"]:
     logits = _adjusted(logits, sampling, prompt_mask, counts)
     greedy = sampling.temperature < _GREEDY_TEMPERATURE
 
@@ -200,16 +234,45 @@ def _heaviest(
     logits: Float32[Array, "B V"], weights: Float32[Array, "B V"], need: Float32[Array, "B"]
 ) -> Bool[Array, "B V"]:
     """The smallest set of largest logits whose weights sum to `need`; of equal logits the first ones."""
-    lowest = threshold(logits, weights, need)[:, None]
+    lowest = _threshold(logits, weights, need)[:, None]
     above, tied = logits > lowest, logits == lowest
     ids = jnp.arange(logits.shape[1], dtype=jnp.float32)[None]
 
     def first_tied() -> Bool[Array, "B V"]:
         rest = need - jnp.where(above, weights, 0).sum(axis=-1)
         # Counting ids downwards turns "the first ids" into a threshold, too.
-        return tied & (-ids >= threshold(-jnp.where(tied, ids, jnp.inf), weights, rest)[:, None])
+        return tied & (-ids >= _threshold(-jnp.where(tied, ids, jnp.inf), weights, rest)[:, None])
 
     return above | jax.lax.cond((tied.sum(axis=-1) > 1).any(), first_tied, lambda: tied)
+
+
+def _threshold(
+    x: Float32[Array, "B V"], weights: Float32[Array, "B V"], need: Float32[Array, "B"]
+) -> Float32[Array, "B"]:
+    """Each row's largest t for which the weights of the numbers x >= t sum to `need`; -inf if there is none.
+
+    Weights must not be negative; a need that is not above 0 is met by the first that has any. Found by bisection: each
+    bit of t takes a sum over the row.
+    """
+    tiny = jnp.finfo(jnp.float32).tiny
+    need = jnp.maximum(need, tiny)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without overflow
+        reached = jnp.where(x >= _in_order(middle)[:, None], weights, 0).sum(axis=-1) >= need
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle - 1)
+
+    low, high = (jnp.full(need.shape, place, jnp.int32) for place in (-(2**31), 2**31 - 1))
+    t = jnp.fmax(_in_order(jax.lax.fori_loop(0, 32, halve, (low, high))[0]), -jnp.inf)
+    # Some processors take subnormal numbers for zeros.
+    return jnp.where(jnp.abs(t) < tiny, 0, t)
+
+
+def _in_order(place: Int32[Array, "B"]) -> Float32[Array, "B"]:
+    """The number at a place in the order of all numbers of f32, 0 at 0; NaN before and after the infinities."""
+    # The bits of negative numbers without their sign count downwards.
+    return jax.lax.bitcast_convert_type(jnp.where(place < 0, place ^ 0x7FFFFFFF, place), jnp.float32)
 
 
 def _uniform(seed: UInt32[Array, "2"], position: Int[Array, ""]) -> Float32[Array, ""]:

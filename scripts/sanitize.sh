@@ -11,4 +11,4 @@ g++ -O1 -g -std=c++17 -fPIC -shared -fsanitize=address,undefined -fno-sanitize-r
   -isystem "$include" llamajax/ops/cpu/kernels.cc -o "$library"
 # Python and XLA leak by design, and XLA's threads outlive the sanitizer's checks.
 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)" \
-  python -m pytest tests/unit/ops/test_native.py tests/unit/ops/test_attention.py tests/unit/ops/test_threshold.py "$@"
+  python -m pytest tests/unit/ops/test_native.py tests/unit/ops/test_attention.py tests/unit/ops/test_sample.py "$@"

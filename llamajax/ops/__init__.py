@@ -4,7 +4,6 @@ from llamajax.ops.attention import attention, layers_share_arrays
 from llamajax.ops.linear import Int8Weight, Norm, Weight, embed, gated_linear, linear, quantize_int8
 from llamajax.ops.packed import PackedWeight
 from llamajax.ops.stacked import Stacked
-from llamajax.ops.threshold import threshold
 
 __all__ = [
     "Int8Weight",
@@ -18,5 +17,4 @@ __all__ = [
     "layers_share_arrays",
     "linear",
     "quantize_int8",
-    "threshold",
 ]

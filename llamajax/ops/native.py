@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 
 from llamajax.errors import CheckpointError, PlatformError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
@@ -65,7 +65,7 @@ def _library() -> ctypes.CDLL | str:
         return "the native kernels are not built: install a C++ compiler, then llamajax again"
     try:
         library = ctypes.CDLL(str(_LIBRARY))
-        for name in ("llamajax_linear", "llamajax_attention", "llamajax_threshold"):
+        for name in ("llamajax_linear", "llamajax_attention", "llamajax_sample"):
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
         library.llamajax_pack.restype = ctypes.c_bool
         library.llamajax_pack.argtypes = [
@@ -201,8 +201,18 @@ def attention(
     return mixed, key, value
 
 
-def threshold(
-    x: Float32[Array, "B V"], weights: Float32[Array, "B V"], need: Float32[Array, "B"]
-) -> Float32[Array, "B"]:
-    """As `ops.threshold`."""
-    return jax.ffi.ffi_call("llamajax_threshold", jax.ShapeDtypeStruct(need.shape, jnp.float32))(x, weights, need)
+def sample(
+    logits: Float32[Array, "B V"],
+    prompt_mask: Bool[Array, "B V"],
+    counts: Int32[Array, "B V"],
+    bias_ids: Int32[Array, "B N"],
+    bias: Float32[Array, "B N"],
+    options: Float32[Array, "B 8"],
+) -> Int32[Array, "B"]:
+    """Each row's token, as `sampling.sample` draws it.
+
+    The options are temperature, min_p, top_k, top_p, the repetition, presence and frequency penalties, and a number in
+    [0, 1) that decides the draw. A temperature of 0 is greedy.
+    """
+    shape = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
+    return jax.ffi.ffi_call("llamajax_sample", shape)(logits, prompt_mask, counts, bias_ids, bias, options)

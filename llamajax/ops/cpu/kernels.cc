@@ -1,7 +1,8 @@
-// Products with quantized weights, and attention, for XLA's CPU backend: for each instruction set, the best that the
+// Products with quantized weights, attention, and sampling, for XLA's CPU backend: for each instruction set, the best that the
 // machine has being chosen when the library is loaded.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,6 +38,7 @@ constexpr int64_t kFewRows = 32;          // for each thread: fewer share the we
 constexpr int64_t kAhead = 8;             // positions that are fetched before they are needed
 constexpr int64_t kLine = 64;             // bytes that come from memory together
 constexpr float kLowest = -1e30f;
+constexpr float kMassRounding = 1e-6f;    // of probabilities: a set whose mass is within this of top_p reaches it
 
 struct Half {  // IEEE 754 binary16
   uint16_t bits;
@@ -78,13 +80,22 @@ struct Attention {
   }
 };
 
-// Rows of numbers, and for each the sum of weights that is to be reached.
-struct Ranking {
-  int64_t rows, count;
-  const float* numbers;  // [rows, count]
-  const float* weights;  // [rows, count]
-  const float* need;     // [rows]
-  float* found;          // [rows]
+struct DrawOptions {  // of a row; in the order of native.py's columns
+  float temperature, min_p, top_k, top_p;  // temperature 0: the most probable token
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  float uniform;  // in [0, 1): decides the draw
+};
+
+// A call's arrays: of B rows of V scores, and N of them with a bias.
+struct Draws {
+  int64_t rows, count, num_biases;  // B, V, N
+  const float* logits;              // [B, V]
+  const bool* in_prompt;            // [B, V]
+  const int32_t* counts;            // [B, V], in the answer
+  const int32_t* bias_ids;          // [B, N]
+  const float* bias;                // [B, N]
+  const DrawOptions* options;       // [B]
+  int32_t* token;                   // [B]; V if a score is NaN or infinite
 };
 
 }  // namespace
@@ -103,7 +114,7 @@ namespace avx512 {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
-#include "threshold.h"
+#include "sample.h"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -118,7 +129,7 @@ namespace avx2 {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
-#include "threshold.h"
+#include "sample.h"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -135,7 +146,7 @@ namespace neon {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
-#include "threshold.h"
+#include "sample.h"
 }  // namespace neon
 #if !defined(__clang__)
 #pragma GCC pop_options
@@ -146,7 +157,7 @@ namespace portable {
 #include "simd.h"
 #include "matmul.h"
 #include "attention.h"
-#include "threshold.h"
+#include "sample.h"
 }  // namespace portable
 
 namespace {
@@ -286,23 +297,27 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   return ffi::Error::Success();
 }
 
-ffi::Error threshold(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> numbers, ffi::BufferR2<ffi::F32> weights,
-                     ffi::BufferR1<ffi::F32> need, ffi::ResultBufferR1<ffi::F32> found) {
-  const auto shape = numbers.dimensions(), other = weights.dimensions();
-  if (other[0] != shape[0] || other[1] != shape[1] || need.dimensions()[0] != shape[0] ||
-      found->dimensions()[0] != shape[0]) {
-    return wrong("threshold");
+ffi::Error sample(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, ffi::BufferR2<ffi::PRED> in_prompt,
+                  ffi::BufferR2<ffi::S32> counts, ffi::BufferR2<ffi::S32> bias_ids, ffi::BufferR2<ffi::F32> bias,
+                  ffi::BufferR2<ffi::F32> options, ffi::ResultBufferR1<ffi::S32> token) {
+  const auto shape = logits.dimensions(), biases = bias.dimensions(), columns = options.dimensions();
+  const auto differ = [](const auto& a, const auto& b) { return a[0] != b[0] || a[1] != b[1]; };
+  if (differ(in_prompt.dimensions(), shape) || differ(counts.dimensions(), shape) ||
+      differ(bias_ids.dimensions(), biases) || biases[0] != shape[0] || columns[0] != shape[0] ||
+      columns[1] * sizeof(float) != sizeof(DrawOptions) || token->dimensions()[0] != shape[0] || shape[1] < 1) {
+    return wrong("sample");
   }
-  const Ranking ranking{shape[0], shape[1], numbers.typed_data(), weights.typed_data(), need.typed_data(),
-                        found->typed_data()};
+  const Draws draws{shape[0], shape[1], biases[1], logits.typed_data(), in_prompt.typed_data(), counts.typed_data(),
+                    bias_ids.typed_data(), bias.typed_data(),
+                    reinterpret_cast<const DrawOptions*>(options.typed_data()), token->typed_data()};
   switch (isa.load()) {
 #if defined(__x86_64__)
-    case Isa::avx512: avx512::thresholds(pool, ranking); break;
-    case Isa::avx2: avx2::thresholds(pool, ranking); break;
+    case Isa::avx512: avx512::sample(pool, draws); break;
+    case Isa::avx2: avx2::sample(pool, draws); break;
 #elif defined(HAS_NEON)
-    case Isa::neon: neon::thresholds(pool, ranking); break;
+    case Isa::neon: neon::sample(pool, draws); break;
 #endif
-    default: portable::thresholds(pool, ranking);
+    default: portable::sample(pool, draws);
   }
   return ffi::Error::Success();
 }
@@ -340,13 +355,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_attention, attention,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_threshold, threshold,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_sample, sample,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR2<ffi::PRED>>()
+                                  .Arg<ffi::BufferR2<ffi::S32>>()
+                                  .Arg<ffi::BufferR2<ffi::S32>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Arg<ffi::BufferR1<ffi::F32>>()
-                                  .Ret<ffi::BufferR1<ffi::F32>>());
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR1<ffi::S32>>());
 
 // The name of the instruction set that is used.
 extern "C" const char* llamajax_instruction_set() { return kNames[int(isa.load())]; }

@@ -24,8 +24,25 @@ constexpr float kLog2e = 1.44269504f;
 inline Floats exp2(Floats x) {
   const Floats n = whole(x), r = (x - n) * all(0.693147181f);
   Floats y = all(1.0f / 720);
-  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) y = fma(y, r, all(c));
+  constexpr float kRest[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f};
+  UNROLL for (const float c : kRest) y = fma(y, r, all(c));
   return times_power_of_two(y, n);
+}
+
+// Stores those numbers x that are neither below `low` nor at least `high`, and what stands beside them; beyond them up
+// to kLanes more. Returns how many they are.
+template <class F>
+inline int64_t keep_between(float* to, float* to_beside, F x, F beside, float low, float high) {
+  float numbers[kLanes], others[kLanes];
+  store(numbers, x);
+  store(others, beside);
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i) {  // without branches: neither comparison can be predicted
+    to[count] = numbers[i];
+    to_beside[count] = others[i];
+    count += !(numbers[i] < low) & !(numbers[i] >= high);
+  }
+  return count;
 }
 
 // Where numbers are not rounded, in the place of the products of pairs.

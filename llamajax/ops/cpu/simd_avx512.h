@@ -32,6 +32,12 @@ inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) {
   return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(x, y, _CMP_GE_OQ), sum, numbers);
 }
+inline int64_t keep_between(float* to, float* to_beside, Floats x, Floats beside, float low, float high) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, all(low), _CMP_NLT_UQ) & _mm512_cmp_ps_mask(x, all(high), _CMP_NGE_UQ);
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(kept, x));
+  _mm512_storeu_ps(to_beside, _mm512_maskz_compress_ps(kept, beside));
+  return __builtin_popcount(kept);
+}
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline bool has_nan(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32((__m512i)x); }

@@ -1,17 +1,17 @@
-"""Thresholds, of each implementation, against sums in float64 and by hand."""
+"""Thresholds against sums in float64 and by hand."""
 
 import jax
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamajax import ops
+from llamajax import sampling
 
-from ... import tiny_model
+from .. import tiny_model
 
 strict_promotion = tiny_model.strict_promotion
 
-_threshold = jax.jit(ops.threshold)
+_threshold = jax.jit(sampling._threshold)
 COUNTS = [1, 3, 16, 37, 1000]
 SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, 3e38, -3e38, 1e-30, -1e-30], np.float32)
 
@@ -25,9 +25,7 @@ SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, 3e38, -3e38, 1e-30, -1e-30]
     ones=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_threshold(
-    implementation: str, count: int, scale: float, special: float, share: float, ones: bool, seed: int
-) -> None:
+def test_threshold(count: int, scale: float, special: float, share: float, ones: bool, seed: int) -> None:
     """A number of the row: the weights above it do not reach the need, and with its own they do."""
     rng = np.random.default_rng(seed)
     x = np.where(rng.random((3, count)) < special, rng.choice(SPECIAL, (3, count)), rng.normal(size=(3, count)) * scale)
@@ -45,7 +43,7 @@ def test_threshold(
             assert w[row > -np.inf].sum() < n + rounding
 
 
-def test_threshold_by_hand(implementation: str) -> None:
+def test_threshold_by_hand() -> None:
     x = np.array([[1, 3, 2, 3, -np.inf, 0, -0.0, -2]], np.float32)
     weights = np.array([[4, 1, 2, 1, 8, 16, 32, 64]], np.float32)
     for need, expected in [
@@ -64,12 +62,12 @@ def test_threshold_by_hand(implementation: str) -> None:
         assert _threshold(x, weights, np.array([need], np.float32)).tolist() == [expected]
 
 
-def test_what_is_not_a_number_is_never_at_least_another(implementation: str) -> None:
+def test_what_is_not_a_number_is_never_at_least_another() -> None:
     x = np.array([[1, np.nan, 2, -np.nan]], np.float32)
     assert _threshold(x, np.ones_like(x), np.array([2], np.float32)).tolist() == [1]
 
 
-def test_rows_are_the_same_alone(implementation: str) -> None:
+def test_rows_are_the_same_alone() -> None:
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=(2, 5, 999)).astype(np.float32)
     need = np.abs(weights).sum(axis=1) * np.linspace(0.1, 0.9, 5, dtype=np.float32)
