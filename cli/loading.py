@@ -56,8 +56,6 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     path = resolve(model)
     if "jax" not in sys.modules:  # the first model of this process
         prepare_jax(device)
-    import jax
-
     import llamajax
     from llamajax.loading import find_device
     from llamajax.ops import native
@@ -65,15 +63,11 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     on_cpu = find_device(device).platform == "cpu"
     if on_cpu and not native.available():
         note(f"(slower than it could be: computed by {native.implementation()})")
-    compiled: list[str] = []
-    jax.monitoring.register_event_listener(
-        lambda event, **_: compiled.append(event) if event == "/jax/compilation_cache/cache_misses" else None
-    )
     # What was imported stays. While tables of tokens are built, the collector would go through it again and again.
     gc.freeze()
     with erase_if_interrupted(), _Bar() as bar:
         llm = llamajax.load(path, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
-    if compiled:
+    if llm._runner.is_new:
         note("(first run of this model here: compiling for this machine; the next runs start quickly)")
     if on_cpu and native.available():
         _note_size(llm)
@@ -84,8 +78,7 @@ def _note_size(llm: "LLM") -> None:
     """Says what bounds the speed of a large dense model on a CPU, and what helps."""
     import jax
 
-    arrays = {id(array): array for array in jax.tree.leaves(llm._runner.model.llama().weights())}.values()
-    dense = [array for array in arrays if jax.numpy.issubdtype(array.dtype, jax.numpy.floating)]
+    dense = [array for array in llm._runner.model.arrays if jax.numpy.issubdtype(array.dtype, jax.numpy.floating)]
     size, quantized = sum(array.nbytes for array in dense), sum(array.size for array in dense) * 34 // 32
     if size > LARGE_BYTES:
         less = "halves" if size < 3 * quantized else "quarters"

@@ -16,7 +16,6 @@ from llamajax.engine.runner import Runner
 from llamajax.errors import PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
 from llamajax.llm import LLM
-from llamajax.model.llama import Llama
 from llamajax.ops import native
 from llamajax.tokenizers import sandbox
 from llamajax.tokenizers.chat import builtin_template, find_template
@@ -64,9 +63,9 @@ def load(
         template = builtin_template(tokenizer, checkpoint.stop_ids, str(name))
     if template is not None:
         sandbox.start()
-    model = Llama(checkpoint.config)
-    load_weights(model, checkpoint.tensors, chosen, dtype, progress)
-    runner = Runner(model, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype(chosen, dtype))
+    config = checkpoint.config
+    weights = load_weights(config, checkpoint.tensors, chosen, dtype, progress)
+    runner = Runner(config, weights, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype(chosen, dtype))
     return LLM(runner, tokenizer, template, checkpoint.stop_ids | tokenizer.stop_ids)
 
 

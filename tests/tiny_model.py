@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from llamajax.config import LlamaConfig
+from llamajax.engine import programs
 from llamajax.engine.runner import Runner
 from llamajax.model.llama import Llama
 
@@ -38,8 +39,8 @@ def random_weights(config: LlamaConfig = CONFIG) -> dict[str, np.ndarray]:
     """Each parameter's path in the model -> float32, of a size that makes scores and attention vary."""
     rng = np.random.default_rng(0)
     weights = {}
-    for path, parameter in _parameters(Llama(config)).items():
-        shape = parameter.get_value().shape
+    for keys, parameter in nnx.to_flat_state(nnx.state(Llama(config))):
+        path, shape = ".".join(map(str, keys)), parameter.get_value().shape
         noise = rng.standard_normal(shape)
         gain = 1.0 if "embed" in path else 3 / np.sqrt(shape[-1])
         weights[path] = (1 + noise / 10 if len(shape) == 1 else gain * noise).astype(np.float32)
@@ -50,11 +51,8 @@ def tiny_runner(
     max_seq_len: int | None = None, weights: Mapping[str, np.ndarray] | None = None, config: LlamaConfig = CONFIG
 ) -> Runner:
     """A runner of its own, with an empty cache; compiled programs are shared by all of one configuration."""
-    model = Llama(config)
     weights = random_weights(config) if weights is None else weights
-    for path, parameter in _parameters(model).items():
-        parameter.set_value(weights[path])
-    return Runner(model, device=jax.devices()[0], max_seq_len=max_seq_len, cache_dtype=np.float32)
+    return Runner(config, weights, device=jax.devices()[0], max_seq_len=max_seq_len, cache_dtype=np.float32)
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:
@@ -99,6 +97,24 @@ def reference_logits(ids: Sequence[int]) -> np.ndarray:
     return norm(x, w["norm.weight"]) @ w["lm_head.weight"].T
 
 
+def forget_programs() -> None:
+    """Forgets what this process has compiled so far."""
+    programs._programs.clear()
+    jax.clear_caches()
+
+
+@contextmanager
+def no_programs() -> Iterator[None]:
+    """As `forget_programs`; inside, nothing is read from disk or kept there."""
+    forget_programs()
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
 @contextmanager
 def count_compilations() -> Iterator[list[str]]:
     """The names of the functions that XLA compiled since, such as "jit(decode)"; a cached program counts too."""
@@ -113,7 +129,3 @@ def count_compilations() -> Iterator[list[str]]:
         yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def _parameters(model: Llama) -> dict[str, nnx.Param]:
-    return {".".join(map(str, path)): parameter for path, parameter in nnx.to_flat_state(nnx.state(model))}

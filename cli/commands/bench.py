@@ -19,7 +19,6 @@ from llamajax.hub.aliases import DEFAULT
 from llamajax.types import Device, DType, SamplingParams
 
 from .. import loading, options
-from ..remote_bench import measure_server, parse_url
 from ..render import note, print_json
 from ..tables import print_tables
 
@@ -187,6 +186,8 @@ def bench(
         _refuse(context, _HERE, "--url measures a server, and no model here")
         name = model if _given(context, "model") else None
         work = partial(workload, requests)
+        from ..remote_bench import measure_server, parse_url
+
         server, answered, failed = measure_server(parse_url(url), name, api_key, work, samplings, slots, repeat)
         _write(server | served | {"slots": slots}, answered, as_json, csv_file)
         if failed:

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llamajax.config import LlamaConfig
 from llamajax.hub.aliases import DEFAULT
 
 from .. import loading, options
 from ..render import human_bytes, human_count, print_json, print_rows
+
+if TYPE_CHECKING:
+    from llamajax.config import LlamaConfig
 
 
 def info(
@@ -57,7 +59,7 @@ def info(
         _print_facts(facts, config)
 
 
-def _print_facts(facts: Mapping[str, Any], config: LlamaConfig) -> None:
+def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
     kv_bytes = facts["cache_bytes_per_token"]
     rows = {
         "model": facts["model"],

@@ -5,7 +5,6 @@ from llamajax.engine.runner import Runner
 from llamajax.errors import RequestError
 from llamajax.llm import LLM
 from llamajax.loading import cache_dtype, find_device
-from llamajax.model.llama import Llama
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import Device, DType
 from llamajax.weights.random import random_weights
@@ -22,9 +21,8 @@ def random_llm(
     if config is None:
         raise RequestError(f"no configuration is called {name!r}: there are {', '.join(CONFIGS)}")
     chosen = find_device(device)
-    model = Llama(config)
-    random_weights(model, chosen, dtype, seed)
-    runner = Runner(model, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype(chosen, dtype))
+    weights = random_weights(config, chosen, dtype, seed)
+    runner = Runner(config, weights, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype(chosen, dtype))
     return LLM(runner, _Mute(config.vocab_size), None, frozenset())
 
 

@@ -79,7 +79,7 @@ class Session:
 def kept_dtype(llm: LLM) -> str:
     """What the weight matrices are kept in, joined by "+", that of the most bytes first."""
     sizes: Counter[str] = Counter()
-    weights = llm._runner.model.llama().weights()
+    weights = llm._runner.model.weights()
     for weight in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, PackedWeight | Stacked)):
         if isinstance(weight, PackedWeight):
             sizes[weight.name] += math.prod(weight.data.shape)
@@ -114,7 +114,7 @@ def _weight_bytes(llm: LLM) -> int:
     model = llm._runner.model
     nbytes = sum(x.nbytes for x in model.arrays)
     if not llm.config.tie_word_embeddings:  # one row of the table is read
-        nbytes -= sum(x.nbytes for x in jax.tree.leaves(model.llama().embed_tokens.weight.get_value()))
+        nbytes -= sum(x.nbytes for x in jax.tree.leaves(model.weights()["embed_tokens.weight"]))
     return nbytes
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Condition, Thread
 
-from llamajax.engine.runner import Program, Runner
+from llamajax.engine.programs import Program
+from llamajax.engine.runner import Runner
 from llamajax.types import Request
 
 

@@ -11,8 +11,8 @@ from itertools import pairwise, permutations
 import numpy as np
 from jaxtyping import Int32
 
-from llamajax.engine import steps
-from llamajax.engine.runner import Program, Runner, chunk_lens, power_of_two
+from llamajax.engine.programs import Program
+from llamajax.engine.runner import Runner, chunk_lens, power_of_two
 from llamajax.engine.steps import Drawn, Rows
 from llamajax.types import Request
 
@@ -97,8 +97,10 @@ class Batch:
     def read(self, prompts: Prompts) -> Drawn:
         """Reads the next chunk of each prompt; what it draws after the last one are the first tokens."""
         token_ids, start, length, limits = prompts.next_chunk()
-        drawn, cache, slots = steps.prefill(
-            self._runner.model,
+        num_rows, chunk_len = token_ids.shape
+        program = Program("prefill", _length(prompts.rows), chunk_len, num_rows)
+        drawn, cache, slots = self._runner.compile(program)(
+            self._runner.model.arrays,
             prompts.rows.cache,
             token_ids,
             np.full_like(length, start),
@@ -113,16 +115,18 @@ class Batch:
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
         """Puts these of the prompts, which were read, into the rows `at`."""
         assert self._rows is not None and _length(prompts.rows) <= self.length
-        missing = len(prompts.rows.slots.left) - len(at)
-        sources, places = ([*x, *[x[0]] * missing] for x in (which, at))
-        self._rows = steps.insert(self._rows, prompts.rows, np.array(sources, np.int32), np.array(places, np.int32))
-        self._spare[len(places)] = prompts.rows
+        group = len(prompts.rows.slots.left)
+        sources, places = (np.array([*x, *[x[0]] * (group - len(at))], np.int32) for x in (which, at))
+        program = Program("insert", self.length, num_rows=self.num_rows, source=(group, _length(prompts.rows)))
+        self._rows = self._runner.compile(program)(self._rows, prompts.rows, sources, places)
+        self._spare[group] = prompts.rows
 
     def decode(self, num_steps: int) -> Drawn:
         """Draws up to `num_steps` tokens for each row that has any left. Returns at once: the device works on."""
         assert self._rows is not None
-        drawn, cache, slots = steps.decode(
-            self._runner.model,
+        program = Program("decode", self.length, num_rows=self.num_rows)
+        drawn, cache, slots = self._runner.compile(program)(
+            self._runner.model.arrays,
             self._rows.cache,
             self._rows.slots,
             self._runner.step_counts[num_steps],
@@ -135,7 +139,8 @@ class Batch:
     def stop(self, row: int) -> None:
         """Lets a row draw no more."""
         assert self._rows is not None
-        left = steps.stop(self._rows.slots.left, np.int32(row))
+        program = Program("stop", self._runner.bucket(1), num_rows=self.num_rows)
+        left = self._runner.compile(program)(self._rows.slots.left, np.int32(row))
         self._rows = self._rows._replace(slots=replace(self._rows.slots, left=left))
 
     def fitting(self, num_rows: int, num_positions: int) -> tuple[int, int]:
@@ -205,7 +210,8 @@ class Batch:
 
     def _resize(self, keep: Sequence[int], length: int) -> None:
         assert self._rows is not None
-        self._rows = steps.resize(self._rows, np.array(keep, np.int32), length=length)
+        program = Program("resize", length, num_rows=len(keep), source=(self.num_rows, self.length))
+        self._rows = self._runner.compile(program)(self._rows, np.array(keep, np.int32))
 
 
 def _size(program: Program) -> int:

@@ -97,7 +97,7 @@ class Engine:
         programs = [*self._batch.programs(max_len), *self._runner.scorings()]
         progress(0, len(programs))
         for number, program in enumerate(programs, 1):
-            self._runner.compile(program)
+            self._runner.prepare(program)
             progress(number, len(programs))
 
     def _read_prompts(self) -> None:

@@ -4,24 +4,24 @@ Knows token ids and slots; knows nothing of text, queues or strategies.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache as once
-from functools import partial
 from threading import RLock
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Compiled
 from jax.typing import DTypeLike
 from jaxtyping import Float32
 
 from llamajax import checks
-from llamajax.engine import steps
+from llamajax.config import LlamaConfig
+from llamajax.engine.programs import Program, Programs
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rows, Slots
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
-from llamajax.model.llama import Llama
-from llamajax.ops import layers_share_arrays
+from llamajax.ops import Weight
 from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs
 
@@ -52,23 +52,6 @@ def chunk_lens(num_tokens: int) -> tuple[int, ...]:
     return min(plans, key=lambda plan: sum(plan) + CALL_COST * len(plan))
 
 
-class Program(NamedTuple):
-    """A step compiled for rows of one shape.
-
-    Attributes:
-      cache_len: positions that each row has room for, when the step has run; tokens, of prompt_logprobs.
-      chunk_len: of a prefill.
-      num_rows: when the step has run.
-      source: rows and positions of what an insert takes them from, or of what is grown or resized.
-    """
-
-    step: Literal["empty_rows", "grow", "prefill", "decode", "insert", "resize", "stop", "prompt_logprobs"]
-    cache_len: int
-    chunk_len: int = 0
-    num_rows: int = 1
-    source: tuple[int, int] = (1, 0)
-
-
 class Runner:
     """One sequence on a device. The cache grows by doubling, up to the context.
 
@@ -83,9 +66,15 @@ class Runner:
     """
 
     def __init__(
-        self, model: Llama, *, device: jax.Device, max_seq_len: int | None = None, cache_dtype: DTypeLike
+        self,
+        config: LlamaConfig,
+        weights: Mapping[str, Weight],
+        *,
+        device: jax.Device,
+        max_seq_len: int | None = None,
+        cache_dtype: DTypeLike,
     ) -> None:
-        self.config = model.config
+        self.config = config
         context = self.config.max_position_embeddings
         self.max_seq_len = context if max_seq_len is None else max_seq_len
         expected = f"from 2 to the model's context, {context}"
@@ -94,10 +83,11 @@ class Runner:
         self.cached_ids: list[int] = []
         self.current: Request | None = None
         self.turn = RLock()
-        self.model = FlatModel.of(model, device)
+        self.model = FlatModel.of(config, weights, device)
         # To bring a number there takes 0.05 ms of each call.
         self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], device)
         self.cache_dtype = cache_dtype
+        self._programs = Programs(self.model, device, cache_dtype)
         self._cache: Cache = ()
         self._slots: Slots
         self._requests: Requests
@@ -180,8 +170,8 @@ class Runner:
         """Draws up to `num_steps` more tokens, at most BLOCK_LEN. Returns at once: the device works on."""
         self._drawn_len += num_steps
         self.reserve(self._drawn_len)
-        drawn, self._cache, self._slots = steps.decode(
-            self.model,
+        drawn, self._cache, self._slots = self.compile(Program("decode", self.cache_len))(
+            self.model.arrays,
             self._take_cache(),
             self._slots,
             self.step_counts[num_steps],
@@ -234,7 +224,7 @@ class Runner:
         if not self.cached_ids or not self._cache:
             self._cache = self.empty_rows(1, needed).cache
         while self.cache_len < needed:
-            self._cache = steps.grow(self._cache, length=self.bucket(self.cache_len + 1))
+            self._cache = self.compile(_grow(self.bucket(self.cache_len + 1)))(self._cache)
 
     def bucket(self, num_positions: int) -> int:
         """The length of a cache with room for this many positions: a power of two, up to the context."""
@@ -243,22 +233,9 @@ class Runner:
 
     def empty_rows(self, num_rows: int, length: int) -> Rows:
         """Idle rows on the device."""
-        with jax.default_device(self.device):
-            rows = steps.empty_rows(**self._settings(num_rows, length))
-        # Bound to the device as what the steps return is: else each step would be compiled for both.
+        rows = self.compile(Program("empty_rows", length, num_rows=num_rows))()
+        # Bound to the device as what the steps return is.
         return jax.device_put(rows, self.device)
-
-    @property
-    def _cache_settings(self) -> dict[str, Any]:
-        return {"cache_dtype": self.cache_dtype, "shared": layers_share_arrays(self.device, self.config.head_dim)}
-
-    def _settings(self, num_rows: int, length: int) -> dict[str, Any]:
-        return {
-            "num_rows": num_rows,
-            "length": length,
-            "config": self.config,
-            **self._cache_settings,
-        }
 
     def warm_up(self, num_positions: int = 1) -> None:
         """Compiles all programs for a cache of this length, so that no request waits for them. Empties the cache."""
@@ -304,47 +281,25 @@ class Runner:
         yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
         yield Program("decode", length)
 
-    def compile(self, program: Program) -> None:
-        """Compiles a program, if it is not yet. Any thread may: it touches no array on the device."""
-        step, length, chunk_len, num_rows, source = program
-        cache, slots, requests = rows = self._shapes(num_rows, length)
-        places = np.zeros(source[0], np.int32)
-        match step:
-            case "empty_rows":
-                with jax.default_device(self.device):
-                    lowered = steps.empty_rows.lower(**self._settings(num_rows, length))
-            case "grow":
-                lowered = steps.grow.lower(self._shapes(*source).cache, length=length)
-            case "prefill":
-                chunk, ones = np.zeros((num_rows, chunk_len), np.int32), np.ones(num_rows, np.int32)
-                lowered = steps.prefill.lower(self.model, cache, chunk, ones, ones, ones, requests)
-            case "decode":
-                lowered = steps.decode.lower(self.model, cache, slots, self.step_counts[1], requests)
-            case "insert":
-                lowered = steps.insert.lower(rows, self._shapes(*source), places, places)
-            case "resize":
-                lowered = steps.resize.lower(self._shapes(*source), np.zeros(num_rows, np.int32), length=length)
-            case "stop":
-                lowered = steps.stop.lower(slots.left, np.int32(0))
-            case "prompt_logprobs":
-                ids = np.zeros(length, np.int32)
-                lowered = steps.prompt_logprobs.lower(self.model, ids, np.int32(1), **self._cache_settings)
-        lowered.compile()  # jax.jit finds what was compiled of the same shapes
+    def compile(self, program: Program) -> Compiled:
+        """A program, ready to run. Any thread may ask: no array on the device is touched."""
+        return self._programs.compile(program)
 
-    def _shapes(self, num_rows: int, length: int) -> Rows:
-        """Rows' arrays, without their values."""
-        sharding = jax.sharding.SingleDeviceSharding(self.device)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(partial(steps.empty_rows, **self._settings(num_rows, length))),
-        )
+    def prepare(self, program: Program) -> None:
+        """Makes a program quick to get: one that is on disk need not be in memory."""
+        self._programs.prepare(program)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the model was never run on this machine, so that its first answer waits for programs."""
+        return self._programs.is_new(Program("decode", self.bucket(1)))
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones. The cache is left as it is."""
         self._check_text(token_ids)
         padded = np.zeros(power_of_two(len(token_ids), CHUNKS[0]), np.int32)
         padded[: len(token_ids)] = token_ids
-        scores = steps.logits(self.model, padded, cache_dtype=self.cache_dtype)
+        scores = self.compile(Program("logits", len(padded)))(self.model.arrays, padded)
         return np.asarray(scores)[: len(token_ids)]
 
     def prompt_logprobs(self, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
@@ -354,7 +309,8 @@ class Runner:
         padded = np.zeros(power_of_two(len(token_ids), CHUNKS[0]), np.int32)
         padded[: len(token_ids)] = token_ids
         # What comes after the last token is nobody's.
-        found = steps.prompt_logprobs(self.model, padded, np.int32(len(token_ids) - 1), **self._cache_settings)
+        length = np.int32(len(token_ids) - 1)
+        found = self.compile(Program("prompt_logprobs", len(padded)))(self.model.arrays, padded, length)
         return _token_logprobs(jax.tree.map(lambda x: np.asarray(x)[: len(token_ids) - 1], found), num_top)
 
     def scorings(self) -> list[Program]:
@@ -384,8 +340,8 @@ class Runner:
     def _read_chunk(self, ids: list[int], start: int, end: int, chunk_len: int, max_new_tokens: int) -> Drawn:
         chunk = np.zeros((1, chunk_len), np.int32)
         chunk[0, : end - start] = ids[start:end]
-        drawn, self._cache, self._slots = steps.prefill(
-            self.model,
+        drawn, self._cache, self._slots = self.compile(Program("prefill", self.cache_len, chunk_len))(
+            self.model.arrays,
             self._take_cache(),
             chunk,
             np.array([start], np.int32),

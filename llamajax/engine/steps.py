@@ -1,14 +1,14 @@
-"""The jitted steps: prefill and decode, of B slots at once. The only `jax.jit` of generation.
+"""The jitted steps: prefill and decode, of B slots at once. The only `jax.jit` of generation; `programs` compiles them.
 
 A model enters as a flat list of arrays: flattening a Flax module at each call takes milliseconds. The KV cache and the
 slots are donated, so that they are written in place.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache as once
-from functools import cached_property, partial, update_wrapper
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from llamajax.config import LlamaConfig
 from llamajax.model.cache import Cache, empty_cache
-from llamajax.model.llama import Llama
+from llamajax.ops import Weight
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs, wanted_logprobs
 from llamajax.types import SamplingParams
+
+if TYPE_CHECKING:
+    from llamajax.model.llama import Llama
 
 # Tokens that one decode call returns at most.
 BLOCK_LEN = 16
@@ -28,44 +31,6 @@ MAX_STOP_IDS = 128
 # Tokens of a text to score that are read at once, and whose scores are in memory at once.
 _READ_LEN = 512
 _SCORED_LEN = 64
-
-
-# XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
-# a row's last bits would depend on its neighbours and on the cache's length. With it for products only, they do not.
-_SUMS_IN_ONE_ORDER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-
-
-@once
-def _compiler_options() -> dict[str, str]:
-    try:
-        jax.jit(lambda x: x, compiler_options=_SUMS_IN_ONE_ORDER).lower(0).compile()
-    except jax.errors.JaxRuntimeError:  # another version of XLA
-        return {}
-    return _SUMS_IN_ONE_ORDER
-
-
-class _Step:
-    """`jax.jit` with the compiler's options, which are looked up at the first call: it takes a backend."""
-
-    def __init__(self, step: Callable, settings: dict[str, Any]) -> None:
-        self._step = step
-        self._settings = settings
-        update_wrapper(self, step)
-
-    @cached_property
-    def _jitted(self) -> Any:
-        return jax.jit(self._step, compiler_options=_compiler_options(), **self._settings)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._jitted(*args, **kwargs)
-
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """As that of `jax.jit`: arguments may be shapes."""
-        return self._jitted.lower(*args, **kwargs)
-
-
-def _jit(**settings: Any) -> Callable[[Callable], _Step]:
-    return lambda step: _Step(step, settings)
 
 
 @dataclass(frozen=True)
@@ -80,34 +45,37 @@ class Structure:
     """All of a model but its arrays. Compared by identity: comparing the formats of 120 weights takes 0.1 ms a call."""
 
     config: LlamaConfig
-    weights: tuple[Any, ...]  # with places for arrays
+    weights: tuple[tuple[str, Any], ...]  # by the paths of their parameters, with places for arrays
 
 
 _structure = once(Structure)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class FlatModel:
+class FlatModel(NamedTuple):
     """A model as the steps take it: each array once, and numbers as parts of the program."""
 
     arrays: list[Array]
-    structure: Structure = field(metadata={"static": True})
+    structure: Structure
 
     @classmethod
-    def of(cls, model: Llama, device: jax.Device) -> "FlatModel":
-        """With the model's weights on the device."""
-        weights = model.weights()
+    def of(cls, config: LlamaConfig, weights: Mapping[str, Weight], device: jax.Device) -> "FlatModel":
+        """A model of these weights, by the paths of its parameters, put on the device."""
         arrays = {id(x): x for x in jax.tree.leaves(weights) if not isinstance(x, np.int32)}
         places = {key: _Place(i) for i, key in enumerate(arrays)}
-        structure = _structure(model.config, tuple(jax.tree.map(lambda x: places.get(id(x), x), weights)))
-        return cls(jax.device_put(list(arrays.values()), device), structure)
+        placed = jax.tree.map(lambda x: places.get(id(x), x), dict(weights))
+        return cls(jax.device_put(list(arrays.values()), device), _structure(config, tuple(sorted(placed.items()))))
 
-    def llama(self) -> Llama:
-        """The model again, of these arrays."""
-        places = self.structure.weights
-        weights = jax.tree.map(lambda x: self.arrays[x.index] if isinstance(x, _Place) else x, places)
-        return Llama.with_weights(self.structure.config, weights)
+    def weights(self) -> dict[str, Weight]:
+        """The weights again, of these arrays."""
+        places = dict(self.structure.weights)
+        return jax.tree.map(lambda x: self.arrays[x.index] if isinstance(x, _Place) else x, places)
+
+    def llama(self) -> "Llama":
+        """The model, of these arrays."""
+        # Imported here, since Flax takes 0.2 s, and what was compiled before needs none of it.
+        from llamajax.model.llama import Llama
+
+        return Llama.with_weights(self.structure.config, self.weights())
 
 
 @jax.tree_util.register_dataclass
@@ -148,22 +116,24 @@ class Rows(NamedTuple):
     requests: Requests
 
 
-@_jit(donate_argnames=("cache",))
+@partial(jax.jit, static_argnames="structure", donate_argnames="cache")
 def prefill(
-    flat: FlatModel,
+    arrays: list[Array],
     cache: Cache,
     token_ids: Int32[Array, "B T"],
     start: Int32[Array, "B"],
     length: Int32[Array, "B"],
     max_new_tokens: Int32[Array, "B"],
     requests: Requests,
+    *,
+    structure: Structure,
 ) -> tuple[Drawn, Cache, Slots]:
     """Reads `length` tokens of each row, which stand at `start`, and draws the token after them.
 
     Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
     A chunk that is not a prompt's last one has no new tokens: it draws none.
     """
-    model = flat.llama()
+    model = FlatModel(arrays, structure).llama()
     x, cache = _over_slots(model, token_ids, _enter(cache), start, length - 1)
     cache = _leave(cache)
     logits = jax.vmap(model.logits)(x)[:, 0]
@@ -177,19 +147,21 @@ def prefill(
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
-@_jit(donate_argnames=("cache", "slots"))
+@partial(jax.jit, static_argnames="structure", donate_argnames=("cache", "slots"))
 def decode(
-    flat: FlatModel,
+    arrays: list[Array],
     cache: Cache,
     slots: Slots,
     steps: Int32[Array, ""],
     requests: Requests,
+    *,
+    structure: Structure,
 ) -> tuple[Drawn, Cache, Slots]:
     """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
 
     The loop ends early when no slot has: a stop token takes what its slot had left.
     """
-    model = flat.llama()
+    model = FlatModel(arrays, structure).llama()
 
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
@@ -209,24 +181,32 @@ def decode(
     return block, _leave(cache), slots
 
 
-@_jit(static_argnames="cache_dtype")
-def logits(flat: FlatModel, token_ids: Int32[Array, "T"], *, cache_dtype: DTypeLike) -> Float32[Array, "T V"]:
+@partial(jax.jit, static_argnames=("structure", "cache_dtype"))
+def logits(
+    arrays: list[Array], token_ids: Int32[Array, "T"], *, structure: Structure, cache_dtype: DTypeLike
+) -> Float32[Array, "T V"]:
     """Scores of the next token after each of T tokens; nothing is drawn."""
-    model = flat.llama()
+    model = FlatModel(arrays, structure).llama()
     cache = empty_cache(model.config, token_ids.shape[0], cache_dtype)
     x, _ = model(token_ids, cache, jnp.int32(0))
     return model.logits(x)
 
 
-@_jit(static_argnames=("cache_dtype", "shared"))
+@partial(jax.jit, static_argnames=("structure", "cache_dtype", "shared"))
 def prompt_logprobs(
-    flat: FlatModel, token_ids: Int32[Array, "T"], length: Int32[Array, ""], *, cache_dtype: DTypeLike, shared: bool
+    arrays: list[Array],
+    token_ids: Int32[Array, "T"],
+    length: Int32[Array, ""],
+    *,
+    structure: Structure,
+    cache_dtype: DTypeLike,
+    shared: bool,
 ) -> TopLogprobs:
     """Of the token after each of the first `length` of T, given those up to it; what comes later is not read.
 
     T is a power of two. The text is read in chunks, since scores [T, V] may take gigabytes.
     """
-    model, T = flat.llama(), token_ids.shape[0]
+    model, T = FlatModel(arrays, structure).llama(), token_ids.shape[0]
     read_len, next_ids = min(T, _READ_LEN), jnp.roll(token_ids, -1)
     cache = jax.tree.map(lambda x: x[None], empty_cache(model.config, T, cache_dtype, shared=shared))
 
@@ -315,7 +295,7 @@ def _leave(cache: Cache) -> Cache:
 
 
 def _over_slots(
-    model: Llama,
+    model: "Llama",
     token_ids: Int32[Array, "B T"],
     cache: Cache,
     start: Int32[Array, "B"],

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 def cached(name: HubName) -> Path | None:
     """The model in huggingface_hub's cache, if all of it is there. Never touches the network."""
+    from huggingface_hub import constants
+
+    if not Path(constants.HF_HUB_CACHE, "--".join(["models", *name.repo.split("/")])).is_dir():
+        return None  # before the rest is imported, which takes 0.2 s
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -1,6 +1,6 @@
 """The Llama: embedding, decoder layers, final norm, logits. One sequence; no batch, no sampling, no files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -86,17 +86,9 @@ class Llama(nnx.Module):
         return self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
 
     @classmethod
-    def with_weights(cls, config: LlamaConfig, weights: Sequence[Weight]) -> "Llama":
-        """A model of weights as `weights()` lists them."""
+    def with_weights(cls, config: LlamaConfig, weights: Mapping[str, Weight]) -> "Llama":
+        """A model of these weights, by the paths of their parameters."""
         model = cls(config)
-        for parameter, weight in zip(jax.tree.leaves(nnx.state(model), is_leaf=_is_param), weights, strict=True):
-            parameter.set_value(weight)
+        for path, parameter in nnx.to_flat_state(nnx.state(model)):
+            parameter.set_value(weights[".".join(map(str, path))])
         return model
-
-    def weights(self) -> list[Weight]:
-        """The parameters' values, in the order of their paths."""
-        return [parameter.get_value() for parameter in jax.tree.leaves(nnx.state(self), is_leaf=_is_param)]
-
-
-def _is_param(node: object) -> bool:
-    return isinstance(node, nnx.Param)

@@ -1,4 +1,4 @@
-"""Streams stored tensors into a model's parameters, one parameter at a time.
+"""Streams stored tensors into a model's weights, one parameter at a time.
 
 Decides how a weight is kept in memory. Knows nothing of files' formats beyond `StoredTensor`.
 """
@@ -13,12 +13,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, Int
 
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
-from llamajax.model.llama import Llama
 from llamajax.ops import Weight, native, quantize_int8
 from llamajax.ops.packed import PackedWeight, pack
 from llamajax.ops.quantize import QUANTIZABLE, quantize
@@ -31,16 +29,15 @@ _Rows = TypeVar("_Rows", jax.Array, np.ndarray)
 
 
 def load_weights(
-    model: Llama,
+    config: LlamaConfig,
     tensors: Mapping[str, StoredTensor],
     device: jax.Device,
     dtype: DType = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Puts the stored weights in place of the model's shapes.
+) -> dict[str, Weight]:
+    """The stored weights, by the paths of the model's parameters.
 
     Args:
-      model: a structure; it is changed.
       tensors: by the names of a Hugging Face, GGUF or Meta checkpoint; they fit the model (`check_fit`).
       device: where the weights are put, and converted.
       dtype: "auto" keeps dense weights in the precision they were shipped in (but on a CPU f16 and the embeddings in
@@ -52,7 +49,7 @@ def load_weights(
 
     Raises CheckpointError for rows that the blocks of `dtype` do not fit.
     """
-    plan = sources(model.config, tensors)
+    plan = sources(config, tensors)
     total = sum(tensors[source.name].data.nbytes for parts in plan.values() for source in parts)
     done = 0
 
@@ -75,25 +72,25 @@ def load_weights(
     def formats(path: str) -> tuple[str, ...]:
         return tuple(tensors[part.name].format for part in plan[path])
 
-    for group in alike(model, formats):
-        first = next(iter(group))
+    loaded: dict[str, Weight] = {}
+    for group in alike(plan, formats):
+        first = group[0]
         with jax.default_device(device):
             weights: Iterable[Weight]
             if _is_moved(plan[first], formats(first), dtype, device.platform):
                 layers = ([tensor.data for tensor in layer] for layer in stored(group))
-                weights = native.pack(layers, list(group), _rows_in_order(plan[first]), formats(first)[0])
+                weights = native.pack(layers, group, _rows_in_order(plan[first]), formats(first)[0])
             else:
                 weights = shared(converted(group), len(group), device.platform)
-            for parameter, weight in zip(group.values(), weights, strict=True):
-                parameter.set_value(weight)
+            loaded.update(zip(group, weights, strict=True))
+    return loaded
 
 
-def alike(model: Llama, kind: Callable[[str], Hashable] = lambda path: None) -> Collection[dict[str, nnx.Param]]:
-    """A model's parameters by their paths: together those of one kind that differ in their layer only."""
-    groups: dict[Hashable, dict[str, nnx.Param]] = defaultdict(dict)
-    for keys, parameter in nnx.to_flat_state(nnx.state(model)):
-        path = ".".join(map(str, keys))
-        groups[re.sub(r"\d+", "", path), kind(path)][path] = parameter
+def alike(paths: Iterable[str], kind: Callable[[str], Hashable] = lambda path: None) -> Collection[list[str]]:
+    """Parameters' paths: together those of one kind that differ in their layer only."""
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for path in paths:
+        groups[re.sub(r"\d+", "", path), kind(path)].append(path)
     return groups.values()
 
 

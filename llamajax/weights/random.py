@@ -6,20 +6,20 @@ from itertools import count
 import jax
 import jax.numpy as jnp
 
-from llamajax.model.llama import Llama
+from llamajax.config import LlamaConfig
 from llamajax.ops import Weight, quantize_int8
 from llamajax.ops.quantize import QUANTIZABLE
 from llamajax.types import DType
 from llamajax.weights.load import alike, block_format, in_blocks, keeps_blocks, shared
+from llamajax.weights.names import sources
 
 
-def random_weights(model: Llama, device: jax.Device, dtype: DType = "auto", seed: int = 0) -> None:
-    """Puts random weights in place of the model's shapes, one parameter at a time, in the dtype it is kept in.
+def random_weights(config: LlamaConfig, device: jax.Device, dtype: DType = "auto", seed: int = 0) -> dict[str, Weight]:
+    """Random weights by the paths of the model's parameters, made one at a time, in the dtype they are kept in.
 
     Norms are ones; rows of the rest have a length of about one, so that activations stay finite.
 
     Args:
-      model: a structure; it is changed.
       dtype: as `load_weights` keeps dense weights; "auto" is bf16.
     """
     numbers = count()
@@ -30,11 +30,18 @@ def random_weights(model: Llama, device: jax.Device, dtype: DType = "auto", seed
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), next(numbers))
         return jax.block_until_ready(_random(key, shape, name, keeps_blocks(device.platform)))
 
-    for group in alike(model):
+    shapes = {path: _fused([part.shape for part in parts]) for path, parts in sources(config, ()).items()}
+    made: dict[str, Weight] = {}
+    for group in alike(shapes):
         with jax.default_device(device):
-            weights = (drawn(path, parameter.get_value().shape) for path, parameter in group.items())
-            for parameter, weight in zip(group.values(), shared(weights, len(group), device.platform), strict=True):
-                parameter.set_value(weight)
+            weights = (drawn(path, shapes[path]) for path in group)
+            made.update(zip(group, shared(weights, len(group), device.platform), strict=True))
+    return made
+
+
+def _fused(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of parts that stand one below the other."""
+    return sum(part[0] for part in parts), *parts[0][1:]
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -34,17 +34,16 @@ strict_promotion = tiny_model.strict_promotion
 
 GOLDENS = goldens()
 DEVICE = jax.devices()[0]
+Model = tuple[LlamaConfig, dict[str, Weight]]
 
 
-def load(path: Path, dtype: DType = "auto") -> Llama:
+def load(path: Path, dtype: DType = "auto") -> Model:
     checkpoint = open_checkpoint(path, PROMPT_LEN)
-    model = Llama(checkpoint.config)
-    load_weights(model, checkpoint.tensors, DEVICE, dtype)
-    return model
+    return checkpoint.config, load_weights(checkpoint.config, checkpoint.tensors, DEVICE, dtype)
 
 
 def logits(path: Path, case: str, dtype: DType = "auto") -> np.ndarray:
-    return Runner(load(path, dtype), device=DEVICE, cache_dtype=jnp.float32).logits(prompt(case))
+    return Runner(*load(path, dtype), device=DEVICE, cache_dtype=jnp.float32).logits(prompt(case))
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -333,13 +332,13 @@ SPLIT_CASE = "llama3.2-3b"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load(write_hf(tmp_path_factory.mktemp("splits") / "hf", CASES[SPLIT_CASE], state_dict(SPLIT_CASE)))
 
 
 @partial(jax.jit, static_argnames="config")
 def forward(
-    weights: list[Weight], ids: jax.Array, cache: Cache, start: jax.Array, *, config: LlamaConfig
+    weights: dict[str, Weight], ids: jax.Array, cache: Cache, start: jax.Array, *, config: LlamaConfig
 ) -> tuple[jax.Array, Cache]:
     model = Llama.with_weights(config, weights)
     x, cache = model(ids, cache, start)
@@ -357,26 +356,27 @@ def full_of_noise(cache: Cache) -> Cache:
     chunks=st.lists(st.sampled_from((1, 3, 12)), max_size=PROMPT_LEN),
     used=st.booleans(),
 )
-def test_any_split_is_the_full_forward(model: Llama, chunks: list[int], used: bool) -> None:
+def test_any_split_is_the_full_forward(model: Model, chunks: list[int], used: bool) -> None:
     ids = np.array(prompt(SPLIT_CASE), np.int32)
-    weights = model.weights()
-    cache = empty_cache(model.config, PROMPT_LEN + 3, jnp.float32)
+    config, weights = model
+    cache = empty_cache(config, PROMPT_LEN + 3, jnp.float32)
     if used:
         cache = full_of_noise(cache)
     rows: list[np.ndarray] = []
     for length in [*chunks, *[1] * PROMPT_LEN]:
         start = len(rows)
         if start + length <= PROMPT_LEN:
-            scores, cache = forward(weights, ids[start : start + length], cache, jnp.int32(start), config=model.config)
+            scores, cache = forward(weights, ids[start : start + length], cache, jnp.int32(start), config=config)
             rows += list(np.asarray(scores))
     assert relative_error(np.stack(rows), GOLDENS[f"{SPLIT_CASE}/logits"]) < 1e-4
 
 
-def test_a_batch_is_its_rows(model: Llama) -> None:
+def test_a_batch_is_its_rows(model: Model) -> None:
+    config, weights = model
     ids = np.array(prompt(SPLIT_CASE), np.int32).reshape(5, 8)
     starts = np.array([0, 3, 30, 32, 17], np.int32)
-    caches = [full_of_noise(empty_cache(model.config, PROMPT_LEN, jnp.float32))] * len(starts)
-    run = partial(forward, model.weights(), config=model.config)
+    caches = [full_of_noise(empty_cache(config, PROMPT_LEN, jnp.float32))] * len(starts)
+    run = partial(forward, weights, config=config)
     batch = jax.tree.map(lambda *rows: jnp.stack(rows), *caches)
     scores, batch = jax.vmap(run)(ids, batch, starts)
     for row, start in enumerate(starts):
@@ -393,7 +393,7 @@ LONG = 512
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load(write_hf(tmp_path_factory.mktemp("runner") / "hf", CASES[RUNNER_CASE], state_dict(RUNNER_CASE)))
 
 
@@ -416,10 +416,10 @@ TEXTS = _texts()
 # The last chunk passes the end of the cache, where a shorter one begins in the middle and a long one at 0.
 @example(max_seq_len=509, requests=[(0, 0.8, 3), (0, 1.0, 1), (1, 0.97, 24)], reuse_cache=True)
 def test_the_runner_draws_what_a_full_forward_says(
-    small: Llama, max_seq_len: int, requests: list[tuple[int, float, int]], reuse_cache: bool
+    small: Model, max_seq_len: int, requests: list[tuple[int, float, int]], reuse_cache: bool
 ) -> None:
-    reference = Runner(small, device=DEVICE, max_seq_len=LONG, cache_dtype=jnp.float32)
-    runner = Runner(small, device=DEVICE, max_seq_len=max_seq_len, cache_dtype=jnp.float32)
+    reference = Runner(*small, device=DEVICE, max_seq_len=LONG, cache_dtype=jnp.float32)
+    runner = Runner(*small, device=DEVICE, max_seq_len=max_seq_len, cache_dtype=jnp.float32)
     for text, fraction, max_new_tokens in requests:
         ids = TEXTS[text][: 1 + round(fraction * (max_seq_len - 2))]
         request = Request(ids, max_new_tokens, SamplingParams(temperature=0), reuse_cache=reuse_cache)

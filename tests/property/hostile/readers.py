@@ -21,7 +21,6 @@ from llamajax.bench.saved_logits import SavedLogits
 from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
 from llamajax.loading import cache_dtype
-from llamajax.model.llama import Llama
 from llamajax.serve import batch_file, json_object
 from llamajax.serve.input_file import Input
 from llamajax.serve.result_file import SETTINGS_SUFFIX, ResultFile, Settings
@@ -143,10 +142,10 @@ def config_key(config: LlamaConfig) -> str:
 
 
 def _answer(checkpoint: Checkpoint, runs: bool) -> None:
-    model, device = Llama(checkpoint.config), jax.devices()[0]
-    load_weights(model, checkpoint.tensors, device)
+    config, device = checkpoint.config, jax.devices()[0]
+    weights = load_weights(config, checkpoint.tensors, device)
     if runs:
-        runner = Runner(model, device=device, max_seq_len=64, cache_dtype=cache_dtype(device, "auto"))
+        runner = Runner(config, weights, device=device, max_seq_len=64, cache_dtype=cache_dtype(device, "auto"))
         llm = LLM(runner, tiny_llm().tokenizer, None, checkpoint.stop_ids)
         answer = llm.stream([1, 2, 3], max_new_tokens=2, temperature=0.0).finish()
         assert all(0 <= i < checkpoint.config.vocab_size for i in answer.token_ids)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 
 from llamajax.engine.batch import Batch
 from llamajax.engine.engine import Engine
-from llamajax.engine.runner import Program, Runner
+from llamajax.engine.programs import Program
+from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CheckpointError, PromptTooLongError, QueueFullError, RequestError

@@ -1,6 +1,6 @@
 """The runner's cache, its errors, and what it compiles."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from llamajax.engine import steps
+from llamajax.engine.programs import Program
 from llamajax.engine.runner import CHUNKS, Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
@@ -17,7 +18,15 @@ from llamajax.ops import native
 from llamajax.types import Request, SamplingParams
 
 from ... import tiny_model
-from ...tiny_model import CONFIG, count_compilations, random_ids, random_weights, reference_logits, tiny_runner
+from ...tiny_model import (
+    CONFIG,
+    count_compilations,
+    no_programs,
+    random_ids,
+    random_weights,
+    reference_logits,
+    tiny_runner,
+)
 
 strict_promotion = tiny_model.strict_promotion
 
@@ -26,9 +35,8 @@ GREEDY = SamplingParams(temperature=0)
 
 # The first of all, since what it compiles serves the other tests.
 def test_nothing_compiles_in_the_steady_state() -> None:
-    jax.clear_caches()
     runner = tiny_runner(1024)
-    with count_compilations() as compiled:
+    with no_programs(), count_compilations() as compiled:
         runner.warm_up(512)
     assert runner.cache_len == 512
     assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1)
@@ -64,8 +72,9 @@ def test_no_step_copies_the_cache(step: str, num_rows: int) -> None:
         "prefill": (np.zeros((num_rows, 16), np.int32), zeros, zeros, zeros),
         "decode": (rows.slots, np.int32(1)),
     }
-    jitted = jax.jit(getattr(steps, step).__wrapped__, donate_argnames="cache")
-    lowered = jitted.lower(runner.model, rows.cache, *given[step], rows.requests)
+    arrays, structure = runner.model
+    jitted = jax.jit(getattr(steps, step).__wrapped__, static_argnames="structure", donate_argnames="cache")
+    lowered = jitted.lower(arrays, rows.cache, *given[step], rows.requests, structure=structure)
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < sum(x.nbytes for x in jax.tree.leaves(rows.cache)) / 10
@@ -136,11 +145,10 @@ def test_prompt_logprobs_need_little_memory_and_few_programs(scorer: Runner) -> 
     assert compiled == []
     config = replace(CONFIG, vocab_size=128_256, max_position_embeddings=1 << 16)
     runner = tiny_runner(config=config)
-    ids = np.zeros(1 << 16, np.int32)
-    lowered = steps.prompt_logprobs.lower(runner.model, ids, np.int32(1), **runner._cache_settings)
-    memory = lowered.compile().memory_analysis()
+    length = 1 << 16
+    memory = runner.compile(Program("prompt_logprobs", length)).memory_analysis()
     assert memory is not None
-    all_scores = 4 * config.vocab_size * len(ids)
+    all_scores = 4 * config.vocab_size * length
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < all_scores / 10
 
 
@@ -240,13 +248,15 @@ def test_warm_up_reports_broken_weights() -> None:
 def test_a_step_that_ctrl_c_ends_takes_the_cache_with_it(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, request = tiny_runner(256), Request([1, 2, 3], 5, GREEDY, reuse_cache=True)
     expected = [token.id for token in Sequential(runner, request)]
-    interrupted = getattr(steps, step)
+    compile = runner.compile
 
-    def interrupt(*args: object, **kwargs: object) -> None:
-        interrupted(*args, **kwargs)
+    def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steps, step, interrupt)
+    def interrupted(program: Program) -> Callable:
+        return interrupt if program.step == step else compile(program)
+
+    monkeypatch.setattr(runner, "compile", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(Sequential(runner, replace(request, token_ids=[1, 2, 4])))
     monkeypatch.undo()

@@ -15,7 +15,6 @@ from llamajax import ops
 from llamajax.bench.session import kept_dtype
 from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
-from llamajax.model.llama import Llama
 from llamajax.ops import native
 from llamajax.ops.quants import FORMATS
 from llamajax.weights.checkpoint import open_checkpoint
@@ -55,16 +54,15 @@ def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
         for name in (f"blk.{layer}.ffn_down.weight", f"blk.{layer}.attn_v.weight"):
             blocks = gguf.quantize(dequantized(tensors[name]), GGMLQuantizationType.Q8_0)
             tensors[name] = StoredTensor(name, tensors[name].shape, "q8_0", blocks)
-    model = Llama(checkpoint.config)
-    load_weights(model, tensors, jax.devices()[0])
+    weights = load_weights(checkpoint.config, tensors, jax.devices()[0])
     for layer in range(30):
-        found = ops.embed(np.arange(576), model.layers[layer].mlp.down_proj.weight.get_value())
+        found = ops.embed(np.arange(576), weights[f"layers.{layer}.mlp.down_proj.weight"])
         stored = dequantized(tensors[f"blk.{layer}.ffn_down.weight"])
         # Of the row's largest: scales may be rounded to 15 bits, and meet quants of up to 8 there.
         assert (np.abs(found - stored) <= 2.0**-12 * np.abs(stored).max(axis=1, keepdims=True)).all()
     plain = llamajax.load(smollm2_gguf)
     ids = plain.tokenizer.encode("The first of May is a holiday in many countries of the world.")
-    scores = Runner(model, device=jax.devices()[0], cache_dtype=np.float32).logits(ids)
+    scores = Runner(checkpoint.config, weights, device=jax.devices()[0], cache_dtype=np.float32).logits(ids)
     assert np.abs(scores - plain.logits(ids)).mean() < 0.5
 
 
@@ -76,10 +74,9 @@ def test_iq4_nl_is_kept_as_it_is(smollm2_gguf: Path) -> None:
         name = f"blk.{layer}.attn_output.weight"
         blocks = random_blocks("iq4_nl", 576, 18, seed=layer, small=True)
         tensors[name] = StoredTensor(name, (576, 576), "iq4_nl", blocks)
-    model = Llama(checkpoint.config)
-    load_weights(model, tensors, jax.devices()[0])
+    weights = load_weights(checkpoint.config, tensors, jax.devices()[0])
     for layer in (0, 29):
-        found = ops.embed(np.arange(576), model.layers[layer].self_attn.o_proj.weight.get_value())
+        found = ops.embed(np.arange(576), weights[f"layers.{layer}.self_attn.o_proj.weight"])
         stored = dequantized(tensors[f"blk.{layer}.attn_output.weight"])
         np.testing.assert_array_equal(np.asarray(found), stored if native.available() else stored.astype(jnp.bfloat16))
 
@@ -105,7 +102,7 @@ def test_a_scale_that_is_not_finite_is_named(smollm2_gguf: Path, format: str, va
         blocks[rows // 3, FORMATS[format].bytes :][:2] = np.array([value], "<f2").view(np.uint8)
         tensors = {**others, name: StoredTensor(name, tensor.shape, format, blocks)}
         with pytest.raises(CheckpointError, match="has a scale that is not finite"):
-            load_weights(Llama(config), tensors, jax.devices()[0])
+            load_weights(config, tensors, jax.devices()[0])
 
 
 def dequantized(stored: StoredTensor) -> np.ndarray:
@@ -117,8 +114,7 @@ def test_a_norm_in_blocks_becomes_f32(smollm2_gguf: Path) -> None:
     norm = checkpoint.tensors["output_norm.weight"]
     blocks = gguf.quantize(norm.data[None], GGMLQuantizationType.Q8_0)[0]
     tensors = {**checkpoint.tensors, norm.name: StoredTensor(norm.name, norm.shape, "q8_0", blocks)}
-    model = Llama(checkpoint.config)
-    load_weights(model, tensors, jax.devices()[0])
-    found = np.asarray(model.norm.weight.get_value())
+    weights = load_weights(checkpoint.config, tensors, jax.devices()[0])
+    found = np.asarray(weights["norm.weight"])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, gguf.dequantize(blocks, GGMLQuantizationType.Q8_0))

@@ -1,0 +1,145 @@
+"""The compiled steps of a model, by name: compiled when they are first needed, and kept, in memory and on disk.
+
+Knows what each step takes; not when it is needed.
+"""
+
+from concurrent.futures import Future
+from functools import cache, partial
+from threading import Lock
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.stages import Compiled, Lowered
+from jax.typing import DTypeLike
+
+from llamajax.engine import steps
+from llamajax.engine.executables import Executables
+from llamajax.engine.steps import FlatModel, Rows
+from llamajax.ops import layers_share_arrays
+
+# XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
+# a row's last bits would depend on its neighbours and on the cache's length. With it for products only, they do not.
+_SUMS_IN_ONE_ORDER: dict[str, str | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
+
+# Of all models of this process: several of one kind share them.
+_programs: dict[tuple[str, "Program"], Future[Compiled]] = {}
+_lock = Lock()
+
+
+class Program(NamedTuple):
+    """A step compiled for rows of one shape.
+
+    Attributes:
+      cache_len: positions that each row has room for, when the step has run; tokens, of logits and prompt_logprobs.
+      chunk_len: of a prefill.
+      num_rows: when the step has run.
+      source: rows and positions of what an insert takes them from, or of what is grown or resized.
+    """
+
+    step: Literal["empty_rows", "grow", "prefill", "decode", "insert", "resize", "stop", "logits", "prompt_logprobs"]
+    cache_len: int
+    chunk_len: int = 0
+    num_rows: int = 1
+    source: tuple[int, int] = (1, 0)
+
+
+class Programs:
+    """What a model's programs are called by."""
+
+    def __init__(self, model: FlatModel, device: jax.Device, cache_dtype: DTypeLike) -> None:
+        self._model = model
+        self._device = device
+        self._cache_settings = {
+            "cache_dtype": cache_dtype,
+            "shared": layers_share_arrays(device, model.structure.config.head_dim),
+        }
+        arrays = [(array.shape, array.dtype.name) for array in model.arrays]
+        self._on_disk = Executables(device, repr((arrays, model.structure, self._cache_settings)))
+
+    def compile(self, program: Program) -> Compiled:
+        """The program, ready to run: its arguments are the arrays that its step takes.
+
+        Any thread may ask, and waits if another one makes the same program. No array on the device is touched.
+        """
+        key = self._on_disk.identity, program
+        with _lock:
+            found, made = _programs.get(key), Future[Compiled]()
+            if found is None:
+                _programs[key] = made
+        if found is not None:
+            return found.result()
+        try:
+            made.set_result(self._on_disk.get(_name(program), lambda: self._lowered(program), _compiler_options))
+        except BaseException as error:
+            del _programs[key]
+            made.set_exception(error)
+        return made.result()
+
+    def prepare(self, program: Program) -> None:
+        """Makes a program quick to get: one that is on disk need not be in memory."""
+        key, name = (self._on_disk.identity, program), _name(program)
+        if key not in _programs and not self._on_disk.has(name):
+            self.compile(program)
+            if self._on_disk.has(name):
+                _programs.pop(key, None)
+
+    def is_new(self, program: Program) -> bool:
+        """Whether the program is going to be compiled for the first time on this machine."""
+        return self._on_disk.is_kept and not self._on_disk.has(_name(program))
+
+    def shapes(self, num_rows: int, length: int) -> Rows:
+        """Rows' arrays, without their values."""
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(partial(steps.empty_rows, **self._rows_settings(num_rows, length))),
+        )
+
+    def _lowered(self, program: Program) -> Lowered:
+        step, length, chunk_len, num_rows, source = program
+        arrays, structure = self._model
+        cache, slots, requests = rows = self.shapes(num_rows, length)
+        ids, number, places = np.zeros(length, np.int32), np.int32(1), np.zeros(source[0], np.int32)
+        match step:
+            case "empty_rows":
+                with jax.default_device(self._device):
+                    return steps.empty_rows.lower(**self._rows_settings(num_rows, length))
+            case "grow":
+                return steps.grow.lower(self.shapes(*source).cache, length=length)
+            case "prefill":
+                chunk, ones = np.zeros((num_rows, chunk_len), np.int32), np.ones(num_rows, np.int32)
+                return steps.prefill.lower(arrays, cache, chunk, ones, ones, ones, requests, structure=structure)
+            case "decode":
+                return steps.decode.lower(arrays, cache, slots, number, requests, structure=structure)
+            case "insert":
+                return steps.insert.lower(rows, self.shapes(*source), places, places)
+            case "resize":
+                return steps.resize.lower(self.shapes(*source), np.zeros(num_rows, np.int32), length=length)
+            case "stop":
+                return steps.stop.lower(slots.left, number)
+            case "logits":
+                dtype = self._cache_settings["cache_dtype"]
+                return steps.logits.lower(arrays, ids, structure=structure, cache_dtype=dtype)
+            case "prompt_logprobs":
+                return steps.prompt_logprobs.lower(arrays, ids, number, structure=structure, **self._cache_settings)
+
+    def _rows_settings(self, num_rows: int, length: int) -> dict[str, Any]:
+        config = self._model.structure.config
+        return {"num_rows": num_rows, "length": length, "config": config, **self._cache_settings}
+
+
+def _name(program: Program) -> str:
+    """Of its file."""
+    return "-".join(map(str, (*program[:-1], *program.source)))
+
+
+@cache
+def _compiler_options() -> dict[str, str | bool]:
+    try:
+        jax.jit(lambda x: x).lower(0).compile(_SUMS_IN_ONE_ORDER)
+    except jax.errors.JaxRuntimeError:  # another version of XLA
+        return {}
+    return _SUMS_IN_ONE_ORDER
