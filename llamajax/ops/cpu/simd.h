@@ -19,12 +19,12 @@ inline void store_first(T* p, Floats x, int64_t count) {
 
 constexpr float kLog2e = 1.44269504f;
 
-// 2^x to about 2e-7, relatively; 0 and infinity beyond what f32 holds. 2^n * e^r with |r| <= log(2) / 2, e^r by its
-// Taylor series to the sixth power.
+// 2^x to about 2e-7, relatively; exact for a whole x; 0 and infinity beyond what f32 holds. 2^n * 2^r with |r| <= 1/2,
+// 2^r by the polynomial of the fifth degree with the least relative error of those that are 1 at 0.
 inline Floats exp2(Floats x) {
-  const Floats n = whole(x), r = (x - n) * all(0.693147181f);
-  Floats y = all(1.0f / 720);
-  constexpr float kRest[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f};
+  const Floats n = whole(x), r = x - n;
+  Floats y = all(0.00132647273f);
+  constexpr float kRest[] = {0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f};
   UNROLL for (const float c : kRest) y = fma(y, r, all(c));
   return times_power_of_two(y, n);
 }

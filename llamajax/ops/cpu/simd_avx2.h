@@ -1,6 +1,6 @@
 // AVX2 with FMA and F16C: 8 lanes.
 constexpr int kLanes = 8;
-constexpr int kTileRows = 2, kQueries = 4;
+constexpr int kTileRows = 2, kQueries = 4, kTogether = 2;
 using Floats = __m256;
 using Ints = __m256i;
 using Bytes = __m256i;
@@ -38,6 +38,12 @@ inline float sum(Floats x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+// The sums of kLanes vectors, each in its lane.
+inline Floats sums(const Floats* x) {
+  const Floats a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  const Floats b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 inline bool has_nan(Floats x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
 inline int32_t sum(Ints x) {

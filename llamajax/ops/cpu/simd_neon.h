@@ -1,6 +1,6 @@
 // NEON with dot products (Armv8.2): 4 lanes.
 constexpr int kLanes = 4;
-constexpr int kTileRows = 6, kQueries = 12;  // accumulators and operands fit the 32 registers
+constexpr int kTileRows = 6, kQueries = 12, kTogether = 4;  // accumulators and operands fit the 32 registers
 using Floats = float32x4_t;
 using Ints = int32x4_t;
 using Bytes = uint8x16_t;
@@ -26,6 +26,8 @@ inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) {
   return vaddq_f32(sum, vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x, y), vreinterpretq_u32_f32(numbers))));
 }
 inline float sum(Floats x) { return vaddvq_f32(x); }
+// The sums of kLanes vectors, each in its lane.
+inline Floats sums(const Floats* x) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
 inline bool has_nan(Floats x) { return vminvq_u32(vceqq_f32(x, x)) == 0; }
 inline int32_t sum(Ints x) { return vaddvq_s32(x); }
 inline float maximum(Floats x) { return vmaxvq_f32(x); }

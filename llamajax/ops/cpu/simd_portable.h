@@ -1,6 +1,6 @@
 // What any compiler makes of 4 lanes; with NEON's dot products where they are built in.
 constexpr int kLanes = 4;
-constexpr int kTileRows = 2, kQueries = 4;
+constexpr int kTileRows = 2, kQueries = 4, kTogether = 2;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
@@ -55,6 +55,8 @@ inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 // sum + the numbers where x >= y.
 inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) { return sum + (x >= y ? numbers : Floats{}); }
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+// The sums of kLanes vectors, each in its lane.
+inline Floats sums(const Floats* x) { return Floats{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])}; }
 inline bool has_nan(Floats x) { return std::isnan(sum(x)); }
 inline int32_t sum(Ints x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float maximum(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
