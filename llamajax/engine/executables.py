@@ -68,9 +68,9 @@ class Executables:
         return compiled
 
     @property
-    def is_kept(self) -> bool:
-        """Whether programs are kept on disk at all."""
-        return self._folder is not None
+    def is_empty(self) -> bool:
+        """Whether programs are kept on disk, but none of these settings is there yet."""
+        return self._folder is not None and not any(self._folder.glob(self._named("*")))
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name. It may be broken."""

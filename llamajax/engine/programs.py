@@ -86,9 +86,10 @@ class Programs:
             if self._on_disk.has(name):
                 _programs.pop(key, None)
 
-    def is_new(self, program: Program) -> bool:
-        """Whether the program is going to be compiled for the first time on this machine."""
-        return self._on_disk.is_kept and not self._on_disk.has(_name(program))
+    @property
+    def is_new(self) -> bool:
+        """Whether all programs have to be compiled, for the first time on this machine."""
+        return self._on_disk.is_empty
 
     def shapes(self, num_rows: int, length: int) -> Rows:
         """Rows' arrays, without their values."""

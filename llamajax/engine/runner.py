@@ -292,7 +292,7 @@ class Runner:
     @property
     def is_new(self) -> bool:
         """Whether the model was never run on this machine, so that its first answer waits for programs."""
-        return self._programs.is_new(Program("decode", self.bucket(1)))
+        return self._programs.is_new
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Scores of the next token after each of the given ones. The cache is left as it is."""

@@ -52,8 +52,10 @@ def store(settings: str = "settings") -> Store:
 
 def test_a_program_is_lowered_and_compiled_once(folder: Path) -> None:
     first, then, other = store(), store(), store("other settings")
+    assert first.is_empty and not first.has("double")
     with count_compilations() as compiled:
         assert first.doubled() == [2, 10, 14]
+    assert first.has("double") and other.is_empty and not then.is_empty
     assert (first.num_lowered, len(compiled)) == (1, 1)
     with count_compilations() as compiled:
         assert then.doubled() == [2, 10, 14]
@@ -125,7 +127,7 @@ def test_nothing_is_kept_where_jax_keeps_nothing(folder: Path) -> None:
         off = store()
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
-    assert off.doubled() == [2, 10, 14] and not off.has("double")
+    assert off.doubled() == [2, 10, 14] and not off.has("double") and not off.is_empty
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(folder: Path) -> None:
