@@ -2,13 +2,15 @@
 
 import os
 import secrets
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from llamajax.hub.aliases import ALIASES
 from llamajax.types import MAX_THREADS, Device, DType
 
+from .prompt import read_text
 from .render import note
 
 
@@ -33,6 +35,17 @@ def note_seed(seed: int) -> None:
     """Prints a seed that was drawn, so that the same answer can be drawn again."""
     if isinstance(seed, DrawnSeed):
         note(f"(seed {seed})")
+
+
+def constraint(json_schema: Path | None, regex: str | None, grammar: str | None) -> dict[str, Any]:
+    """What an answer must fit, as options of `LLM.stream`. The file of a schema is read."""
+    schema = None if json_schema is None else read_text(f"@{json_schema}", "the schema")
+    lark = None if grammar is None else read_text(grammar, "the grammar")
+    given: Any = {"json_schema": schema, "regex": regex, "grammar": lark}
+    options = {name: value for name, value in given.items() if value is not None}
+    if len(options) > 1:
+        raise typer.BadParameter("give only one of --json-schema, --regex and --grammar")
+    return options
 
 
 def _use_threads(number: int | None) -> None:
@@ -92,6 +105,14 @@ Seed = Annotated[
     ),
 ]
 Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends the answer; may be given several times.")]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option("--json-schema", metavar="FILE", help="The answer is JSON that is valid under this file's schema."),
+]
+Regex = Annotated[str | None, typer.Option("--regex", help="The whole answer matches this regular expression.")]
+GrammarOption = Annotated[
+    str | None, typer.Option("--grammar", help="The whole answer fits this grammar in Lark's form, or @FILE's.")
+]
 Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="Tokens and speed, on stderr, after the answer.")]
 # Read by main, which handles errors; commands only accept it.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, Self, Unpack, cast, overload
@@ -13,6 +14,7 @@ from jaxtyping import Float32
 from llamajax.answer import Answer, Collector, Inbox, ServedStream, Stream
 from llamajax.checks import flag, integer, is_whole, number, shown
 from llamajax.config import LlamaConfig
+from llamajax.constraints import GrammarCompiler
 from llamajax.engine.ahead import AheadCompiler
 from llamajax.engine.concurrent import Concurrent
 from llamajax.engine.engine import Engine
@@ -24,6 +26,7 @@ from llamajax.options import (
     check_names,
     generation_prompt,
     new_token_limit,
+    read_grammar,
     sampling_params,
     stop_strings,
     stop_token_ids,
@@ -32,6 +35,7 @@ from llamajax.text import one_line
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.chat import ChatTemplate, encode_chat
 from llamajax.tokenizers.stream import StopStrings, StreamDecoder
+from llamajax.tools import ToolFormat, Tools, read_tools
 from llamajax.types import (
     MAX_TOP_LOGPROBS,
     Completion,
@@ -51,6 +55,7 @@ class LLM:
       config: the model's.
       tokenizer: the checkpoint's.
       template: the checkpoint's chat template, a built-in one, or None for a model that was not made to chat.
+      tool_format: how the model calls functions.
       max_seq_len: tokens that a prompt and its answer may take together.
     """
 
@@ -62,7 +67,9 @@ class LLM:
         self.template = template
         self.max_seq_len = runner.max_seq_len
         self._runner = runner
+        self.tool_format = ToolFormat.of(template.source if template else "")
         self._stop_ids = stop_ids
+        self._grammars = GrammarCompiler(tokenizer, self.config.vocab_size, stop_ids)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continues a text as it stands, without a chat template. Options as in `stream`.
@@ -116,30 +123,48 @@ class LLM:
         Arguments and errors as in `stream`.
         """
         check_names(options, "verbatim", "reuse_cache")
-        ids = self._encode(prompt, options, verbatim)
-        eos = frozenset() if flag("ignore_eos", options.get("ignore_eos", False)) else self._stop_ids
+        tools = read_tools(*(options.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")))
+        ids = self._encode(prompt, options, verbatim, tools)
+        ignores_end = flag("ignore_eos", options.get("ignore_eos", False))
+        stop_ids = stop_token_ids(options, self.config.vocab_size)
+        grammar = read_grammar(options)
+        if tools:
+            if grammar:
+                raise RequestError(
+                    "give either tools or what the answer must fit, not both: tool_choice none offers none"
+                )
+            grammar = self.tool_format.grammar(tools)
         request = Request(
             ids,
             new_token_limit(options, self.max_seq_len),
             sampling_params(options),
-            eos | stop_token_ids(options, self.config.vocab_size),
+            stop_ids if ignores_end and grammar is None else stop_ids | self._stop_ids,
             flag("reuse_cache", reuse_cache),
             integer("min_tokens", options.get("min_tokens", 0), 0),
         )
         self._runner.check(request)
-        # The text goes on from something: a space at its start belongs to it.
-        continues = isinstance(prompt, str) or options.get("continue_final_message", False)
+        if grammar is not None:
+            constraint = self._grammars.compile(
+                grammar, request.stop_ids, min_tokens=request.min_tokens, ignores_end=ignores_end
+            )
+            request = replace(request, constraint=constraint)
+        # A space at the text's start belongs to it if the text goes on from something, or a grammar has it there.
+        continues = isinstance(prompt, str) or options.get("continue_final_message", False) or grammar is not None
         return request, Answer(
             request, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop_strings(options))
         )
 
-    def _encode(self, prompt: Prompt, options: Options, verbatim: Mapping[int, Sequence[int]] | None) -> list[int]:
+    def _encode(
+        self, prompt: Prompt, options: Options, verbatim: Mapping[int, Sequence[int]] | None, tools: Tools | None
+    ) -> list[int]:
         begins, continues = generation_prompt(options)
         ids = _token_ids(prompt)
         if (isinstance(prompt, str) or ids is not None) and (continues or not begins):
             raise RequestError(
                 "add_generation_prompt and continue_final_message need messages, not a text or token ids"
             )
+        if tools and (isinstance(prompt, str) or ids is not None or verbatim):
+            raise RequestError("tools need messages, not a text or token ids")
         if isinstance(prompt, str):
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             return bos + self.tokenizer.encode(prompt)
@@ -150,7 +175,11 @@ class LLM:
         if not isinstance(verbatim or {}, Mapping):
             raise RequestError(f"verbatim must map a message's index to token ids, not {shown(verbatim)}")
         return self.encode_chat(
-            cast(Messages, prompt), verbatim, add_generation_prompt=begins, continue_final_message=continues
+            cast(Messages, prompt),
+            verbatim,
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            tools=tools,
         )
 
     def serve_requests(
@@ -282,6 +311,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where its next answer begins, or its last message goes on."""
         if self.template is None:
@@ -295,6 +325,7 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             verbatim=verbatim,
+            tools=tools,
         )
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:

@@ -1,15 +1,18 @@
 """The options of an answer: their types, for editors and mypy, and what they mean for a request."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from llamajax import checks
 from llamajax.errors import RequestError
-from llamajax.types import SamplingParams
+from llamajax.text import one_line
+from llamajax.types import Grammar, SamplingParams
 
 DEFAULT_NEW_TOKENS = 50
 MAX_STOPS = 256  # each is looked for after each token, while the other requests wait
+MAX_GRAMMAR_CHARS = 1_000_000
 
 
 class AnswerOptions(TypedDict, total=False):
@@ -20,6 +23,9 @@ class AnswerOptions(TypedDict, total=False):
       stop: strings that end the answer and are not part of it.
       stop_token_ids: token ids that end it, beside the model's own; they are not part of it either.
       ignore_eos: go on after the model's own tokens that end a text or a turn.
+      json_schema: the answer is JSON that is valid under this schema: an object, its text, or a pydantic model.
+      regex: the whole answer matches this regular expression (the syntax of Rust's regex crate).
+      grammar: the whole answer fits this context-free grammar in llguidance's variant of Lark.
       sampling: how tokens are drawn; or give its fields themselves.
     """
 
@@ -27,6 +33,9 @@ class AnswerOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool
+    json_schema: Mapping[str, Any] | str | type | None
+    regex: str | None
+    grammar: str | None
     sampling: SamplingParams | None
     temperature: float
     top_p: float
@@ -48,11 +57,18 @@ class Options(AnswerOptions, total=False):
         not given.
       add_generation_prompt: end the messages with the header of the assistant's next one; True if it is not given.
       continue_final_message: the answer goes on where the last message ends, instead of beginning a message.
+      tools: functions that the answer may call, in OpenAI's form; `LLM.tool_format` reads the calls.
+      tool_choice: "auto" lets the model decide, "required" makes it call one, {"type": "function", "function": {"name":
+        "…"}} makes it call that one, "none" offers none.
+      parallel_tool_calls: whether an answer may have several calls; True if it is not given.
     """
 
     max_new_tokens: int | None
     add_generation_prompt: bool
     continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
 
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
@@ -100,6 +116,37 @@ def stop_token_ids(options: Options, vocab_size: int) -> frozenset[int]:
     ids = options.get("stop_token_ids")
     ids = _items("stop_token_ids", () if ids is None else ids, "a list of token ids")
     return frozenset(checks.integer("each of stop_token_ids", i, 0, vocab_size - 1) for i in ids)
+
+
+def read_grammar(options: Options) -> Grammar | None:
+    """What the answer must fit, if anything. Raises RequestError."""
+    given = {name: options[name] for name in ("json_schema", "regex", "grammar") if options.get(name) is not None}
+    if len(given) > 1:
+        raise RequestError(f"give only one of {', '.join(given)}")
+    for name, value in given.items():
+        text = _schema(value) if name == "json_schema" else value
+        if not isinstance(text, str):
+            raise RequestError(f"{name} must be a string, not {checks.shown(value)}")
+        if len(text) > MAX_GRAMMAR_CHARS:
+            raise RequestError(f"{name} may have {MAX_GRAMMAR_CHARS:,} characters, not {len(text):,}")
+        return Grammar(cast(Any, name), text)
+    return None
+
+
+def _schema(given: Any) -> str:
+    """A schema's text."""
+    if hasattr(given, "model_json_schema"):
+        given = given.model_json_schema()
+    if isinstance(given, str) and len(given) > MAX_GRAMMAR_CHARS:
+        return given
+    try:
+        schema = json.loads(given) if isinstance(given, str) else given
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json_schema must be an object that JSON can express: {one_line(error)}") from None
+    if not isinstance(schema, Mapping):
+        raise RequestError(f"json_schema must be an object, its text or a pydantic model, not {checks.shown(given)}")
+    return text
 
 
 def generation_prompt(options: Options) -> tuple[bool, bool]:

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 from llamajax import checks
 from llamajax.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int32
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "q4_k"]
 Device = Literal["cpu", "gpu", "tpu"]
@@ -103,6 +107,59 @@ def _checked_bias(bias: Mapping[int, float]) -> dict[int, float]:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer's text must fit.
+
+    Attributes:
+      kind: the option that it was given as, which says how `text` is read: a JSON schema, a regular expression, or a
+        context-free grammar in llguidance's variant of Lark, which calls of tools are, too.
+    """
+
+    kind: Literal["json_schema", "regex", "grammar", "tools"]
+    text: str
+
+
+# What no schema can change for llguidance. Between two tokens of JSON: nothing, a space, or an indented line: without a
+# limit, small models write spaces until the answer's length ends them.
+JSON_OPTIONS: Any = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r" |\n( {0,20}|\t{0,10})",
+}
+
+
+class Matcher(Protocol):
+    """Follows one answer through a grammar, token by token.
+
+    Attributes:
+      ended: the answer fits, and nothing but its end may follow.
+    """
+
+    ended: bool
+
+    def fill(self, mask: "Int32[np.ndarray, 'W']") -> None:
+        """Sets the bit of each token that may come next, and clears the others. W is `mask_len`.
+
+        Raises RequestError if the grammar is too complex at this place, or nothing fits it.
+        """
+
+    def advance(self, token_id: int) -> None:
+        """The answer has one more token. Raises RequestError as `fill` does."""
+
+
+class Constraint(Protocol):
+    """A grammar that is compiled for a model's tokens. Any number of answers may use it, in any thread."""
+
+    def matcher(self) -> Matcher:
+        """For an answer that begins."""
+
+
+def mask_len(vocab_size: int) -> int:
+    """Integers that a mask has: one bit for each token, and one for the end of a model that has no token for it."""
+    return vocab_size // 32 + 1
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt of token ids and what is asked for.
 
@@ -114,6 +171,7 @@ class Request:
         computed one by one, whose last bits differ from those of a prompt read at once: with reuse, a request's
         answer may depend on what was asked before.
       min_tokens: stop tokens cannot be drawn, and stop strings do not count, before the answer has so many.
+      constraint: what the answer must fit, if anything. It decides where stop tokens may be drawn.
     """
 
     token_ids: Sequence[int]
@@ -122,6 +180,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     reuse_cache: bool = False
     min_tokens: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ def batch(
         ),
     ] = 42,
     stop: options.Stop = [],  # noqa: B006 (Typer's way of an option that may be repeated)
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.GrammarOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue prompts as they stand, without a chat template.")
     ] = False,
@@ -123,7 +126,9 @@ def batch(
     if system is not None:
         system = read_text(system, "the system message")
     given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    defaults = batch_file.Defaults({**sampling, **given, "stop": stop}, system, raw)
+    defaults = batch_file.Defaults(
+        {**sampling, **given, "stop": stop, **options.constraint(json_schema, regex, grammar)}, system, raw
+    )
     settings = Settings(
         {
             "model": str(Path(model).resolve()) if Path(model).exists() else model,

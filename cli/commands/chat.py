@@ -1,7 +1,7 @@
 """`llamajax chat`: one answer, or a conversation."""
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,6 +46,9 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 42,
     stop: options.Stop = [],  # noqa: B006 (Typer's way of an option that may be repeated)
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.GrammarOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")
     ] = False,
@@ -82,8 +85,9 @@ def chat(
     if raw and (system is not None or goes_on):
         raise typer.BadParameter("messages need a chat template: leave out --raw, or --system and --continue")
     text = read_prompt(prompt)
-    if text is None and (raw or as_json):
-        raise typer.BadParameter("--raw and --json need a prompt")
+    constraint = options.constraint(json_schema, regex, grammar)
+    if text is None and (raw or as_json or constraint):
+        raise typer.BadParameter("--raw, --json, --json-schema, --regex and --grammar need a prompt")
     if text is not None and not text.strip() and not raw:
         raise RequestError("the prompt is empty: give a text, @FILE, or a text on stdin")
 
@@ -110,10 +114,11 @@ def chat(
     if goes_on:
         conversation = Conversation(llm)
         conversation.restart(messages=messages)
-        stream = conversation.ask(text, max_new_tokens=limit, stop=stop, sampling=sampling)
+        stream = conversation.ask(text, max_new_tokens=limit, stop=stop, sampling=sampling, **constraint)
     else:
         question: Message = {"role": "user", "content": text}
-        stream = llm.stream(text if raw else [*messages, question], max_new_tokens=limit, stop=stop, sampling=sampling)
+        asked_for: Any = {"max_new_tokens": limit, "stop": stop, "sampling": sampling, **constraint}
+        stream = llm.stream(text if raw else [*messages, question], **asked_for)
     if as_json:
         render.print_answer_json(stream.finish(), model, seed)
     else:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise, permutations
 
+import jax
 import numpy as np
 from jaxtyping import Int32
 
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner, chunk_lens, power_of_two
+from llamajax.engine.runner import Runner, chunk_lens, power_of_two, rewound
 from llamajax.engine.steps import Drawn, Rows
 from llamajax.types import Request
 
@@ -58,7 +59,17 @@ class Prompts:
             chunk = request.token_ids[start : start + size]
             token_ids[row, : len(chunk)], length[row] = chunk, len(chunk)
         self.left -= 1
-        return token_ids, start, length, np.where(self.left == 0, self._limits, 0)
+        draws = np.array([self.left == 0 and request.constraint is None for request in self._requests])
+        return token_ids, start, length, np.where(draws, self._limits, 0)
+
+    @property
+    def rewound(self) -> tuple[Int32[np.ndarray, "P"], Int32[np.ndarray, "P"]] | None:
+        """What `steps.rewind` takes when all chunks are read; None if no prompt has a constraint."""
+        return (
+            rewound(self._requests, self._limits.tolist())
+            if any(request.constraint for request in self._requests)
+            else None
+        )
 
 
 class Batch:
@@ -69,6 +80,7 @@ class Batch:
         self._max_rows = max_rows
         self._sizes = row_counts(max_rows)
         self._rows: Rows | None = None
+        self._scores: jax.Array
         self._spare: dict[int, Rows] = {}  # of prompts that were read, by how many they are
 
     @property
@@ -108,6 +120,9 @@ class Batch:
             limits,
             prompts.rows.requests,
         )
+        if not prompts.left and prompts.rewound:
+            rewind = Program("rewind", self._runner.bucket(1), num_rows=num_rows)
+            slots = self._runner.compile(rewind)(slots, *prompts.rewound)
         prompts.rows = Rows(cache, slots, prompts.rows.requests)
         self._runner.copy_ahead(drawn)
         return drawn
@@ -133,6 +148,23 @@ class Batch:
             self._rows.requests,
         )
         self._rows = Rows(cache, slots, self._rows.requests)
+        self._runner.copy_ahead(drawn)
+        return drawn
+
+    def forward(self) -> None:
+        """Begins to compute the scores that `draw` draws from. Returns at once: the device works on."""
+        assert self._rows is not None
+        program = Program("forward", self.length, num_rows=self.num_rows)
+        forward = self._runner.compile(program)
+        self._scores, cache = forward(self._runner.model.arrays, self._rows.cache, self._rows.slots)
+        self._rows = self._rows._replace(cache=cache)
+
+    def draw(self, mask: Int32[np.ndarray, "B W"]) -> Drawn:
+        """Draws one token of the mask for each row that has any left. Returns at once."""
+        assert self._rows is not None
+        program = Program("draw", self._runner.bucket(1), num_rows=self.num_rows)
+        drawn, slots = self._runner.compile(program)(self._scores, self._rows.slots, self._rows.requests, mask)
+        self._rows = self._rows._replace(slots=slots)
         self._runner.copy_ahead(drawn)
         return drawn
 
@@ -206,7 +238,12 @@ class Batch:
                 Program("resize", length, num_rows=num_rows, source=source)
                 for source, (num_rows, length) in permutations((small, large))
             ]
-        return sorted(programs, key=_size)
+        # Few requests have a constraint.
+        constrained = [Program("rewind", lengths[0], num_rows=group) for group in groups]
+        for num_rows in self._sizes:
+            constrained.append(Program("draw", lengths[0], num_rows=num_rows))
+            constrained += [Program("forward", length, num_rows=num_rows) for length in lengths]
+        return [*sorted(programs, key=_size), *sorted(constrained, key=_size)]
 
     def _resize(self, keep: Sequence[int], length: int) -> None:
         assert self._rows is not None

@@ -57,7 +57,8 @@ class Engine:
         self._runner.check(request)
         length = len(request.token_ids)
         limit = min(request.max_new_tokens, self._runner.max_seq_len - length)
-        return Job(request, listener, chunk_lens(length), limit, deadline)
+        matcher = request.constraint.matcher() if request.constraint else None
+        return Job(request, listener, chunk_lens(length), limit, deadline, matcher)
 
     def step(self) -> bool:
         """One round. False if there is nothing left to do.
@@ -116,6 +117,8 @@ class Engine:
             return
         for job in scheduler.reading:
             job.position, job.left = len(job.request.token_ids), job.limit - 1
+            if job.matcher:  # its first token is not drawn yet
+                job.position, job.left = job.position - 1, job.limit
         self._fit(len(scheduler.reading), max(sum(job.plan) for job in scheduler.reading))
         owners = {i: job for i, job in enumerate(self._group) if job.state == "reading"}
         self._batch.insert(self._prompts, list(owners), scheduler.place())
@@ -127,15 +130,31 @@ class Engine:
         running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
         if not running:
             return False
-        num_steps = self._block_len(max(job.left for job in running.values()))
+        constrained = any(job.matcher for job in running.values())
+        num_steps = 1 if constrained else self._block_len(max(job.left for job in running.values()))
         self._fit(0, max(job.position + min(num_steps, job.left) for job in running.values()))
         # The rows may have moved.
         running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
-        self._pending.append((self._batch.decode(num_steps), running))
+        drawn = self._draw_constrained() if constrained else self._batch.decode(num_steps)
+        self._pending.append((drawn, running))
         for job in running.values():
             job.position += min(num_steps, job.left)
             job.left -= min(num_steps, job.left)
         return True
+
+    def _draw_constrained(self) -> Drawn:
+        """Dispatches one token. What may come next is found while the device computes the scores."""
+        self._batch.forward()
+        while self._pending:
+            self._deliver(*self._pending.popleft())
+        mask = self._runner.free_mask(self._batch.num_rows)
+        for row, job in enumerate(self.scheduler.rows):
+            if job is not None and job.matcher and job.left > 0:
+                try:
+                    job.matcher.fill(mask[row])
+                except Exception as error:
+                    self._end(job, "cancelled", error)
+        return self._batch.draw(mask)
 
     def _block_len(self, left: int) -> int:
         waits = self.scheduler.num_waiting > 0 or self.scheduler.reading
@@ -165,9 +184,12 @@ class Engine:
                 self._end(job, "stop")
                 return
             job.drawn += 1
-            wanted = job.listener.token(token)
-            if not wanted or job.drawn == job.limit:
-                self._end(job, "length" if wanted else "stop")
+            ended = not job.listener.token(token)
+            if job.matcher and not ended:
+                job.matcher.advance(token.id)
+                ended = job.matcher.ended
+            if ended or job.drawn == job.limit:
+                self._end(job, "stop" if ended else "length")
                 return
 
     def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> None:

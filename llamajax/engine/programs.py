@@ -17,6 +17,7 @@ from llamajax.engine import steps
 from llamajax.engine.executables import Executables
 from llamajax.engine.steps import FlatModel, Rows
 from llamajax.ops import layers_share_arrays
+from llamajax.types import mask_len
 
 # XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
 # a row's last bits would depend on its neighbours and on the cache's length. With it for products only, they do not.
@@ -39,7 +40,20 @@ class Program(NamedTuple):
       source: rows and positions of what an insert takes them from, or of what is grown or resized.
     """
 
-    step: Literal["empty_rows", "grow", "prefill", "decode", "insert", "resize", "stop", "logits", "prompt_logprobs"]
+    step: Literal[
+        "empty_rows",
+        "grow",
+        "prefill",
+        "decode",
+        "forward",
+        "draw",
+        "rewind",
+        "insert",
+        "resize",
+        "stop",
+        "logits",
+        "prompt_logprobs",
+    ]
     cache_len: int
     chunk_len: int = 0
     num_rows: int = 1
@@ -115,6 +129,14 @@ class Programs:
                 return steps.prefill.lower(arrays, cache, chunk, ones, ones, ones, requests, structure=structure)
             case "decode":
                 return steps.decode.lower(arrays, cache, slots, number, requests, structure=structure)
+            case "forward":
+                return steps.forward.lower(arrays, cache, slots, structure=structure)
+            case "draw":
+                scores = jax.ShapeDtypeStruct(slots.counts.shape, np.float32, sharding=slots.counts.sharding)
+                mask = np.zeros((num_rows, mask_len(structure.config.vocab_size)), np.int32)
+                return steps.draw.lower(scores, slots, requests, mask)
+            case "rewind":
+                return steps.rewind.lower(slots, *(np.zeros(num_rows, np.int32) for _ in range(2)))
             case "insert":
                 return steps.insert.lower(rows, self.shapes(*source), places, places)
             case "resize":

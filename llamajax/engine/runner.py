@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 from jax.typing import DTypeLike
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from llamajax import checks
 from llamajax.config import LlamaConfig
@@ -23,7 +23,7 @@ from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.ops import Weight
 from llamajax.sampling import Sampling, TopLogprobs
-from llamajax.types import Request, Token, TokenLogprobs
+from llamajax.types import Request, Token, TokenLogprobs, mask_len
 
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache.
@@ -91,6 +91,7 @@ class Runner:
         self._cache: Cache = ()
         self._slots: Slots
         self._requests: Requests
+        self._scores: jax.Array
         self._drawn_len = 0
 
     @property
@@ -129,7 +130,7 @@ class Runner:
         `goes_on` is called before each chunk with how many of the prompt's tokens are read; False ends the reading.
 
         Returns that token, on the device, or None if the reading was ended, and how many of the prompt's tokens were
-        in the cache already.
+        in the cache already. With a constraint it draws none: `forward` and `draw` come next.
 
         Raises as `check` does.
         """
@@ -152,8 +153,12 @@ class Runner:
             # A chunk that would pass the end of the cache begins earlier, and writes again what is there.
             start = min(end, self.cache_len - chunk_len)
             end = min(start + chunk_len, len(ids))
-            drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if end == len(ids) else 0)
+            draws = end == len(ids) and request.constraint is None
+            drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if draws else 0)
             self.cached_ids = ids[:end]
+        if request.constraint:
+            rewind = self.compile(Program("rewind", self.bucket(1)))
+            self._slots = rewind(self._slots, *rewound([request], [max_new_tokens]))
         return drawn, reused
 
     def _plan(self, request: Request) -> tuple[int, tuple[int, ...], int]:
@@ -177,6 +182,20 @@ class Runner:
             self.step_counts[num_steps],
             self._requests,
         )
+        self.copy_ahead(drawn)
+        return drawn
+
+    def forward(self) -> None:
+        """Begins to compute the scores that `draw` draws from. Returns at once: the device works on."""
+        self._drawn_len += 1
+        self.reserve(self._drawn_len)
+        forward = self.compile(Program("forward", self.cache_len))
+        self._scores, self._cache = forward(self.model.arrays, self._take_cache(), self._slots)
+
+    def draw(self, mask: Int32[np.ndarray, "1 W"]) -> Drawn:
+        """Draws one token of the mask. Returns at once."""
+        draw = self.compile(Program("draw", self.bucket(1)))
+        drawn, self._slots = draw(self._scores, self._slots, self._requests, mask)
         self.copy_ahead(drawn)
         return drawn
 
@@ -279,7 +298,10 @@ class Runner:
             length = self.bucket(length + 1)
             yield _grow(length)
         yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
-        yield Program("decode", length)
+        if request.constraint:
+            yield from (Program("rewind", self.bucket(1)), Program("draw", self.bucket(1)), Program("forward", length))
+        else:
+            yield Program("decode", length)
 
     def compile(self, program: Program) -> Compiled:
         """A program, ready to run. Any thread may ask: no array on the device is touched."""
@@ -351,6 +373,10 @@ class Runner:
         )
         return drawn
 
+    def free_mask(self, num_rows: int) -> Int32[np.ndarray, "B W"]:
+        """A mask that allows all tokens, to be filled."""
+        return np.full((num_rows, mask_len(self.config.vocab_size)), -1, np.int32)
+
     def device_requests(self, requests: Sequence[Request]) -> Requests:
         """What rows are asked for, on the device."""
         stop_ids: Any = np.full((len(requests), MAX_STOP_IDS), -1, np.int32)
@@ -358,11 +384,20 @@ class Runner:
         prompt_mask: Any = np.zeros((len(requests), self.config.vocab_size), bool)
         for row, request in enumerate(requests):
             stop_ids[row, : len(request.stop_ids)] = sorted(request.stop_ids)
-            first_stop[row] = min(len(request.token_ids) + request.min_tokens, self.max_seq_len)
+            if request.constraint is None:  # which says itself where the answer may end
+                first_stop[row] = min(len(request.token_ids) + request.min_tokens, self.max_seq_len)
             prompt_mask[row, list(request.token_ids)] = True
         sampling = Sampling.of([request.sampling for request in requests])
         wants_logprobs: Any = np.array([request.sampling.logprobs is not None for request in requests])
         return jax.device_put(Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs), self.device)
+
+
+def rewound(
+    requests: Sequence[Request], limits: Sequence[int]
+) -> tuple[Int32[np.ndarray, "B"], Int32[np.ndarray, "B"]]:
+    """What `steps.rewind` takes, for requests of which those with a constraint may draw so many tokens."""
+    last = [request.token_ids[-1] if request.constraint else -1 for request in requests]
+    return np.array(last, np.int32), np.array(limits, np.int32)
 
 
 def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:

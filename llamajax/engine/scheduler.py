@@ -9,7 +9,7 @@ from itertools import islice, takewhile
 from typing import Literal, Protocol
 
 from llamajax.errors import QueueFullError
-from llamajax.types import FinishReason, Request, Token
+from llamajax.types import FinishReason, Matcher, Request, Token
 
 
 class Listener(Protocol):
@@ -28,6 +28,7 @@ class Job:
 
     Attributes:
       plan: the chunks in which its prompt is read; prompts of one plan can be read together.
+      matcher: follows the answer if it must fit a constraint.
       deadline: on the monotonic clock, in seconds; None is never.
       limit: tokens that it may draw.
       drawn: tokens that were delivered.
@@ -41,6 +42,7 @@ class Job:
     plan: tuple[int, ...]
     limit: int
     deadline: float | None = None
+    matcher: Matcher | None = None
     cancelled: bool = False
     state: Literal["new", "waiting", "reading", "running", "ended"] = "new"
     drawn: int = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from llamajax.engine.runner import Runner
 from llamajax.engine.steps import BLOCK_LEN, Drawn
 from llamajax.errors import RequestError
-from llamajax.types import Request, Token
+from llamajax.types import Matcher, Request, Token
 
 # A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
 _BLOCK_SECONDS = 0.1
@@ -18,7 +18,8 @@ class Sequential:
     Attributes:
       request: as it was given.
       cached_tokens: how many of the prompt's tokens the KV cache already held; known once iteration began.
-      stopped: whether a stop token ended the answer, which is not part of it.
+      stopped: whether the answer ended by itself: by a stop token, which is not part of it, or where nothing more fits
+        its constraint.
       goes_on: called before each chunk of the prompt with how many of its tokens are read; False ends the request.
     """
 
@@ -52,17 +53,17 @@ class Sequential:
             drawn, self.cached_tokens = runner.prefill(request, self.goes_on)
         if drawn is None:
             return
+        left = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids))
+        if request.constraint:
+            yield from self._constrained_blocks(request.constraint.matcher(), left)
+            return
         yield runner.read(drawn, num_logprobs)
-        left = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids)) - 1
+        left -= 1
         num_steps = 1
         pending: list[Drawn] = []
         while pending or left > 0:
             with runner.turn:
-                if runner.current is not request:
-                    raise RequestError(
-                        "another request took the model: read a stream to its end before the next, or answer several "
-                        "at once with serve_requests"
-                    )
+                self._check_turn()
                 if left > 0:
                     num_steps = min(num_steps, left)
                     pending.append(runner.decode(num_steps))
@@ -73,3 +74,34 @@ class Sequential:
                 seconds = (time.perf_counter() - began) / max(len(block), 1)
                 num_steps = max(1, min(BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))
                 yield block
+
+    def _constrained_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
+        """Tokens one by one: what may come next depends on each. The scores are computed meanwhile."""
+        runner, request = self._runner, self.request
+        with runner.turn:
+            self._check_turn()
+            runner.forward()
+        while left > 0:
+            mask = runner.free_mask(1)
+            matcher.fill(mask[0])
+            with runner.turn:
+                self._check_turn()
+                drawn = runner.draw(mask)
+                left -= 1
+                if left > 0:
+                    runner.forward()
+            block = runner.read(drawn, request.sampling.logprobs)
+            for token in block:
+                if token.id not in request.stop_ids:
+                    matcher.advance(token.id)
+            yield block
+            if matcher.ended:
+                self.stopped = True
+                return
+
+    def _check_turn(self) -> None:
+        if self._runner.current is not self.request:
+            raise RequestError(
+                "another request took the model: read a stream to its end before the next, or answer several at once "
+                "with serve_requests"
+            )

@@ -181,6 +181,42 @@ def decode(
     return block, _leave(cache), slots
 
 
+@partial(jax.jit, static_argnames="structure", donate_argnames="cache")
+def forward(
+    arrays: list[Array], cache: Cache, slots: Slots, *, structure: Structure
+) -> tuple[Float32[Array, "B V"], Cache]:
+    """Scores of the token after each slot's last one; nothing is drawn."""
+    model = FlatModel(arrays, structure).llama()
+    x, cache = _over_slots(model, slots.token[:, None], _enter(cache), slots.position)
+    return jax.vmap(model.logits)(x)[:, 0], _leave(cache)
+
+
+@partial(jax.jit, donate_argnames="slots")
+def draw(
+    logits: Float32[Array, "B V"], slots: Slots, requests: Requests, mask: Int32[Array, "B W"]
+) -> tuple[Drawn, Slots]:
+    """Draws a token of the mask for each slot that has any left: bit i % 32 of integer i // 32 allows token i."""
+    slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None] & 1
+    drawn, slots = _draw(logits, slots, requests, bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] > 0)
+    return jax.tree.map(lambda x: x[:, None], drawn), slots
+
+
+@partial(jax.jit, donate_argnames="slots")
+def rewind(slots: Slots, token: Int32[Array, "B"], left: Int32[Array, "B"]) -> Slots:
+    """Slots whose prompts were read, some of them back at their prompt's last token, -1 for the others.
+
+    What comes after it is drawn by `draw`: prefill knows no masks, which spares twice as many programs.
+    """
+    again = token >= 0
+    return replace(
+        slots,
+        token=jnp.where(again, token, slots.token),
+        position=slots.position - again.astype(jnp.int32),
+        left=jnp.where(again, left, slots.left),
+    )
+
+
 @partial(jax.jit, static_argnames=("structure", "cache_dtype"))
 def logits(
     arrays: list[Array], token_ids: Int32[Array, "T"], *, structure: Structure, cache_dtype: DTypeLike
@@ -308,11 +344,14 @@ def _over_slots(
     return x[None], cache
 
 
-def _draw(logits: Float32[Array, "B V"], slots: Slots, requests: Requests) -> tuple[Drawn, Slots]:
+def _draw(
+    logits: Float32[Array, "B V"], slots: Slots, requests: Requests, allowed: Bool[Array, "B V"] | None = None
+) -> tuple[Drawn, Slots]:
     """Draws a token for each slot that has any left; `slots.position` is where it will stand."""
     too_early = (slots.position < requests.first_stop)[:, None]
     sampling = requests.sampling.forbidding(jnp.where(too_early, requests.stop_ids, -1))
-    token = sample(logits, sampling, slots.position, requests.prompt_mask, slots.counts)
+    scores = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    token = sample(scores, sampling, slots.position, requests.prompt_mask, slots.counts)
     active = slots.left > 0
     stops = (token[:, None] == requests.stop_ids).any(axis=1)
     moved = Slots(

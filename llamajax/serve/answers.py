@@ -1,13 +1,14 @@
 """Answers and errors as JSON, in OpenAI's form."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate, count
+from typing import Any, Literal, NamedTuple
 
 from llamajax.errors import LlamaJaxError, PromptTooLongError, QueueFullError, RequestError, UnavailableError
 from llamajax.text import one_line
 from llamajax.tokenizers.base import Tokenizer
+from llamajax.tools import ToolCall
 from llamajax.types import Completion, FinishReason, TokenLogprobs
 
 from .protocol import CHAT
@@ -18,18 +19,34 @@ class Choice(NamedTuple):
 
     Attributes:
       logprobs: one for each of `token_ids`; None for a prompt's first token, or if they were not asked for.
+      finish_reason: the completion's, or "tool_calls" for an answer that ended by itself and has calls.
       offset: characters of the choice that were sent before.
+      tool_calls: in OpenAI's form.
     """
 
     text: str
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs | None] | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
     offset: int = 0
+    tool_calls: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def of(cls, completion: Completion) -> "Choice":
         return cls(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason)
+
+    def saying(self, text: str, calls: Sequence[ToolCall], call_ids: Iterator[str]) -> "Choice":
+        """With this text, and calls, in place of its text."""
+        tool_calls = [
+            {"id": id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call, id in zip(calls, call_ids, strict=False)
+        ]
+        return self._replace(text=text, tool_calls=tool_calls)
+
+
+def call_ids(answer_id: str, choice: int) -> Iterator[str]:
+    """Of the calls of one choice of an answer."""
+    return (f"call_{answer_id.partition('-')[2]}_{choice}_{number}" for number in count())
 
 
 def token_counts(completions: Sequence[Completion], num_choices: int | None = None) -> dict[str, int]:
@@ -116,7 +133,7 @@ def answer_body(
         "choices": [
             {
                 "index": index,
-                **({"message": {"role": "assistant", "content": it.text}} if is_chat else {"text": it.text}),
+                **({"message": _message(it)} if is_chat else {"text": it.text}),
                 "logprobs": (chat_logprobs if is_chat else text_logprobs)(it, tokenizer),
                 "finish_reason": it.finish_reason,
             }
@@ -124,6 +141,12 @@ def answer_body(
         ],
         "usage": usage,
     }
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    if not choice.tool_calls:
+        return {"role": "assistant", "content": choice.text}
+    return {"role": "assistant", "content": choice.text or None, "tool_calls": choice.tool_calls}
 
 
 def error_status(error: LlamaJaxError) -> int:

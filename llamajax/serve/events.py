@@ -63,7 +63,10 @@ class ChunkEvents:
 
     def piece(self, index: int, choice: Choice) -> Iterator[bytes]:
         if self.is_chat:
-            said: dict[str, Any] = {"delta": {"content": choice.text} if choice.text else {}}
+            delta: dict[str, Any] = {"content": choice.text} if choice.text else {}
+            if choice.tool_calls:
+                delta["tool_calls"] = choice.tool_calls
+            said: dict[str, Any] = {"delta": delta}
         else:
             said = {"text": choice.text}
         logprobs = (chat_logprobs if self.is_chat else text_logprobs)(choice, self.tokenizer)
@@ -153,7 +156,7 @@ def response_body(info: AnswerInfo, body: Mapping[str, Any], completion: Complet
         "reasoning": {"effort": None, "summary": None},
         "store": False,
         "temperature": body.get("temperature"),
-        "text": {"format": {"type": "text"}},
+        "text": body.get("text") or {"format": {"type": "text"}},
         "tool_choice": "auto",
         "tools": [],
         "top_p": body.get("top_p"),

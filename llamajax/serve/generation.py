@@ -12,7 +12,8 @@ import llamajax
 from llamajax.answer import Piece, ServedStream
 from llamajax.errors import InternalError, LlamaJaxError, RequestError
 from llamajax.text import one_line
-from llamajax.types import Completion, TokenLogprobs
+from llamajax.tools import Reader
+from llamajax.types import Completion, FinishReason, TokenLogprobs
 
 from . import answers, protocol
 from .answers import Choice
@@ -80,6 +81,7 @@ class Generation:
             {"system_fingerprint": f"llamajax-{llamajax.__version__}", "seed": self.request.seed},
         )
         self._tokenizer = self.service.model.tokenizer
+        self._format = self.service.model.tool_format
         await run_in_threadpool(self.service.submit, self.request, self._streams)
         wanted = 0
         for stream in self._streams:
@@ -108,6 +110,11 @@ class Generation:
         if self.url == protocol.RESPONSES:
             return encode_json(response_body(self._info, self.body, completions[0]))
         choices = [Choice.of(completion) for completion in completions]
+        if tools := self.request.tools:
+            choices = [
+                _ended(choice.saying(*self._format.read(choice.text, tools), answers.call_ids(self._info.id, index)))
+                for index, choice in enumerate(choices)
+            ]
         if echoes is not None:
             choices = [_joined(echo, choice) for echo, choice in zip(echoes, choices, strict=True)]
         answer = answers.answer_body(
@@ -124,7 +131,7 @@ class Generation:
     async def events(self) -> AsyncIterator[bytes]:
         """The answers as server-sent events, as they come. An error on the way is the last event."""
         events = make_events(self.url, self.request, self._info, self._tokenizer, self.body)
-        sent = [_SentSoFar(stream) for stream in self._streams]
+        sent = [_SentSoFar(stream, self._calls(index)) for index, stream in enumerate(self._streams)]
         try:
             yield b"".join(events.begin())
             for index, echo in enumerate(await self._echoes() or ()):
@@ -146,8 +153,13 @@ class Generation:
             yield from events.piece(update.stream, sent.part(piece.text, piece.num_tokens))
         if update.ended:
             completion = self._completion(sent.stream)
-            last = sent.part("", len(completion.token_ids))
-            yield from events.piece(update.stream, last._replace(finish_reason=completion.finish_reason))
+            last = sent.part("", len(completion.token_ids), completion.finish_reason)
+            yield from events.piece(update.stream, last)
+
+    def _calls(self, index: int) -> "_Calls | None":
+        if self.request.tools is None:
+            return None
+        return _Calls(self._format.reader(self.request.tools), answers.call_ids(self._info.id, index))
 
     def _completion(self, stream: ServedStream) -> Completion:
         """An answer that has ended. Raises IncompleteError if it is not whole."""
@@ -177,6 +189,37 @@ class Generation:
         return echoes
 
 
+def _ended(choice: Choice) -> Choice:
+    is_call = choice.finish_reason == "stop" and choice.tool_calls
+    return choice._replace(finish_reason="tool_calls") if is_call else choice
+
+
+@dataclass
+class _Calls:
+    """The calls in a choice that is streamed.
+
+    Attributes:
+      number: how many were sent.
+    """
+
+    reader: Reader
+    ids: Iterator[str]
+    number: int = 0
+
+    def part(self, choice: Choice) -> Choice:
+        """What is certain of a part of a choice."""
+        said, calls = self.reader.push(choice.text)
+        if choice.finish_reason:
+            rest, more = self.reader.flush()
+            said, calls = said + rest, calls + more
+        part = choice.saying(said, calls, self.ids)
+        numbered = [{"index": self.number + i, **call} for i, call in enumerate(part.tool_calls)]
+        self.number += len(numbered)
+        if choice.finish_reason == "stop" and self.number:
+            part = part._replace(finish_reason="tool_calls")
+        return part._replace(tool_calls=numbered)
+
+
 def _joined(echo: Choice, choice: Choice) -> Choice:
     return choice._replace(
         text=echo.text + choice.text,
@@ -190,18 +233,19 @@ class _SentSoFar:
     """How much of a choice was sent."""
 
     stream: ServedStream
+    calls: _Calls | None
     num_tokens: int = 0
     num_chars: int = 0
 
-    def part(self, text: str, stop: int) -> Choice:
-        """The next part, up to the token `stop`."""
+    def part(self, text: str, stop: int, finish_reason: FinishReason | None = None) -> Choice:
+        """The next part, up to the token `stop`; with a finish reason it is the last."""
         tokens = self.stream.tokens(self.num_tokens, stop)
         wanted = tokens and self.stream.request.sampling.logprobs is not None
         logprobs = [token.logprobs for token in tokens] if wanted else None
-        part = Choice(text, [token.id for token in tokens], logprobs, None, self.num_chars)
+        part = Choice(text, [token.id for token in tokens], logprobs, finish_reason, self.num_chars)
         self.num_tokens = stop
         self.num_chars += len(text)
-        return part
+        return self.calls.part(part) if self.calls else part
 
 
 class _Update(NamedTuple):

@@ -33,20 +33,37 @@ _FIELDS = {
     "logprobs": ("integer", "How many of the most probable tokens beside each; in chats true or false."),
     "top_logprobs": ("integer", "In chats, how many of the most probable tokens beside each; 0 to 20."),
     "logit_bias": ("object", "Token id -> what is added to its logit, in [-100, 100]."),
+    "response_format": ("object", "json_object, or json_schema with the schema that the answer is valid under."),
+    "text": ("object", "format: as response_format, with the schema beside its type."),
+    "guided_json": ("object", "As json_schema."),
+    "guided_regex": ("string", "As regex."),
+    "guided_grammar": ("string", "As grammar."),
+    "guided_choice": ("array", "The answer is one of these strings."),
+    "structured_outputs": ("object", "One of json, regex, grammar and choice, as in guided_json and so on."),
+    "json_schema": ("object", "The answer is JSON that is valid under this schema."),
+    "tools": ("array", "Functions that the answer may call: each of type function, with name and parameters."),
+    "tool_choice": ("string", "auto, required, none, or an object that names the function to call."),
+    "parallel_tool_calls": ("boolean", "Whether an answer may have several calls; true if it is left out."),
     "add_special_tokens": ("boolean", "Begin with the token that begins a text; true if it is left out."),
     "return_token_strs": ("boolean", "Give the text of each token, too."),
 }
 _SENT = "model stream stream_options"
 _GENERATED = {
-    protocol.CHAT: ("Answer a conversation.", "messages"),
+    protocol.CHAT: ("Answer a conversation.", "messages tools tool_choice parallel_tool_calls"),
     protocol.COMPLETIONS: ("Continue a text.", "prompt echo"),
     protocol.RESPONSES: ("Answer in the form of the Responses API; nothing is stored.", "input instructions"),
 }
 # Supported fields that this endpoint has not.
 _LACKING = {
-    protocol.CHAT: {"max_output_tokens"},
-    protocol.COMPLETIONS: {"max_output_tokens", "top_logprobs", "add_generation_prompt", "continue_final_message"},
-    protocol.RESPONSES: {"logprobs", "top_logprobs", "n", "best_of"},
+    protocol.CHAT: {"max_output_tokens", "text"},
+    protocol.COMPLETIONS: {
+        "max_output_tokens",
+        "text",
+        "top_logprobs",
+        "add_generation_prompt",
+        "continue_final_message",
+    },
+    protocol.RESPONSES: {"logprobs", "top_logprobs", "n", "best_of", "response_format"},
 }
 _OTHERS = {
     ("post", "/tokenize"): (

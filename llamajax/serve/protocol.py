@@ -5,6 +5,7 @@ by name: an answer that lacks what its request asks for is wrong.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -36,8 +37,25 @@ _OPTIONS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logi
     "continue_final_message",
     "stop",
 }
+# What an answer must fit: fields of vLLM and of llama.cpp, and the option that each is.
+_CONSTRAINTS = {
+    "json_schema": "json_schema",
+    "regex": "regex",
+    "grammar": "grammar",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_grammar": "grammar",
+    "guided_choice": "choice",
+}
+_STRUCTURED_OUTPUTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+# What a chat may call.
+TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")  # the last one counts
-SUPPORTED_FIELDS = _OPTIONS | {*_LENGTHS, "logit_bias", "logprobs", "top_logprobs", "n", "best_of"}
+SUPPORTED_FIELDS = (
+    _OPTIONS
+    | {*_LENGTHS, "logit_bias", "logprobs", "top_logprobs", "n", "best_of"}
+    | {*_CONSTRAINTS, "structured_outputs", "response_format", "text"}
+)
 
 # Fields that change no answer: whose request it is, how it is transported, when it runs. There is one model.
 _WITHOUT_EFFECT = """
@@ -47,9 +65,9 @@ prediction parallel_tool_calls priority request_id cache_salt cache_prompt id_sl
 # Fields that are not supported, and do nothing if they are empty, false or 0.
 _OFF_IF_EMPTY = """
 echo suffix tools functions audio web_search_options use_beam_search bad_words allowed_token_ids documents
-chat_template chat_template_kwargs guided_json guided_regex guided_choice guided_grammar guided_decoding_backend
-guided_whitespace_pattern structured_outputs logits_processors vllm_xargs mm_processor_kwargs
-include_stop_str_in_output return_tokens_as_token_ids return_token_ids grammar json_schema mirostat xtc_probability
+chat_template chat_template_kwargs guided_decoding_backend guided_whitespace_pattern logits_processors vllm_xargs
+mm_processor_kwargs
+include_stop_str_in_output return_tokens_as_token_ids return_token_ids mirostat xtc_probability
 dry_multiplier dynatemp_range n_probs lora top_a epsilon_cutoff eta_cutoff no_repeat_ngram_size penalty_alpha
 watermark return_full_text truncate background include previous_response_id conversation
 """
@@ -58,14 +76,12 @@ _EMPTY: Sequence[Any] = (False, "", [], {})
 _NEUTRAL: dict[str, Sequence[Any]] = dict.fromkeys(_OFF_IF_EMPTY.split(), _EMPTY) | {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "reasoning": ({}, {"effort": "none"}),
     "verbosity": ("medium",),
-    "text": ({}, {"format": {"type": "text"}}),
     "truncation": ("disabled",),
     "length_penalty": (1,),
     "repeat_penalty": (1,),
@@ -132,7 +148,7 @@ def read_options(body: Mapping[str, Any], *others: str) -> dict[str, Any]:
         options["logit_bias"] = _logit_bias(given["logit_bias"])
     if (logprobs := _logprobs(given)) is not None:
         options["logprobs"] = logprobs
-    return options
+    return options | _constraint(given)
 
 
 def read_num_choices(body: Mapping[str, Any]) -> int:
@@ -173,6 +189,57 @@ def _check_names(given: Mapping[str, Any], known: set[str]) -> None:
             raise RequestError(f"unknown field {name!r:.80}: did you mean {near[0]}?")
         else:
             raise RequestError(f"unknown field {name!r:.80}: leave it out")
+
+
+def _constraint(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The option that says what the answer must fit, if there is one."""
+    found = [(name, option, given[name]) for name, option in _CONSTRAINTS.items() if name in given]
+    outputs = _object(given, "structured_outputs")
+    for name, value in outputs.items():
+        if name in _STRUCTURED_OUTPUTS and value is not None:
+            found.append((f"structured_outputs.{name}", _STRUCTURED_OUTPUTS[name], value))
+        elif value:
+            raise RequestError(f"structured_outputs.{name:.80} is not supported: leave it out")
+    if (schema := _schema(_object(given, "response_format"), "response_format")) is not None:
+        found.append(("response_format", "json_schema", schema))
+    if (schema := _schema(_object(_object(given, "text"), "format"), "text.format")) is not None:
+        found.append(("text.format", "json_schema", schema))
+    if len(found) > 1:
+        raise RequestError(f"give only one of {', '.join(name for name, _, _ in found)}")
+    for name, option, value in found:
+        if option == "choice":
+            return {"regex": _any_of(name, value)}
+        return {option: value}
+    return {}
+
+
+def _object(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = given.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise RequestError(f"{name} must be an object, not {checks.shown(value)}")
+    return value or {}
+
+
+def _schema(form: Mapping[str, Any], name: str) -> Any:
+    """Of `response_format`, or of the same with a schema's members beside its type, as responses have it."""
+    match form.get("type", "text"):
+        case "text":
+            return None
+        case "json_object":
+            return {"type": "object"}
+        case "json_schema":
+            schema = (form.get("json_schema") or form) if isinstance(form.get("json_schema"), dict | None) else {}
+            if isinstance(schema.get("schema"), dict):
+                return schema["schema"]
+            raise RequestError(f"{name} of type json_schema needs a schema, which must be an object")
+        case kind:
+            raise RequestError(f"{name} must be of type text, json_object or json_schema, not {checks.shown(kind)}")
+
+
+def _any_of(name: str, choices: Any) -> str:
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+        raise RequestError(f"{name} must be a list of strings, not {checks.shown(choices)}")
+    return "|".join(map(re.escape, choices))
 
 
 def _logit_bias(value: Any) -> dict[int, Any]:

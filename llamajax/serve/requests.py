@@ -7,6 +7,7 @@ from typing import Any
 
 from llamajax import checks
 from llamajax.errors import RequestError
+from llamajax.tools import Tools, read_tools
 from llamajax.types import Message
 
 from . import protocol
@@ -22,6 +23,7 @@ class GenerationRequest:
       seed: of the first choice; the i-th draws with seed + i.
       streams: the answer is sent as it is generated.
       include_usage: a stream ends with what the request took.
+      tools: what the answers may call.
       echo: the prompt is a part of the answer.
       echo_only: and all of it: no tokens are wanted.
     """
@@ -32,6 +34,7 @@ class GenerationRequest:
     num_choices: int = 1
     streams: bool = False
     include_usage: bool = False
+    tools: Tools | None = None
     echo: bool = False
     echo_only: bool = False
 
@@ -48,7 +51,9 @@ class GenerationRequest:
 
 def read_chat(body: Mapping[str, Any]) -> GenerationRequest:
     """A request to `/v1/chat/completions`. Raises RequestError."""
-    return _read(body, [protocol.read_messages(body)], None, "messages")
+    request = _read(body, [protocol.read_messages(body)], None, "messages", *protocol.TOOLS)
+    given = {name: body[name] for name in protocol.TOOLS if body.get(name) is not None}
+    return replace(request, options={**request.options, **given}, tools=read_tools(*map(given.get, protocol.TOOLS)))
 
 
 def read_completion(body: Mapping[str, Any]) -> GenerationRequest:
@@ -110,7 +115,7 @@ def _read(
         protocol.read_num_choices(given),
         _flag(given, "stream"),
         _flag(stream_options, "include_usage"),
-        _flag(given, "echo"),
+        echo=_flag(given, "echo"),
     )
 
 

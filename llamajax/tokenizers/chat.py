@@ -16,6 +16,7 @@ from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
 from llamajax.tokenizers.config import read_config
 from llamajax.tokenizers.gguf import template_of
+from llamajax.tools import ToolFormat, Tools, written_out
 from llamajax.types import Messages
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -100,6 +101,7 @@ def encode_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     verbatim: Mapping[int, Sequence[int]] | None = None,
+    tools: Tools | None = None,
     **variables: Any,
 ) -> list[int]:
     """Ids of a conversation; the special tokens among them are the template's own, whatever the messages contain.
@@ -111,14 +113,16 @@ def encode_chat(
     Args:
       continue_final_message: end where the last message's content ends, so that the answer goes on with it. Spaces
         at its end are dropped where the template drops them, as in transformers.
+      tools: what the answer may call. A template that knows none gets them, and calls and results, as text.
       verbatim: message index -> ids that stand for that message's content, such as an answer's own: encoding its
         text again need not give them.
       messages, add_generation_prompt, **variables: as for `ChatTemplate.render`, which says what is raised.
     """
     verbatim = verbatim or {}
     checked = _checked(messages)
-    if any(message.get("tool_calls") for message in checked) and "tool_calls" not in template.source:
-        raise RequestError("this model's chat template knows no tool_calls: leave them out of the messages")
+    calls = any(message.get("tool_calls") for message in checked)
+    if (tools and not ToolFormat.of(template.source).is_rendered) or (calls and "tool_calls" not in template.source):
+        checked, tools = written_out(checked, tools), None
     literal = special_pattern(tuple(tokenizer.special_tokens))
     literals = rf"(?={literal.pattern})[\s\S]"
 
@@ -137,6 +141,8 @@ def encode_chat(
             guarded[-1]["content"] += f"{_END} "
         return guarded
 
+    if tools:
+        variables["tools"] = _broken([*tools.definitions], literals, literals)
     conversations = guard(literals), guard(r"\S(?=\S)")
     texts = template.render_each(conversations, add_generation_prompt=add_generation_prompt, **variables)
     text, safe_text = map(_up_to_end, texts) if continue_final_message else texts

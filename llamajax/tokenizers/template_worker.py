@@ -1,17 +1,12 @@
-"""The process that renders chat templates: a JSON request on each line of stdin, its reply on a line of stdout.
+"""Renders chat templates, in a process of its own.
 
 Knows Jinja, and what Hugging Face's renderer gives a template: trimmed blocks, loop controls, `{% generation %}`,
 `raise_exception`, `strftime_now` and a plain `tojson` (transformers, utils/chat_template_utils.py). Imports nothing of
-llamajax: sandbox.py starts it with little more than Jinja to import, and says what a request is.
+llamajax: sandbox.py starts the process, with little more than Jinja to import, and says what a request is.
 """
 
-import faulthandler
-import io
 import json
-import os
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -22,26 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
-def main(max_bytes: int) -> None:
-    """Answers until stdin ends. Its memory ends at `max_bytes`, where the system can limit it."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
-    lines, replies = (
-        io.TextIOWrapper(stream.buffer, "utf-8", "surrogatepass", newline="\n") for stream in (sys.stdin, sys.stdout)
-    )
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - pathlib would have to be imported
-        print('"ready"', file=replies, flush=True)
-        for line in lines:
-            request = json.loads(line)
-            # This watch ends the process from a thread outside of Python, which one long operation cannot hold up.
-            faulthandler.dump_traceback_later(request.pop("max_seconds"), exit=True, file=nowhere)
-            print(json.dumps(_answer(**request), ensure_ascii=False), file=replies, flush=True)
-            faulthandler.cancel_dump_traceback_later()
-
-
-def _answer(source: str, each: list[dict[str, Any]], now: str, max_chars: int) -> tuple[str, list[str]]:
+def answer(source: str, each: list[dict[str, Any]], now: str, max_chars: int) -> tuple[str, list[str]]:
     """What became of a template with each set of variables: "text" and the texts, or "refused" or "failed" and why."""
     try:
         given = {"strftime_now": datetime.fromisoformat(now).strftime}

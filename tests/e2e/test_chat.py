@@ -318,3 +318,15 @@ def test_debug_shows_where_an_error_came_from(no_models: Path) -> None:
     first, *_, last = done.notes
     assert first == "Traceback (most recent call last):"
     assert last.startswith("llamajax.errors.RequestError: ")
+
+
+def test_an_answer_that_must_fit(default_model: None, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}')
+    said = answer("-p", "Hi", "--json-schema", str(schema), "-n", "60", "--temperature", "1")
+    assert said["finish_reason"] == "length" or json.loads(said["text"])["n"] in (1, 2)
+    assert re.fullmatch("[0-9]{3}-x", answer("-p", "Hi", "--regex", "[0-9]{3}-x")["text"])
+    done = run("chat", "-p", "Hi", "--grammar", "start")
+    assert (done.code, done.stdout) == (1, "")
+    assert done.notes[-1].startswith("error: grammar cannot be used")
+    assert run("chat", "-p", "Hi", "--regex", "a", "--grammar", "b").code == 2

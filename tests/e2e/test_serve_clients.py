@@ -7,10 +7,11 @@ error. `scripts/clients/` has clients that are too heavy for this.
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from .serving import serving
 
@@ -54,6 +55,37 @@ def test_chat(client: openai.OpenAI, model: str) -> None:
     assert answer.usage.completion_tokens == 20
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 20
     assert answer.model == model
+
+
+class Llama(BaseModel):
+    """What an answer must be. Its texts are short: the model here has one layer, and says nothing sensible."""
+
+    name: Annotated[str, Field(max_length=10)]
+    age: Annotated[int, Field(ge=0, le=99)]
+    likes: Literal["grass", "hay"] | None
+
+
+def test_a_pydantic_model_is_parsed(client: openai.OpenAI, model: str) -> None:
+    for seed in range(5):
+        answer = client.chat.completions.parse(
+            model=model, messages=MESSAGES, response_format=Llama, max_tokens=300, seed=seed, temperature=1
+        )
+        assert isinstance(answer.choices[0].message.parsed, Llama)
+
+
+def test_a_tool_is_called_and_answered(client: openai.OpenAI, model: str) -> None:
+    tools: Any = [openai.pydantic_function_tool(Llama, name="feed")]
+    asked: Any = {"model": model, "tools": tools, "max_tokens": 300, "seed": 1, "temperature": 1}
+    answer = client.chat.completions.create(messages=MESSAGES, tool_choice="required", **asked)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    message = answer.choices[0].message
+    assert message.tool_calls
+    for call in message.tool_calls:
+        assert call.type == "function" and call.function.name == "feed"
+        Llama.model_validate_json(call.function.arguments)
+    results: Any = [{"role": "tool", "tool_call_id": call.id, "content": "fed"} for call in message.tool_calls]
+    answer = client.chat.completions.create(messages=[*MESSAGES, message, *results], **{**asked, "max_tokens": 5})
+    assert answer.choices[0].message.role == "assistant"
 
 
 def test_a_chat_streams_the_same_answer_and_usage(client: openai.OpenAI, model: str) -> None:

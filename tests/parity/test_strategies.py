@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from llamajax import load
+from llamajax import LLM, load
 
 TEXTS = ("The history of", "In the beginning", "Q: What is 7 times 6?\nA:", "import numpy as", "Llamas are")
 
@@ -35,9 +35,30 @@ def mixed_requests() -> list[tuple[Any, dict[str, Any]]]:
     return requests
 
 
+SCHEMA = {"properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
+CONSTRAINTS: tuple[dict[str, Any], ...] = (
+    {"json_schema": {**SCHEMA, "type": "object", "additionalProperties": False}},
+    {"regex": "[a-z ]{5,60}"},
+    {"regex": "(very )*good", "ignore_eos": True, "logprobs": 3},
+    {"grammar": 'start: "(" start ")" | /[0-9]+/', "min_tokens": 3, "stop": "7"},
+    {},
+    {},
+)
+
+
 def test_the_strategies_agree(smollm2_gguf: Path) -> None:
-    llama = load(smollm2_gguf, max_seq_len=256)
-    requests = mixed_requests()
+    agree(load(smollm2_gguf, max_seq_len=256), mixed_requests())
+
+
+def test_the_strategies_agree_under_constraints(smollm2_gguf: Path) -> None:
+    requests = [
+        (prompt, options | {"max_new_tokens": 40} | CONSTRAINTS[number % 6])
+        for number, (prompt, options) in enumerate(mixed_requests()[:12])
+    ]
+    agree(load(smollm2_gguf, max_seq_len=256), [*requests, ([1], {"regex": "a*", "max_new_tokens": 9})])
+
+
+def agree(llama: LLM, requests: list[tuple[Any, dict[str, Any]]]) -> None:
     sequential = [llama.stream(prompt, **options).finish() for prompt, options in requests]
     with llama.serve_requests(slots=8) as server:
         concurrent = [stream.finish() for stream in [server.submit(prompt, **options) for prompt, options in requests]]

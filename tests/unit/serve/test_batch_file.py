@@ -187,6 +187,46 @@ def test_what_cannot_be_asked_for_is_said(fields: dict[str, Any], says: str) -> 
         asked(fields)
 
 
+SCHEMA = {"type": "object", "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "option"),
+    [
+        ("response_format", {"type": "json_object"}, {"json_schema": {"type": "object"}}),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}},
+            {"json_schema": SCHEMA},
+        ),
+        ("text", {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}, {"json_schema": SCHEMA}),
+        ("json_schema", SCHEMA, {"json_schema": SCHEMA}),
+        ("guided_json", SCHEMA, {"json_schema": SCHEMA}),
+        ("guided_regex", "a+", {"regex": "a+"}),
+        ("guided_choice", ["a.b", "c"], {"regex": r"a\.b|c"}),
+        ("structured_outputs", {"grammar": 'start: "a"', "json": None}, {"grammar": 'start: "a"'}),
+    ],
+)
+def test_what_an_answer_must_fit(field: str, value: Any, option: dict[str, Any]) -> None:
+    assert options(chat_line(**{field: value})) == option
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"response_format": {"type": "xml"}}, "must be of type text, json_object or json_schema, not 'xml'"),
+        ({"response_format": "json"}, "response_format must be an object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "needs a schema"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "give only one of regex, response_format"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag is not supported"),
+        ({"guided_choice": []}, "guided_choice must be a list of strings"),
+    ],
+)
+def test_what_no_answer_can_be_asked_to_fit(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        asked(chat_line(**fields))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -195,10 +235,6 @@ def test_what_cannot_be_asked_for_is_said(fields: dict[str, Any], says: str) -> 
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("modalities", ["text", "audio"]),
-        ("response_format", {"type": "json_object"}),
-        ("guided_json", {}),
-        ("guided_choice", ["a", "b"]),
-        ("structured_outputs", {"json": {}}),
         ("bad_words", ["no"]),
         ("use_beam_search", True),
         ("prompt_logprobs", 1),
@@ -208,7 +244,6 @@ def test_what_cannot_be_asked_for_is_said(fields: dict[str, Any], says: str) -> 
         ("echo", True),
         ("suffix", "end"),
         ("reasoning_effort", "high"),
-        ("grammar", "root ::= x"),
         ("mirostat", 2),
         ("typical_p", 0.5),
         ("length_penalty", 2),

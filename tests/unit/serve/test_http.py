@@ -112,6 +112,44 @@ def test_a_stream_says_what_the_whole_answer_says(server: Running) -> None:
     assert first != second
 
 
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 30}}, "required": ["name"]}
+SCHEMA["additionalProperties"] = False
+TOOL = {"type": "function", "function": {"name": "greet", "parameters": SCHEMA}}
+
+
+def test_an_answer_that_fits_is_the_librarys(llama: LLM, server: Running) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "greeting", "strict": True, "schema": SCHEMA}}
+    asked: Any = {"messages": QUESTION, "response_format": form, "max_tokens": 60, "temperature": 1, "n": 2, "seed": 4}
+    whole = server.post(protocol.CHAT, **asked)["choices"]
+    for seed, choice in enumerate(whole, 4):
+        alone = llama.chat("Say hello.", json_schema=SCHEMA, max_new_tokens=60, temperature=1, seed=seed)
+        assert (choice["message"]["content"], choice["finish_reason"]) == (alone.text, alone.finish_reason)
+        assert choice["finish_reason"] != "stop" or list(json.loads(alone.text)) == ["name"]
+    asked = {"input": "Say hello.", "text": {"format": {"type": "json_schema", "schema": SCHEMA}}, "seed": 4}
+    body = server.post(protocol.RESPONSES, **asked, max_output_tokens=60, temperature=1)
+    assert body["output"][0]["content"][0]["text"] == whole[0]["message"]["content"]
+    assert body["text"] == asked["text"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "greet"}}])
+def test_a_call_that_is_required_is_one(server: Running, choice: Any) -> None:
+    asked: Any = {"messages": QUESTION, "tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    asked |= {"max_tokens": 100, "temperature": 1, "seed": 1}
+    [whole] = server.post(protocol.CHAT, **asked)["choices"]
+    message = whole["message"]
+    [call] = message["tool_calls"]
+    assert (message["content"], whole["finish_reason"], call["function"]["name"]) == (None, "tool_calls", "greet")
+    assert list(json.loads(call["function"]["arguments"])) == ["name"]
+    parts = [chunk["choices"][0] for chunk in server.events(protocol.CHAT, **asked)[:-1]]
+    [[streamed]] = [part["delta"]["tool_calls"] for part in parts if "tool_calls" in part["delta"]]
+    assert (streamed["index"], streamed["function"]) == (0, call["function"])
+    assert not any(part["delta"].get("content") for part in parts)
+    assert parts[-1]["finish_reason"] == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "Done."}
+    asked |= {"messages": [*QUESTION, message, result], "tool_choice": "auto"}
+    assert server.post(protocol.CHAT, **asked)["choices"][0]["message"]["role"] == "assistant"
+
+
 def test_completions_of_several_prompts(llama: LLM, server: Running) -> None:
     prompts = ["The capital of France is", "1, 2, 3,"]
     body = server.post(protocol.COMPLETIONS, prompt=prompts, n=2, seed=5, logprobs=1)
@@ -240,12 +278,13 @@ def test_responses(server: Running) -> None:
     [
         (protocol.CHAT, {"messages": QUESTION, "model": "gpt-4"}, 404, "there is no model 'gpt-4' here"),
         (protocol.CHAT, {"messages": []}, 400, "at least one message"),
-        (protocol.CHAT, {"messages": QUESTION, "tools": [{"type": "function"}]}, 400, "tools is not supported"),
+        (protocol.CHAT, {"messages": QUESTION, "tools": [{"type": "function"}]}, 400, "each of tools must be of type"),
+        (protocol.CHAT, {"messages": QUESTION, "regex": "(?=a)"}, 400, "look-around"),
         (protocol.CHAT, {"messages": QUESTION, "temperature": -1}, 400, "temperature must be"),
         (protocol.CHAT, {"messages": QUESTION, "max_tokenz": 3}, 400, "did you mean max_tokens"),
         (protocol.CHAT, {"messages": QUESTION, "stream": "yes"}, 400, "stream must be true or false"),
         (protocol.CHAT, {"messages": [{"role": "user", "content": "x " * 600}]}, 400, "context length is 512"),
-        (protocol.CHAT, {"messages": QUESTION, "response_format": {"type": "json_object"}}, 400, "response_format"),
+        (protocol.CHAT, {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format must be"),
         (protocol.RESPONSES, {"input": "Hi", "n": 2}, 400, "n is not supported in responses"),
         (protocol.RESPONSES, {"input": "Hi", "logprobs": True}, 400, "logprobs is not supported in responses"),
         (protocol.RESPONSES, {"input": "Hi", "top_logprobs": 2}, 400, "top_logprobs is not supported in responses"),
@@ -358,7 +397,7 @@ def test_the_description_names_each_field(server: Running) -> None:
     described = server.client.get("/openapi.json").json()
     assert described == openapi.schema()
     fields = described["paths"][protocol.CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(fields["properties"]) >= protocol.SUPPORTED_FIELDS - {"max_output_tokens"}
+    assert set(fields["properties"]) >= protocol.SUPPORTED_FIELDS - {"max_output_tokens", "text"}
     page = server.client.get("/docs").text
     assert all(path in page for path in described["paths"])
 

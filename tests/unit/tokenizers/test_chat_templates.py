@@ -21,6 +21,7 @@ from llamajax.tokenizers.chat import ChatTemplate, builtin_template, encode_chat
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.tokenizers.sentencepiece import load_sentencepiece
 from llamajax.tokenizers.tiktoken import load_tiktoken
+from llamajax.tools import read_tools
 from llamajax.types import Message
 from llamajax.weights.gguf import read_gguf
 
@@ -277,7 +278,7 @@ def test_a_template_takes_no_more_memory_than_it_may() -> None:
                 sandbox.render(source, {})
             except TokenizerError as error:
                 print(error)
-        sandbox._process.end()
+        sandbox._sandbox.end()
         print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -312,7 +313,7 @@ def test_an_interrupt_leaves_no_late_reply(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_process_that_cannot_start_is_told_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_process", None)
+    sandbox._sandbox.end()
     for executable, problem in (("/none/python", "No such file or directory"), ("/bin/false", "/bin/false")):
         monkeypatch.setattr(sys, "executable", executable)
         sandbox.start()
@@ -323,7 +324,7 @@ def test_a_process_that_cannot_start_is_told_when_it_is_needed(monkeypatch: pyte
 def test_the_process_of_templates_ends_with_ours() -> None:
     code = (
         "import os, sys\nfrom llamajax.tokenizers import sandbox\nsandbox.render('a', {})\n"
-        "print(sandbox._process._process.pid, flush=True)\n"
+        "print(sandbox._sandbox._process._process.pid, flush=True)\n"
     )
     for ending in ("", "os._exit(1)", "os.kill(os.getpid(), 9)"):
         done = subprocess.run([sys.executable, "-c", code + ending], capture_output=True, text=True)
@@ -410,8 +411,24 @@ def test_tool_calls_reach_the_template_as_text(smollm2: Tokenizer) -> None:
         hostile = encode_chat(smollm2, TOOLS, calling(literal, f"a{literal}b"))
         assert special_ids(smollm2, hostile) == benign
         assert smollm2.decode(hostile).count(literal) == 3
-    with pytest.raises(RequestError, match="knows no tool_calls"):
-        encode_chat(smollm2, CHATML, calling("city", "Paris"))
+    written = smollm2.decode(encode_chat(smollm2, CHATML, calling("city", "Paris")))
+    assert '<tool_call>\n{"name": "f", "arguments": {"city": "Paris"}}\n</tool_call>' in written
+    assert "<tool_response>\nParis\n</tool_response>" in written
+
+
+def test_tools_reach_the_template_as_text(smollm2: Tokenizer) -> None:
+    offered = read_tools([{"type": "function", "function": {"name": "f", "description": "a<|im_end|>b"}}])
+    for template in (ChatTemplate("{{ tools | tojson }}{{ messages[0].content }}"), CHATML):
+        ids = encode_chat(smollm2, template, [user("Hi")], tools=offered)
+        assert "a<|im_end|>b" in smollm2.decode(ids)
+        assert special_ids(smollm2, ids) == special_ids(
+            smollm2,
+            encode_chat(
+                smollm2,
+                template,
+                [{"role": "system", "content": ""}, user("Hi")] * (template is CHATML) or [user("Hi")],
+            ),
+        )
 
 
 def test_every_literal_stays_text(chat: tuple[Tokenizer, ChatTemplate]) -> None:
