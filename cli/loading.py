@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llamajax import hub
 from llamajax.text import one_line
-from llamajax.types import Device, DType
+from llamajax.types import CacheDType, Device, DType
 
 from .interrupt import raised
 from .render import erase_if_interrupted, human_bytes, note
@@ -51,7 +51,7 @@ class _Notes(logging.Handler):
         note(f"({one_line(record.getMessage() + cause, longest=1000)})")
 
 
-def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | None) -> "LLM":
+def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: CacheDType, device: Device | None) -> "LLM":
     """As `llamajax.load`, showing on stderr how far it is."""
     path = resolve(model)
     if "jax" not in sys.modules:  # the first model of this process
@@ -66,7 +66,9 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, device: Device | 
     # What was imported stays. While tables of tokens are built, the collector would go through it again and again.
     gc.freeze()
     with erase_if_interrupted(), _Bar() as bar:
-        llm = llamajax.load(path, max_seq_len=max_seq_len, dtype=dtype, device=device, progress=bar)
+        llm = llamajax.load(
+            path, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device, progress=bar
+        )
     if llm._runner.is_new:
         note("(first run of this model here: compiling for this machine; the next runs start quickly)")
     if on_cpu and native.available():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llamajax.hub.aliases import ALIASES
-from llamajax.types import MAX_THREADS, Device, DType
+from llamajax.types import MAX_THREADS, CacheDType, Device, DType
 
 from .prompt import read_text
 from .render import note
@@ -74,6 +74,14 @@ DTypeOption = Annotated[
         "--quantize",
         help="How weights are kept; auto: as shipped (quantized in bf16 but on a CPU); int8, q8_0, q4_k, q4_0: ever "
         "smaller, ever less exact.",
+    ),
+]
+CacheDTypeOption = Annotated[
+    CacheDType,
+    typer.Option(
+        "--cache-dtype",
+        help="How keys and values are kept; auto: in 16 bits on most devices; int8: in half of the memory, and faster "
+        "in a long context, on a CPU.",
     ),
 ]
 DeviceOption = Annotated[

@@ -70,10 +70,6 @@ class LlamaConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes that one position takes in the KV cache, `itemsize` bytes a number."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
-
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], *, max_len: int | None = None) -> "LlamaConfig":
         """From a parsed config.json.

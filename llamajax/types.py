@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int32
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "q4_k"]
+CacheDType = Literal["auto", "int8"]
 Device = Literal["cpu", "gpu", "tpu"]
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 

@@ -87,6 +87,7 @@ def batch(
     slots: Annotated[int, typer.Option("--slots", min=1, help="How many are answered at the same time.")] = 32,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
+    cache_dtype: options.CacheDTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
     debug: options.Debug = False,
@@ -134,6 +135,7 @@ def batch(
             "model": str(Path(model).resolve()) if Path(model).exists() else model,
             "model files": _written(Path(model)),
             "dtype": dtype,
+            "cache_dtype": cache_dtype,
             "device": device,
             "max_seq_len": max_seq_len,
             "system": system,
@@ -161,7 +163,7 @@ def batch(
         run.check()
         if saved and not run.num_done:
             settings.save(saved)
-        llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, device=device)
+        llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
         stopped = f"(stopped; {output} has what was answered: the same command with --resume goes on)"
         with note_if_interrupted(stopped) if output else nullcontext(), progress.of(run):
             run.run(llm, slots=slots, keep_order=keep_order)

@@ -16,7 +16,7 @@ import typer
 
 from llamajax.errors import PromptTooLongError, RequestError
 from llamajax.hub.aliases import DEFAULT
-from llamajax.types import Device, DType, SamplingParams
+from llamajax.types import CacheDType, Device, DType, SamplingParams
 
 from .. import loading, options
 from ..render import note, print_json
@@ -34,7 +34,20 @@ _PLOTS = (".png", ".svg", ".html")
 
 
 # Options of a model that runs here.
-_HERE = ["mode", "pp", "tg", "batch", "depth", "plot", "random_weights", "max_seq_len", "dtype", "device", "threads"]
+_HERE = [
+    "mode",
+    "pp",
+    "tg",
+    "batch",
+    "depth",
+    "plot",
+    "random_weights",
+    "max_seq_len",
+    "dtype",
+    "cache_dtype",
+    "device",
+    "threads",
+]
 
 
 def bench(
@@ -92,6 +105,7 @@ def bench(
     seed: options.Seed = 42,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
+    cache_dtype: options.CacheDTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
     url: Annotated[
@@ -194,7 +208,7 @@ def bench(
             raise typer.Exit(1)
         return
     _refuse(context, ["api_key"], "--api-key is for a server at --url")
-    llm = _load(random_weights or model, random_weights is not None, max_seq_len, dtype, device, seed)
+    llm = _load(random_weights or model, random_weights is not None, max_seq_len, dtype, cache_dtype, device, seed)
     # After the settings that jax reads when it is imported.
     import jax
 
@@ -326,13 +340,21 @@ def _doubling(last: int) -> list[int]:
     return [*(2**i for i in range((last - 1).bit_length())), last]
 
 
-def _load(name: str, random: bool, max_seq_len: int | None, dtype: DType, device: Device | None, seed: int) -> "LLM":
+def _load(
+    name: str,
+    random: bool,
+    max_seq_len: int | None,
+    dtype: DType,
+    cache_dtype: CacheDType,
+    device: Device | None,
+    seed: int,
+) -> "LLM":
     if not random:
-        return loading.load(name, max_seq_len=max_seq_len, dtype=dtype, device=device)
+        return loading.load(name, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
     loading.prepare_jax(device)
     from llamajax.bench.model import random_llm
 
-    return random_llm(name, dtype=dtype, device=device, max_seq_len=max_seq_len, seed=seed)
+    return random_llm(name, dtype=dtype, cache_dtype=cache_dtype, device=device, max_seq_len=max_seq_len, seed=seed)
 
 
 def _given(context: typer.Context, name: str) -> bool:

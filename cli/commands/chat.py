@@ -56,6 +56,7 @@ def chat(
     stats: options.Stats = True,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
+    cache_dtype: options.CacheDTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
     debug: options.Debug = False,
@@ -97,7 +98,7 @@ def chat(
         messages = [said, *(message for message in messages if message["role"] != "system")]
     if stats:
         options.note_seed(seed)
-    load = partial(loading.load, max_seq_len=max_seq_len, dtype=dtype, device=device)
+    load = partial(loading.load, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
     llm = load(model)
     from llamajax import Conversation
 

@@ -20,6 +20,7 @@ def info(
     model: options.Model = DEFAULT,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
     dtype: options.DTypeOption = "auto",
+    cache_dtype: options.CacheDTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
     debug: options.Debug = False,
@@ -29,14 +30,15 @@ def info(
     loading.prepare_jax(device)
     import jax
 
-    from llamajax.loading import cache_dtype, find_device
+    from llamajax.loading import find_cache_dtype, find_device
+    from llamajax.model.cache import bytes_per_token
     from llamajax.ops import native
     from llamajax.weights.checkpoint import open_checkpoint
     from llamajax.weights.load import bytes_in_memory
 
     checkpoint = open_checkpoint(path)
     config, chosen = checkpoint.config, find_device(device)
-    kept = cache_dtype(chosen, dtype)
+    kept = find_cache_dtype(cache_dtype, config, chosen, dtype)
     formats = Counter(tensor.format for tensor in checkpoint.tensors.values())
     facts: dict[str, Any] = {
         "model": model,
@@ -47,7 +49,7 @@ def info(
         "bytes_on_disk": sum(tensor.data.nbytes for tensor in checkpoint.tensors.values()),
         "bytes_in_memory": bytes_in_memory(config, checkpoint.tensors, dtype, chosen.platform),
         "cache_dtype": kept.name,
-        "cache_bytes_per_token": config.kv_bytes_per_token(kept.itemsize),
+        "cache_bytes_per_token": bytes_per_token(config, kept),
         "device": chosen.device_kind,
         "platform": chosen.platform,
         "jax": jax.__version__,

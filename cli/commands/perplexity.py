@@ -33,6 +33,7 @@ def perplexity(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
     model: options.Model = DEFAULT,
     dtype: options.DTypeOption = "auto",
+    cache_dtype: options.CacheDTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
     debug: options.Debug = False,
@@ -64,7 +65,7 @@ def perplexity(
     from llamajax.bench.saved_logits import SavedLogits
 
     saved = SavedLogits(compare) if compare else None
-    llm = loading.load(model, max_seq_len=None, dtype=dtype, device=device)
+    llm = loading.load(model, max_seq_len=None, dtype=dtype, cache_dtype=cache_dtype, device=device)
     from llamajax.bench.perplexity import measure
     from llamajax.bench.session import kept_dtype
     from llamajax.loading import find_device

@@ -54,6 +54,7 @@ def serve(
     max_body: Annotated[float, typer.Option("--max-body", min=0.001, help="The longest request, in MB.")] = 16.0,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
+    cache_dtype: options.CacheDTypeOption = "auto",
     device: options.DeviceOption = None,
     threads: options.Threads = None,
     debug: options.Debug = False,
@@ -73,7 +74,9 @@ def serve(
         from llamajax.serve.http import app_of
         from llamajax.serve.service import Service
 
-        load = partial(loading.load, model, max_seq_len=max_seq_len, dtype=dtype, device=device)
+        load = partial(
+            loading.load, model, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device
+        )
         service = Service(load, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
         app = app_of(service, api_key=api_key, cors=cors, max_body_bytes=round(max_body * 1e6))
         _run(app, service, listening, url, shutdown)

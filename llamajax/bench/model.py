@@ -4,14 +4,20 @@ from llamajax.config import CONFIGS
 from llamajax.engine.runner import Runner
 from llamajax.errors import RequestError
 from llamajax.llm import LLM
-from llamajax.loading import cache_dtype, find_device
+from llamajax.loading import find_cache_dtype, find_device
 from llamajax.tokenizers.base import Tokenizer
-from llamajax.types import Device, DType
+from llamajax.types import CacheDType, Device, DType
 from llamajax.weights.random import random_weights
 
 
 def random_llm(
-    name: str, *, dtype: DType = "auto", device: Device | None = None, max_seq_len: int | None = None, seed: int = 0
+    name: str,
+    *,
+    dtype: DType = "auto",
+    cache_dtype: CacheDType = "auto",
+    device: Device | None = None,
+    max_seq_len: int | None = None,
+    seed: int = 0,
 ) -> LLM:
     """A model of the size of a named one. Weights are made on the device, in `dtype` ("auto": bf16).
 
@@ -21,8 +27,9 @@ def random_llm(
     if config is None:
         raise RequestError(f"no configuration is called {name!r}: there are {', '.join(CONFIGS)}")
     chosen = find_device(device)
+    kept = find_cache_dtype(cache_dtype, config, chosen, dtype)
     weights = random_weights(config, chosen, dtype, seed)
-    runner = Runner(config, weights, device=chosen, max_seq_len=max_seq_len, cache_dtype=cache_dtype(chosen, dtype))
+    runner = Runner(config, weights, device=chosen, max_seq_len=max_seq_len, cache_dtype=kept)
     return LLM(runner, _Mute(config.vocab_size), None, frozenset())
 
 

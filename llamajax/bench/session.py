@@ -15,6 +15,7 @@ from llamajax.bench.metrics import WarmUp
 from llamajax.engine.compilations import on_compilation
 from llamajax.errors import PromptTooLongError
 from llamajax.llm import LLM
+from llamajax.model.cache import bytes_per_token
 from llamajax.ops import PackedWeight, Stacked
 
 R = TypeVar("R")
@@ -72,8 +73,7 @@ class Session:
 
     def kv_bytes(self, positions: float) -> int:
         """Of one sequence's keys and values."""
-        cache = jnp.dtype(self.llm._runner.cache_dtype)
-        return round(positions * self.llm.config.kv_bytes_per_token(cache.itemsize))
+        return round(positions * bytes_per_token(self.llm.config, self.llm._runner.cache_dtype))
 
 
 def kept_dtype(llm: LLM) -> str:

@@ -4,16 +4,17 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Real
 
 from llamajax.config import LlamaConfig
+from llamajax.ops import row_len
 
 
 class KeysValues(NamedTuple):
-    """Of one layer, or of all L. [K, S, H]: a layout with S first is transposed at each step on a GPU."""
+    """Of one layer, or of all L. [K, S, R]: a layout with S first is transposed at each step on a GPU."""
 
-    key: Float[Array, "*L K S H"]
-    value: Float[Array, "*L K S H"]
+    key: Real[Array, "*L K S R"]
+    value: Real[Array, "*L K S R"]
 
 
 # One item for each layer, or one for all: `ops.layers_share_arrays` tells what is faster.
@@ -25,6 +26,12 @@ def empty_cache(config: LlamaConfig, length: int, dtype: DTypeLike, *, shared: b
 
     Zeros, since masked positions are multiplied, and 0 * NaN is NaN.
     """
-    L, shape = config.num_hidden_layers, (config.num_key_value_heads, length, config.head_dim)
+    L, shape = config.num_hidden_layers, (config.num_key_value_heads, length, row_len(config.head_dim, dtype))
     shapes = [(L, *shape)] if shared else [shape] * L
     return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)
+
+
+def bytes_per_token(config: LlamaConfig, dtype: DTypeLike) -> int:
+    """Bytes that one position takes in a cache."""
+    row = row_len(config.head_dim, dtype) * jnp.dtype(dtype).itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * row

@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Float32, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, Real
 
 from llamajax.ops import native
 
-Mixed = tuple[Float32[Array, "T N*H"], Float[Array, "*L K S H"], Float[Array, "*L K S H"]]
+Mixed = tuple[Float32[Array, "T N*H"], Real[Array, "*L K S R"], Real[Array, "*L K S R"]]
+# After the numbers of a row of int8: the step that they are multiples of, in f16.
+_STEP_LEN = 2
 
 
 @custom_vmap
@@ -20,8 +23,8 @@ def attention(
     qkv: Float32[Array, "T (N+2K)*H"],
     cos: Float32[Array, "T H/2"],
     sin: Float32[Array, "T H/2"],
-    key: Float[Array, "*L K S H"],
-    value: Float[Array, "*L K S H"],
+    key: Real[Array, "*L K S R"],
+    value: Real[Array, "*L K S R"],
     start: Int[Array, ""],
     layer: Int[Array, ""] | None = None,
 ) -> Mixed:
@@ -30,11 +33,22 @@ def attention(
     qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. Caches of L layers are read
     and written at `layer`. start + T must not pass S, nor `layer` L - 1: natively it is an error, and XLA would shift
     the write. Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds queries and weights to its dtype; natively
-    many queries are multiplied in numbers of 12 bits, one in f32.
+    many queries are multiplied in numbers of 12 bits, one in f32. A cache of int8 has rows of `row_len` numbers, and is
+    for the native kernels only.
 
     Returns the mixed values, and the caches with the T positions written.
     """
     return _either(_attention, qkv, cos, sin, key, value, start, layer)
+
+
+def row_len(head_dim: int, dtype: DTypeLike) -> int:
+    """Numbers that the cache has for one key or value of a head, R of [K, S, R]."""
+    return head_dim + (_STEP_LEN if jnp.dtype(dtype) == jnp.int8 else 0)
+
+
+def takes_int8(device: jax.Device, head_dim: int) -> bool:
+    """Whether a cache may be in int8."""
+    return device.platform == "cpu" and _is_native(head_dim)
 
 
 def layers_share_arrays(device: jax.Device, head_dim: int) -> bool:
@@ -56,7 +70,10 @@ def _(axis_size: int, in_batched: list[bool], *arguments: Array) -> tuple[Mixed,
 
 
 def _either(xla_attention: Callable[..., Mixed], *arguments: Any) -> Mixed:
-    if not _is_native(head_dim=arguments[3].shape[-1]):
+    _, cos, _, key, *_ = arguments
+    if key.dtype == jnp.int8:
+        return native.attention(*arguments)
+    if not _is_native(head_dim=2 * cos.shape[-1]):
         return xla_attention(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=native.attention, default=xla_attention)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float32, Int, Int32, Real, UInt8
 
 from llamajax.errors import CheckpointError, PlatformError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
@@ -181,17 +181,17 @@ def attention(
     qkv: Float32[Array, "*B T (N+2K)*H"],
     cos: Float32[Array, "*B T H/2"],
     sin: Float32[Array, "*B T H/2"],
-    key: Float[Array, "*BL K S H"],
-    value: Float[Array, "*BL K S H"],
+    key: Real[Array, "*BL K S R"],
+    value: Real[Array, "*BL K S R"],
     start: Int32[Array, "*B"],
     layer: Int32[Array, ""] | None,
-) -> tuple[Float32[Array, "*B T N*H"], Float[Array, "*BL K S H"], Float[Array, "*BL K S H"]]:
+) -> tuple[Float32[Array, "*B T N*H"], Real[Array, "*BL K S R"], Real[Array, "*BL K S R"]]:
     """As `ops.attention`, of one sequence or a batch. The caches are written in place where they may be.
 
     Fails, at run time, for start < 0 or start + T > S, for a layer that is not from 0 to L - 1, and for an H that is no
     multiple of 8.
     """
-    width = qkv.shape[-1] - 2 * key.shape[-3] * key.shape[-1]
+    width = qkv.shape[-1] - 2 * key.shape[-3] * 2 * cos.shape[-1]
     shapes = [((*qkv.shape[:-1], width), jnp.float32), (key.shape, key.dtype), (value.shape, value.dtype)]
     mixed, key, value = jax.ffi.ffi_call(
         "llamajax_attention",

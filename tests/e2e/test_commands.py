@@ -151,6 +151,15 @@ def test_info_of_the_default_model(default_model: None, smollm2_gguf: Path) -> N
     assert "(cpu)" in told["device"]
 
 
+def test_a_cache_of_int8_takes_half_or_is_refused(default_model: None) -> None:
+    done = run("info", "--device", "cpu", "--cache-dtype", "int8", LLAMAJAX_CPU="portable")
+    if not done.code:
+        assert rows(done.stdout)["KV cache"].startswith("11.9 kB a token (int8)")
+    refused = run("info", "--device", "cpu", "--cache-dtype", "int8", LLAMAJAX_CPU="xla")
+    assert refused.code == 1
+    assert "KV cache in int8 needs a CPU with native kernels" in refused.error
+
+
 def test_info_as_json(default_model: None, smollm2_gguf: Path) -> None:
     done = run("info", "--json", "--device", "cpu")
     assert (done.code, done.stderr) == (0, "")

@@ -4,7 +4,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llamajax import LLM, load
+from llamajax.ops import native
+from llamajax.types import CacheDType
 
 TEXTS = ("The history of", "In the beginning", "Q: What is 7 times 6?\nA:", "import numpy as", "Llamas are")
 
@@ -46,8 +50,11 @@ CONSTRAINTS: tuple[dict[str, Any], ...] = (
 )
 
 
-def test_the_strategies_agree(smollm2_gguf: Path) -> None:
-    agree(load(smollm2_gguf, max_seq_len=256), mixed_requests())
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_the_strategies_agree(smollm2_gguf: Path, cache_dtype: CacheDType) -> None:
+    if cache_dtype == "int8" and not native.available():
+        pytest.skip("a cache of int8 is for the native kernels")
+    agree(load(smollm2_gguf, max_seq_len=256, cache_dtype=cache_dtype), mixed_requests())
 
 
 def test_the_strategies_agree_under_constraints(smollm2_gguf: Path) -> None:

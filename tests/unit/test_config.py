@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from llamajax.config import CONFIGS, LlamaConfig
 from llamajax.errors import ConfigError
+from llamajax.model.cache import bytes_per_token, empty_cache
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -189,8 +192,13 @@ def test_num_parameters(name: str, published: int) -> None:
         ("smollm2-135m", 22.5),
     ],
 )
-def test_kv_bytes_per_token(name: str, kib: float) -> None:
-    assert CONFIGS[name].kv_bytes_per_token(2) == kib * 1024
+def test_bytes_of_a_cache(name: str, kib: float) -> None:
+    config = CONFIGS[name]
+    assert bytes_per_token(config, np.float16) == kib * 1024
+    assert bytes_per_token(config, np.int8) <= 0.52 * kib * 1024
+    for dtype in (np.float16, np.int8):
+        arrays = jax.tree.leaves(jax.eval_shape(partial(empty_cache, config, 10, dtype)))
+        assert sum(array.size * array.dtype.itemsize for array in arrays) == 10 * bytes_per_token(config, dtype)
 
 
 # The files

@@ -52,13 +52,7 @@ inline float narrow_row(const T* x, int64_t count, float most, N* y) {
   float step = 1;
   Floats inverse = all(1.0f);
   if constexpr (kPair<N> == 2) {
-    Floats largest = all(0.0f), nothing = all(0.0f);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Floats part = load_first(x + i, count - i);
-      largest = max(largest, max(part, -part));
-      nothing = fma(part, all(0.0f), nothing);  // or NaN, which rounding would lose
-    }
-    step = has_nan(nothing) ? NAN : maximum(largest) / most;
+    step = largest(x, count) / most;  // NaN, if a number is, which rounding would lose
     inverse = all(step > 0 ? 1 / step : 0);
   }
   for (int64_t i = 0; i < count; i += kLanes) put(y + i, load_first(x + i, count - i) * inverse);
@@ -75,17 +69,23 @@ inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t
   static thread_local std::vector<T> zeros;
   narrowed.resize(width);
   zeros.assign(H, T{});
-  const T* values[kKeys];
+  const int64_t count = std::min<int64_t>(kKeys, end - s);
+  const T *keys = a.row(a.keys, b, k, s), *values = a.row(a.values, b, k, s);
+  float key_steps[kKeys], value_steps[kKeys];
+  if constexpr (kSteps<T>) {
+    read_steps(keys, H, a.row_len(), count, key_steps);
+    read_steps(values, H, a.row_len(), count, value_steps);
+  }
   for (int64_t j = 0; j < kKeys; ++j) {
-    const bool there = s + j < end;
-    values[j] = there ? a.row(a.values, b, k, s + j) : zeros.data();
-    block.key_steps[j] = narrow_row(there ? a.row(a.keys, b, k, s + j) : zeros.data(), H, kFine, narrowed.data());
+    block.key_steps[j] = narrow_row(j < count ? keys + j * a.row_len() : zeros.data(), H, kFine, narrowed.data());
+    if (kSteps<T> && j < count) block.key_steps[j] *= key_steps[j];
     for (int64_t h = 0; h < H; h += P) std::copy_n(&narrowed[h], P, block.keys + h * kKeys + P * j);
   }
   for (int64_t h = 0; h < width; h += kLanes) {
     Floats part[kKeys], largest = all(0.0f), nothing = all(0.0f);
     for (int j = 0; j < kKeys; ++j) {
-      part[j] = h < H ? load_first(values[j] + h, H - h) : all(0.0f);
+      part[j] = h < H && j < count ? load_first(values + j * a.row_len() + h, H - h) : all(0.0f);
+      if (kSteps<T> && j < count) part[j] = part[j] * all(value_steps[j]);
       largest = max(largest, max(part[j], -part[j]));
       nothing = fma(part[j], all(0.0f), nothing);  // or NaN
     }

@@ -1,11 +1,11 @@
-// The products of queries [kRows, H] with the first keys [H] of a cache, whose lanes are not added up yet: products
+// The products of queries [kRows, H] with the first keys of a cache's rows, whose lanes are not added up yet: products
 // [kRows, kLanes], of which kTogether columns are filled. There are `count` keys; if fewer, the last one is repeated.
 template <int kRows, class T>
-inline void multiply(const float* queries, int64_t H, const T* keys, int64_t count, Floats* products) {
+inline void multiply(const float* queries, int64_t H, const T* keys, int64_t row_len, int64_t count, Floats* products) {
   const T* key[kTogether];
   Floats total[kTogether][kRows];
   UNROLL for (int j = 0; j < kTogether; ++j) {
-    key[j] = keys + std::min<int64_t>(j, count - 1) * H;
+    key[j] = keys + std::min<int64_t>(j, count - 1) * row_len;
     UNROLL for (int r = 0; r < kRows; ++r) total[j][r] = all(0.0f);
   }
   const auto add = [&](int64_t h, const auto& get) {
@@ -24,30 +24,34 @@ inline void multiply(const float* queries, int64_t H, const T* keys, int64_t cou
   }
 }
 
-// scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys [H] of a cache. The values, which are next, are
-// fetched meanwhile.
+// scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys of a cache's rows. The values, which are next,
+// are fetched meanwhile.
 template <int kRows, class T>
-inline void score_stored(const float* queries, int64_t H, const T* keys, const T* values, int64_t count, float* scores) {
+inline void score_stored(const float* queries, int64_t H, const T* keys, const T* values, int64_t row_len,
+                         int64_t count, float* scores) {
+  float steps[kKeys] = {};
+  if constexpr (kSteps<T>) read_steps(keys, H, row_len, count, steps);
   Floats products[kRows * kLanes];
   std::fill_n(products, kRows * kLanes, all(0.0f));
   for (int64_t s = 0; s < count; s += kTogether) {
-    for (int64_t h = 0; h < kTogether * H; h += kLine / sizeof(T)) {
-      __builtin_prefetch(keys + (s + kAhead) * H + h);
-      __builtin_prefetch(values + s * H + h);
+    for (int64_t h = 0; h < kTogether * row_len; h += kLine / sizeof(T)) {
+      __builtin_prefetch(keys + (s + kAhead) * row_len + h);
+      __builtin_prefetch(values + s * row_len + h);
     }
     const int64_t lane = s % kLanes;
-    multiply<kRows>(queries, H, keys + s * H, count - s, products + lane);
+    multiply<kRows>(queries, H, keys + s * row_len, row_len, count - s, products + lane);
     if (lane + kTogether == kLanes || s + kTogether >= count) {
-      UNROLL for (int r = 0; r < kRows; ++r) store(scores + r * kKeys + s - lane, sums(products + r * kLanes));
+      const Floats step = kSteps<T> ? load(steps + s - lane) : all(1.0f);
+      UNROLL for (int r = 0; r < kRows; ++r) store(scores + r * kKeys + s - lane, sums(products + r * kLanes) * step);
     }
   }
 }
 
-// sums [kRows, H] = factor[r] * sums + weights [kRows, kKeys] times `count` values [H] of a cache, of kWide vectors
+// sums [kRows, H] = factor[r] * sums + weights [kRows, kKeys] times `count` values of a cache's rows, of kWide vectors
 // from h on, or of one with less than kLanes numbers.
 template <int kRows, int kWide, bool kWhole, class T>
-inline void mix_part(const float* weights, const float* factor, const T* values, int64_t count, int64_t H, int64_t h,
-                     float* sums) {
+inline void mix_part(const float* weights, const float* factor, const T* values, int64_t row_len, int64_t count,
+                     int64_t H, int64_t h, float* sums) {
   const auto get = [&](const auto* p) { return kWhole ? load(p) : load_first(p, H - h); };
   Floats total[kRows][kWide];
   UNROLL for (int r = 0; r < kRows; ++r) {
@@ -55,7 +59,7 @@ inline void mix_part(const float* weights, const float* factor, const T* values,
   }
   for (int64_t s = 0; s < count; ++s) {
     Floats value[kWide];
-    UNROLL for (int i = 0; i < kWide; ++i) value[i] = get(values + s * H + h + i * kLanes);
+    UNROLL for (int i = 0; i < kWide; ++i) value[i] = get(values + s * row_len + h + i * kLanes);
     UNROLL for (int r = 0; r < kRows; ++r) {
       const Floats weight = all(weights[r * kKeys + s]);
       UNROLL for (int i = 0; i < kWide; ++i) total[r][i] = fma(weight, value[i], total[r][i]);
@@ -73,11 +77,17 @@ inline void mix_part(const float* weights, const float* factor, const T* values,
 }
 
 template <int kRows, int kWide, class T>
-inline void mix(const float* weights, const float* factor, const T* values, int64_t count, int64_t H, float* sums) {
+inline void mix(const float* weights, const float* factor, const T* values, int64_t row_len, int64_t count, int64_t H,
+                float* sums) {
+  const auto part = [&](auto wide, auto whole, int64_t h) {
+    mix_part<kRows, wide, whole>(weights, factor, values, row_len, count, H, h, sums);
+  };
+  constexpr std::integral_constant<int, kWide> kMany;
+  constexpr std::integral_constant<int, 1> kOne;
   int64_t h = 0;
-  for (; h + kWide * kLanes <= H; h += kWide * kLanes) mix_part<kRows, kWide, true>(weights, factor, values, count, H, h, sums);
-  for (; h + kLanes <= H; h += kLanes) mix_part<kRows, 1, true>(weights, factor, values, count, H, h, sums);
-  if (h < H) mix_part<kRows, 1, false>(weights, factor, values, count, H, h, sums);
+  for (; h + kWide * kLanes <= H; h += kWide * kLanes) part(kMany, std::true_type(), h);
+  for (; h + kLanes <= H; h += kLanes) part(kOne, std::true_type(), h);
+  if (h < H) part(kOne, std::false_type(), h);
 }
 
 // kPiece positions of a sequence's cache, from `first` on, for one KV head. A query's pieces are done by any thread, and
@@ -106,7 +116,8 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, int64_t head
   for (int r = 0; r < kRows; ++r) rotate(a, b, 0, k * a.group() + head + r, scale, queries + r * H);
   for (int64_t s = first; s < end; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, end - s);
-    score_stored<kRows>(queries, H, a.row(a.keys, b, k, s), a.row(a.values, b, k, s), count, scores);
+    const T *keys = a.row(a.keys, b, k, s), *values = a.row(a.values, b, k, s);
+    score_stored<kRows>(queries, H, keys, values, a.row_len(), count, scores);
     for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, count);
     softmax.go_on(most);
     for (int r = 0; r < kRows; ++r) {
@@ -118,7 +129,12 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, int64_t head
       }
       softmax.add(r, total, 1);
     }
-    mix<kRows, 4>(scores, softmax.factor, a.row(a.values, b, k, s), count, H, sums);
+    if constexpr (kSteps<T>) {
+      float steps[kKeys] = {};
+      read_steps(values, H, a.row_len(), count, steps);
+      for (int i = 0; i < kRows * kKeys; i += kLanes) store(scores + i, load(scores + i) * load(steps + i % kKeys));
+    }
+    mix<kRows, 4>(scores, softmax.factor, values, a.row_len(), count, H, sums);
   }
   for (int r = 0; r < kRows; ++r, parts += part_len(H)) {
     std::copy_n(sums + r * H, H, parts);

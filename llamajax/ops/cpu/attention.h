@@ -16,6 +16,48 @@ inline void rotate(const Attention<T>& a, int64_t b, int64_t t, int64_t head, fl
   }
 }
 
+// The largest magnitude of `count` numbers; NaN if one is.
+template <class T>
+inline float largest(const T* x, int64_t count) {
+  Floats most = all(0.0f), nothing = all(0.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats part = load_first(x + i, count - i);
+    most = max(most, max(part, -part));
+    nothing = fma(part, all(0.0f), nothing);
+  }
+  return has_nan(nothing) ? NAN : maximum(most);
+}
+
+// A cache's rows have steps.
+template <class T>
+constexpr bool kSteps = std::is_same_v<T, int8_t>;
+
+// What the numbers of each of `count` rows [H] of a cache are multiples of, and zeros up to whole vectors.
+template <class T>
+inline void read_steps(const T* rows, int64_t H, int64_t row_len, int64_t count, float* steps) {
+  Half stored[kKeys] = {};
+  for (int64_t s = 0; s < count; ++s) std::memcpy(&stored[s], rows + s * row_len + H, kStepBytes);
+  for (int64_t s = 0; s < count; s += kLanes) store(steps + s, load(stored + s));
+}
+
+// Puts a row of `count` numbers into a cache.
+template <class T>
+inline void put_row(const float* x, int64_t count, T* row) {
+  for (int64_t h = 0; h < count; h += kLanes) store_first(row + h, load_first(x + h, count - h), count - h);
+}
+inline void put_row(const float* x, int64_t count, int8_t* row) {
+  Half stored[kLanes];
+  store(stored, all(largest(x, count) / INT8_MAX));
+  std::memcpy(row + count, stored, kStepBytes);
+  float step[kLanes];  // as it is stored
+  store(step, load(stored));
+  const Floats inverse = all(step[0] > 0 ? 1 / step[0] : 0);
+  for (int64_t h = 0; h < count; h += kLanes) {
+    const Floats multiples = load_first(x + h, count - h) * inverse;
+    store_first(row + h, max(min(multiples, all(127.0f)), all(-127.0f)), count - h);
+  }
+}
+
 // Puts the key and the value of query t into the cache.
 template <class T>
 inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
@@ -23,11 +65,8 @@ inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
   rotated.resize(a.head_dim);
   rotate(a, b, t, a.heads + k, 1, rotated.data());
   const float* value = a.head(b, t, a.heads + a.kv_heads + k);
-  T *to_key = a.row(a.keys, b, k, a.start[b] + t), *to_value = a.row(a.values, b, k, a.start[b] + t);
-  for (int64_t h = 0; h < a.head_dim; h += kLanes) {
-    store_first(to_key + h, load_first(&rotated[h], a.head_dim - h), a.head_dim - h);
-    store_first(to_value + h, load_first(value + h, a.head_dim - h), a.head_dim - h);
-  }
+  put_row(rotated.data(), a.head_dim, a.row(a.keys, b, k, a.start[b] + t));
+  put_row(value, a.head_dim, a.row(a.values, b, k, a.start[b] + t));
 }
 
 // The softmax of kRows rows' blocks so far.

@@ -35,8 +35,9 @@ constexpr int64_t kGroup = 16;  // rows of weights that are stored together
 constexpr int kKeys = 64;  // positions of a block of attention
 constexpr int64_t kPanelBytes = 1 << 17;  // of x, rounded: stays in a core's second-level cache
 constexpr int64_t kFewRows = 32;          // for each thread: fewer share the weights out, not the rows
-constexpr int64_t kAhead = 8;             // positions that are fetched before they are needed
+constexpr int64_t kAhead = 64;            // positions that are fetched before they are needed
 constexpr int64_t kLine = 64;             // bytes that come from memory together
+constexpr int64_t kStepBytes = 2;         // of a row of int8_t in a cache
 constexpr float kLowest = -1e30f;
 constexpr float kMassRounding = 1e-6f;    // of probabilities: a set whose mass is within this of top_p reaches it
 
@@ -61,22 +62,24 @@ struct Product {
   float* y;  // [M, N], or [M, N / 2] if gated
 };
 
-// A call's arrays. Query t of a sequence stands at position start + t.
+// A call's arrays. Query t of a sequence stands at position start + t. A cache of int8_t has rows of head_dim numbers
+// and the step that they are multiples of, in f16.
 template <class T>
 struct Attention {
   int64_t batch, queries, heads, kv_heads, head_dim, cache_len, layers, layer;
   const float* qkv;           // [B, queries, heads + 2 * kv_heads, head_dim]
   const float *cos, *sin;     // [B, queries, head_dim / 2]
   const int32_t* start;       // [B]
-  T *keys, *values;           // [B, layers, kv_heads, cache_len, head_dim]
+  T *keys, *values;           // [B, layers, kv_heads, cache_len, row_len]
   float* out;                 // [B, queries, heads, head_dim]
 
   int64_t group() const { return heads / kv_heads; }
+  int64_t row_len() const { return head_dim + (std::is_same_v<T, int8_t> ? kStepBytes : 0); }
   const float* head(int64_t b, int64_t t, int64_t head) const {
     return qkv + ((b * queries + t) * (heads + 2 * kv_heads) + head) * head_dim;
   }
   T* row(T* cache, int64_t b, int64_t k, int64_t s) const {
-    return cache + (((b * layers + layer) * kv_heads + k) * cache_len + s) * head_dim;
+    return cache + (((b * layers + layer) * kv_heads + k) * cache_len + s) * row_len();
   }
 };
 
@@ -263,14 +266,16 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   const auto type = keys->element_type();
   if (in.size() < 2 || (cache.size() != in.size() + 1 && cache.size() != in.size() + 2)) return wrong("attention");
   const int64_t T = in[in.size() - 2], width = in.back(), L = cache.size() > in.size() + 1 ? cache[in.size() - 2] : 1,
-                K = cache[cache.size() - 3], S = cache[cache.size() - 2], H = cache.back(), B = start.element_count(),
+                K = cache[cache.size() - 3], S = cache[cache.size() - 2],
+                row = cache.back(), H = row - (type == ffi::S8 ? kStepBytes : 0), B = start.element_count(),
                 N = width / std::max<int64_t>(H, 1) - 2 * K, l = layer.typed_data()[0];
   if (K < 1 || H < 8 || H % 8 || N < K || N % K || width != (N + 2 * K) * H ||
-      int64_t(qkv.element_count()) != B * T * width || int64_t(keys->element_count()) != B * L * K * S * H ||
+      int64_t(qkv.element_count()) != B * T * width || int64_t(keys->element_count()) != B * L * K * S * row ||
       int64_t(y->element_count()) != B * T * N * H || int64_t(cos.element_count()) != B * T * H / 2 ||
       sin.element_count() != cos.element_count() || values->element_count() != keys->element_count() ||
       values->element_type() != type || old_keys.untyped_data() != keys->untyped_data() ||
-      old_values.untyped_data() != values->untyped_data() || (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16)) {
+      old_values.untyped_data() != values->untyped_data() || 
+      (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16 && type != ffi::S8)) {
     return wrong("attention");
   }
   if (l < 0 || l >= L) return no_layer("attention", l, L);
@@ -291,6 +296,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
     call(static_cast<float*>(keys->untyped_data()), static_cast<float*>(values->untyped_data()));
   } else if (type == ffi::F16) {
     call(static_cast<Half*>(keys->untyped_data()), static_cast<Half*>(values->untyped_data()));
+  } else if (type == ffi::S8) {
+    call(static_cast<int8_t*>(keys->untyped_data()), static_cast<int8_t*>(values->untyped_data()));
   } else {
     call(static_cast<BFloat16*>(keys->untyped_data()), static_cast<BFloat16*>(values->untyped_data()));
   }

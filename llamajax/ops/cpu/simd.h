@@ -1,5 +1,7 @@
 // What all instruction sets share, in terms of their vectors.
 
+inline void store(int8_t* p, Floats x) { store_int8(p, round(x)); }
+
 // The first `count` numbers, and zeros.
 template <class T>
 inline Floats load_first(const T* p, int64_t count) {

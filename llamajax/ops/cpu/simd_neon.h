@@ -8,6 +8,11 @@ using Bytes = uint8x16_t;
 inline Floats load(const float* p) { return vld1q_f32(p); }
 inline Floats load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
 inline Floats load(const BFloat16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+inline Floats load(const int8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 inline Bytes load_bytes(const uint8_t* p) { return vld1q_u8(p); }
 inline void store(float* p, Floats x) { vst1q_f32(p, x); }
 inline void store(Half* p, Floats x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }

@@ -33,6 +33,7 @@ inline Floats load(const BFloat16* p) {
   Ints x = {p[0].bits << 16, p[1].bits << 16, p[2].bits << 16, p[3].bits << 16};
   return (Floats)x;
 }
+inline Floats load(const int8_t* p) { return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 inline Bytes load_bytes(const uint8_t* p) {
   Bytes x;
   std::memcpy(&x, p, sizeof x);

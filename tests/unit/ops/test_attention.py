@@ -1,5 +1,7 @@
 """Attention over a cache, of each implementation, against sums written out in float64."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,16 @@ LAYERS = 3
 
 
 def reference(
-    qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int, layer: int
+    qkv: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    start: int,
+    layer: int,
+    stored: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One query of one head at a time, over the positions up to its own."""
+    """One query of one head at a time, over the positions up to its own; `stored` is what a cache makes of a row."""
     (T, width), (_, K, _, H) = qkv.shape, keys.shape
     N = width // H - 2 * K
     query, new_key, new_value = np.split(qkv.astype(float).reshape(T, -1, H), [N, N + K], axis=1)
@@ -32,8 +41,8 @@ def reference(
     key, value = keys[layer], values[layer]
     for t in range(T):
         for k in range(K):
-            key[k, start + t] = rotated(new_key[t, k], t).astype(key.dtype)
-            value[k, start + t] = new_value[t, k].astype(value.dtype)
+            key[k, start + t] = stored(rotated(new_key[t, k], t)).astype(key.dtype)
+            value[k, start + t] = stored(new_value[t, k]).astype(value.dtype)
     for t, n in np.ndindex(T, N):
         k, visible = n // (N // K), start + t + 1
         scores = key[k, :visible].astype(float) @ rotated(query[t, n], t) / H**0.5
@@ -62,13 +71,14 @@ SHAPES = [
     (70, 1, 3, 40, 200),
     (13, 3, 1, 64, 130),
     (1, 1, 8, 128, 70),
+    (1, 1, 3, 64, 700),
 ]
 layers = st.integers(0, LAYERS - 1)
 _attention = jax.jit(ops.attention)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(SHAPES), st.integers(0, 200), st.sampled_from([0.1, 1, 30]), layers, st.integers(0, 2**32))
+@given(st.sampled_from(SHAPES), st.integers(0, 700), st.sampled_from([0.1, 1, 30]), layers, st.integers(0, 2**32))
 def test_attention(
     implementation: str, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
 ) -> None:
@@ -101,7 +111,7 @@ def test_attention_by_hand(implementation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from(SHAPES), st.integers(0, 200), st.sampled_from([0.1, 1, 5]), layers, st.integers(0, 2**32))
+@given(st.sampled_from(SHAPES), st.integers(0, 700), st.sampled_from([0.1, 1, 5]), layers, st.integers(0, 2**32))
 def test_attention_of_a_cache_of_16_bits(
     implementation: str, dtype: type, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
 ) -> None:
@@ -122,6 +132,91 @@ def test_attention_of_a_cache_of_16_bits(
     step = ulp if implementation == "xla" or shape[3] % 8 else 1 / 1024
     scores = np.square(qkv).mean() ** 0.5 * scale
     np.testing.assert_allclose(mixed, expected[0], atol=4 * step * (1 + 5 * scores))
+
+
+def to_int8(x: np.ndarray) -> np.ndarray:
+    """Rows of int8: their multiples of a step, which stands after them in f16."""
+    step = (np.abs(x).max(-1, keepdims=True) / 127).astype(np.float16)
+    multiples = np.divide(x, step, out=np.zeros(x.shape), where=step > 0)
+    return np.concatenate([np.clip(np.rint(multiples), -127, 127).astype(np.int8), step.view(np.int8)], axis=-1)
+
+
+def from_int8(rows: np.ndarray) -> np.ndarray:
+    return rows[..., :-2] * np.ascontiguousarray(rows[..., -2:]).view(np.float16).astype(float)
+
+
+def skip_xla(implementation: str) -> None:
+    if implementation == "xla":
+        pytest.skip("a cache of int8 is for the native kernels")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([shape for shape in SHAPES if shape[3] % 8 == 0]),
+    st.integers(0, 700),
+    st.sampled_from([0.1, 1, 5]),
+    layers,
+    st.integers(0, 2**32),
+)
+def test_attention_of_a_cache_of_int8(
+    implementation: str, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
+) -> None:
+    skip_xla(implementation)
+    T, S = shape[0], shape[-1]
+    start = min(start, S - T)
+    qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape)
+    qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
+    key, value = to_int8(key), to_int8(value)
+    key[..., start + T :, :], value[..., start + T :, :] = 123, 123
+    mixed, new_key, new_value = _attention(qkv, cos, sin, key, value, jnp.int32(start), jnp.int32(layer))
+    assert new_key.dtype == new_value.dtype == jnp.int8 and new_key.shape == key.shape
+    rounded = lambda x: from_int8(to_int8(x))  # noqa: E731
+    wide = from_int8(key), from_int8(value)
+    expected = reference(qkv, cos, sin, *wide, start, layer, rounded)
+    # A number nearly half way between two multiples may go to either.
+    for actual, wanted in ((new_key, expected[1]), (new_value, expected[2])):
+        rows = np.asarray(actual)
+        near = np.abs(from_int8(rows) - wanted) <= from_int8(np.insert(rows[..., -2:], 0, 1, axis=-1)) * 1.01
+        assert near[..., : start + T, :].all() and near.mean() > 0.999
+        np.testing.assert_array_equal(rows[:, :, start + T :], 123)
+    scores = np.square(qkv).mean() ** 0.5 * scale
+    np.testing.assert_allclose(mixed, expected[0], atol=4 / 1024 * (1 + 5 * scores))
+
+
+def test_what_a_cache_of_int8_holds(implementation: str) -> None:
+    """Zeros, numbers whose step is subnormal or below all of f16, and what is not a number."""
+    skip_xla(implementation)
+    one, zero = np.ones((1, 4), np.float32), np.zeros((1, 4), np.float32)
+    cache = np.zeros((1, 1, 2, 10), np.int8)
+    for number in (0, 3, -1e-4, 1e-5, 1e-9):
+        qkv = np.array([[0] * 16 + [number] * 7 + [number / 2]], np.float32)
+        value = np.asarray(_attention(qkv, one, zero, cache, cache, jnp.int32(1), jnp.int32(0))[2])[0, 0, 1]
+        np.testing.assert_allclose(from_int8(value), qkv[0, 16:], rtol=0.01, atol=2e-5 if abs(number) < 0.01 else 0)
+    for T in (1, 9):
+        qkv = arguments(np.random.default_rng(0), T, 1, 1, 64, 80)[0]
+        qkv[0, 133] = np.nan
+        caches = np.zeros((2, 1, 80, 66), np.int8)
+        mixed = _attention(
+            qkv, np.ones((T, 32), np.float32), np.zeros((T, 32), np.float32), *caches, jnp.int32(9), None
+        )
+        assert np.isnan(np.asarray(mixed[0])[:, 5]).all()
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_a_row_of_int8_does_not_depend_on_its_batch_or_the_cache(implementation: str, T: int) -> None:
+    skip_xla(implementation)
+    rng = np.random.default_rng(0)
+    rows = [arguments(rng, T, 2, 3, 16, 600) for _ in range(3)]
+    rows = [[*row[:3], to_int8(row[3]), to_int8(row[4])] for row in rows]
+    start = np.array([0, 590, 300], np.int32)
+    batch = jax.jit(jax.vmap(ops.attention, in_axes=(*[0] * 6, None)))
+    found = batch(*(np.stack(x) for x in zip(*rows, strict=True)), start, jnp.int32(1))
+    for b, row in enumerate(rows):
+        alone = _attention(*row, jnp.int32(start[b]), jnp.int32(1))
+        for actual, wanted in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(actual[b], wanted)
+        longer = [np.pad(x, ((0, 0), (0, 0), (0, 70), (0, 0))) for x in row[3:]]
+        np.testing.assert_array_equal(_attention(*row[:3], *longer, jnp.int32(start[b]), jnp.int32(1))[0], alone[0])
 
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
