@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import sys
 import time
@@ -78,10 +79,12 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: Cach
 
 def _note_size(llm: "LLM") -> None:
     """Says what bounds the speed of a large dense model on a CPU, and what helps."""
-    import jax
+    from llamajax.ops import PackedWeight
 
-    dense = [array for array in llm._runner.model.arrays if jax.numpy.issubdtype(array.dtype, jax.numpy.floating)]
-    size, quantized = sum(array.nbytes for array in dense), sum(array.size for array in dense) * 34 // 32
+    weights = llm._runner.model.weights().values()
+    dense = [weight for weight in weights if isinstance(weight, PackedWeight) and weight.format.is_dense]
+    size = sum(math.prod(weight.data.shape) for weight in dense)
+    quantized = sum(math.prod(weight.shape) for weight in dense) * 34 // 32
     if size > LARGE_BYTES:
         less = "halves" if size < 3 * quantized else "quarters"
         note(

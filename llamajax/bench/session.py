@@ -82,7 +82,7 @@ def kept_dtype(llm: LLM) -> str:
     weights = llm._runner.model.weights()
     for weight in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, PackedWeight | Stacked)):
         if isinstance(weight, PackedWeight):
-            sizes[weight.name] += math.prod(weight.data.shape)
+            sizes[weight.format.numbers if weight.format.is_dense else weight.name] += math.prod(weight.data.shape)
         elif len(weight.shape) > 1:
             sizes[weight.dtype.name] += weight.nbytes
     return "+".join(name for name, _ in sizes.most_common())

@@ -82,7 +82,7 @@ def linear(
 
 def gated_linear(x: Float32[Array, "T K"], weight: Weight, norm: Norm) -> Float32[Array, "T N/2"]:
     """silu(gate) * up, the two halves of norm(x) @ weight.T (SwiGLU, Shazeer 2020)."""
-    if isinstance(weight, PackedWeight) and weight.num_rows % (2 * GROUP) == 0:
+    if isinstance(weight, PackedWeight) and weight.shape[0] % (2 * GROUP) == 0:
         return _packed(norm.eps, True)(x, weight, norm.weight, None)
     gate, up = jnp.split(linear(x, weight, norm), 2, axis=-1)
     return jax.nn.silu(gate) * up

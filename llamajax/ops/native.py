@@ -1,8 +1,8 @@
 """Our C++ operations for CPUs: found, registered with XLA, and called.
 
-Installing compiles cpu/kernels.cc where there is a compiler. LLAMAJAX_CPU limits what is used: "avx2" or "portable" to
-that instruction set, "xla" to none of it. Portable code is for tests: XLA's is five times as fast, and it serves where
-the processor has no better. Knows the operations' arguments, not when to take them.
+Installing compiles cpu/kernels.cc where there is a compiler. LLAMAJAX_CPU limits what is used: one of INSTRUCTION_SETS
+to that set and those below it, "xla" to none. Portable code is for tests: XLA's is five times as fast, and it serves
+where the processor has no better. Knows the operations' arguments, not when to take them.
 """
 
 import ctypes
@@ -18,15 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float32, Int, Int32, Real, UInt8
+from jaxtyping import Array, Bool, Float32, Int, Int32, Real, Shaped
 
 from llamajax.errors import CheckpointError, PlatformError
 from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
 from llamajax.ops.stacked import Stacked
 
 # Formats whose blocks hold in a file what they hold when packed: all but the order, or the scales' kind, is the same.
-MOVED_FORMATS = ("q4_0", "q4_1", "q8_0")
-INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+MOVED_FORMATS = ("f32", "f16", "bf16", "q4_0", "q4_1", "q8_0")
+# From the best to the worst.
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avxvnni", "avx2", "neon", "portable")
 NOT_FINITE = "{} has a scale that is not finite (NaN or infinite): the file is broken, fetch or convert it again"
 _Weight = TypeVar("_Weight")
 _LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
@@ -70,7 +71,7 @@ def _library() -> ctypes.CDLL | str:
         library.llamajax_pack.restype = ctypes.c_bool
         library.llamajax_pack.argtypes = [
             ctypes.c_void_p,
-            *[ctypes.c_int64] * 4,
+            *[ctypes.c_int64] * 5,
             ctypes.c_uint8,
             ctypes.c_int64,
             ctypes.c_void_p,
@@ -89,35 +90,43 @@ def _instruction_set(library: ctypes.CDLL) -> str:
 
 
 def pack(
-    layers: Iterable[Sequence[UInt8[np.ndarray, "n bytes"]]],
+    layers: Iterable[Sequence[Shaped[np.ndarray, "n width"]]],
     paths: Sequence[str],
     order: Int[np.ndarray, "N"],
     name: str,
 ) -> list[PackedWeight]:
-    """What `packed.pack` makes of rows of a file's blocks, of the parameters of these paths, in one array.
+    """What `packed` makes of rows of a file's blocks or numbers, of the parameters of these paths, in one array.
 
-    A layer's rows are those stored, one array below the other, in this order. For MOVED_FORMATS only. XLA's programs
-    take longer to be read from their cache than this does.
+    A layer's rows are those stored, one array below the other, in this order, and are whole blocks. For MOVED_FORMATS
+    only. XLA's programs take longer to be read from their cache than this does.
 
     Raises CheckpointError for a scale or an offset that is not finite.
     """
     format = PACKED_FORMATS[name]
-    head, quants = 2 + 2 * format.has_offsets, format.block * format.bits // 8
+    head, quants = format.head_bytes, format.block * format.bits // 8
     library = _library()
     assert isinstance(library, ctypes.CDLL)
     signed = format.zero == 128
     for layer, stored in enumerate(layers):
-        num_blocks = stored[0].shape[1] // (head + quants)
+        num_blocks = stored[0][0].nbytes // (head + quants)
         if layer == 0:
             group_bytes = format.first_block + num_blocks * format.block_bytes
             data = _aligned((len(paths), -(-len(order) // GROUP), group_bytes), np.uint8)
         rows = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in stored])[order]
         finite = library.llamajax_pack(
-            rows.ctypes.data, len(rows), num_blocks, head, quants, 128 * signed, format.zero, data[layer].ctypes.data
+            rows.ctypes.data,
+            len(rows),
+            num_blocks,
+            head,
+            quants,
+            format.word_bytes,
+            128 * signed,
+            format.zero,
+            data[layer].ctypes.data,
         )
         if not finite:
             raise CheckpointError(NOT_FINITE.format(paths[layer]))
-    return [PackedWeight(array, len(order), name) for array in _layers_of(data)]
+    return [PackedWeight(array, (len(order), num_blocks * format.block), name) for array in _layers_of(data)]
 
 
 def stack(weights: Iterable[_Weight], num_layers: int) -> list[_Weight]:
@@ -162,13 +171,13 @@ def linear(
     Fails, at run time, for a layer that is not among those stacked.
     """
     format, none = weight.format, jnp.zeros(0, jnp.float32)
-    N = weight.num_rows // (2 if gated else 1)
+    N = weight.shape[0] // (2 if gated else 1)
     return jax.ffi.ffi_call("llamajax_linear", jax.ShapeDtypeStruct((x.shape[0], N), jnp.float32))(
         x,
         *_in_place(weight.data),
         *_in_place(none if norm is None else norm),
         none if residual is None else residual,
-        bits=np.int64(format.bits),
+        numbers=format.numbers,
         block=np.int64(format.block),
         offsets=format.has_offsets,
         zero=np.int64(format.zero),

@@ -1,8 +1,11 @@
-"""Quantized weights as the native products take them: 16 rows beside each other.
+"""Weights as the native products take them: 16 rows beside each other.
 
-A weight is scale * (quant - zero) + offset. Of each group of 16 rows stands one block after the other, of 16 or 32
-weights a row: the rows' scales in f16, their offsets in f16 if the format has any, and the quants, four of a row beside
-four of the next. Quants of 4 bits share a byte: its low half is of the block's first half.
+Of each group of 16 rows stands one block after the other, of 16 or 32 weights a row. Dense weights are numbers of a
+row beside those of the next: two of bf16, one of f16 or f32. Zeros fill a row's last block.
+
+A quantized weight is scale * (quant - zero) + offset. A block has the rows' scales in f16, their offsets in f16 if the
+format has any, and the quants, four of a row beside four of the next. Quants of 4 bits share a byte: its low half is of
+the block's first half.
 
 Scale and offset of 4 bits' quants are one beside the other instead, as int16, in units of a step (f32) that each row
 has before its first block: cpu/matmul.h tells why.
@@ -13,14 +16,14 @@ of two numbers; where it is kept in f16, it is rounded to one part in 2048.
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float32, Int, Int16, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int16, Shaped, UInt8
 
 from llamajax.ops.quants import Parts
 from llamajax.ops.stacked import Stacked, alone
@@ -30,12 +33,33 @@ _LARGEST = np.float32(2**15 - 1)
 
 
 class PackedFormat(NamedTuple):
-    """Bits of a quant, weights of a row's block, whether blocks have offsets, and the quant that means zero."""
+    """What weights or their quants are kept in, weights of a row's block, whether blocks have offsets, and the quant
+    that means zero."""
 
-    bits: int
+    numbers: Literal["u4", "u8", "float16", "bfloat16", "float32"]
     block: int
-    has_offsets: bool
-    zero: int
+    has_offsets: bool = False
+    zero: int = 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether weights are numbers as they are."""
+        return self.numbers not in ("u4", "u8")
+
+    @property
+    def bits(self) -> int:
+        """Of a weight or its quant."""
+        return 8 * jnp.dtype(self.numbers).itemsize if self.is_dense else int(self.numbers[1:])
+
+    @property
+    def word_bytes(self) -> int:
+        """Bytes of a row that stand beside those of the next."""
+        return 2 if self.numbers == "float16" else 4
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a row's scale and offset."""
+        return 0 if self.is_dense else 2 + 2 * self.has_offsets
 
     @property
     def has_steps(self) -> bool:
@@ -50,46 +74,57 @@ class PackedFormat(NamedTuple):
     @property
     def block_bytes(self) -> int:
         """Bytes of a group's block."""
-        return GROUP * (2 + 2 * self.has_offsets + self.block * self.bits // 8)
+        return GROUP * (self.head_bytes + self.block * self.bits // 8)
 
 
-# By the format of a file, of `quants.FORMATS`.
+# By the format of a file: dense, or of `quants.FORMATS`.
 PACKED_FORMATS = {
-    "q4_0": PackedFormat(4, 32, False, 8),
-    "q4_1": PackedFormat(4, 32, True, 8),
-    "q5_0": PackedFormat(8, 32, False, 16),
-    "q5_1": PackedFormat(8, 32, True, 0),
-    "q8_0": PackedFormat(8, 32, False, 128),
-    "q2_k": PackedFormat(4, 16, True, 2),
-    "q3_k": PackedFormat(4, 16, False, 4),
-    "q4_k": PackedFormat(4, 32, True, 8),
-    "q5_k": PackedFormat(8, 32, True, 0),
-    "q6_k": PackedFormat(8, 16, False, 32),
-    "iq4_nl": PackedFormat(8, 32, False, 128),
+    "f32": PackedFormat("float32", 32),
+    "f16": PackedFormat("float16", 32),
+    "bf16": PackedFormat("bfloat16", 32),
+    "q4_0": PackedFormat("u4", 32, False, 8),
+    "q4_1": PackedFormat("u4", 32, True, 8),
+    "q5_0": PackedFormat("u8", 32, False, 16),
+    "q5_1": PackedFormat("u8", 32, True, 0),
+    "q8_0": PackedFormat("u8", 32, False, 128),
+    "q2_k": PackedFormat("u4", 16, True, 2),
+    "q3_k": PackedFormat("u4", 16, False, 4),
+    "q4_k": PackedFormat("u4", 32, True, 8),
+    "q5_k": PackedFormat("u8", 32, True, 0),
+    "q6_k": PackedFormat("u8", 16, False, 32),
+    "iq4_nl": PackedFormat("u8", 32, False, 128),
 }
+_DENSE_NAMES: dict[str, str] = {format.numbers: name for name, format in PACKED_FORMATS.items() if format.is_dense}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [num_rows, K]; rows of zeros fill its last group. `name` is a key of PACKED_FORMATS."""
+    """A weight of shape [N, K]; rows of zeros fill its last group. `name` is a key of PACKED_FORMATS."""
 
     data: UInt8[Array, "N/16 bytes"] | Stacked
-    num_rows: int = field(metadata={"static": True})
+    shape: tuple[int, int] = field(metadata={"static": True})
     name: str = field(metadata={"static": True})
 
     @property
     def format(self) -> PackedFormat:
         return PACKED_FORMATS[self.name]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        format = self.format
-        return self.num_rows, (self.data.shape[1] - format.first_block) // format.block_bytes * format.block
+
+def pack_dense(weight: Float[Array, "N K"]) -> PackedWeight:
+    """Packs rows of f32, f16 or bf16 as they are."""
+    name = _DENSE_NAMES[weight.dtype.name]
+    format = PACKED_FORMATS[name]
+    N, K = weight.shape
+    rows = jnp.pad(weight, ((0, -N % GROUP), (0, -K % format.block)))
+    words = rows.reshape(len(rows) // GROUP, GROUP, -1, 8 * format.word_bytes // format.bits)
+    if words.shape[-1] > 1:
+        words = lax.bitcast_convert_type(words, jnp.uint32)[..., None]
+    return PackedWeight(_bytes(words.swapaxes(1, 2), (len(words),)), (N, K), name)
 
 
 def pack(parts: Parts, name: str) -> PackedWeight:
-    """Packs rows of a format, [N, K]."""
+    """Packs rows of a quantized format, [N, K]."""
     format = PACKED_FORMATS[name]
     num_rows, K = parts.quants.shape
     padding = -num_rows % GROUP
@@ -111,7 +146,7 @@ def pack(parts: Parts, name: str) -> PackedWeight:
         heads = [x.astype(jnp.float16) for x in (scale, offset) if x is not None]
     fields = [x.reshape(groups, GROUP, blocks, -1).swapaxes(1, 2) for x in heads] + [fours.transpose(0, 2, 3, 1)]
     of_blocks = jnp.concatenate([_bytes(x, (groups, blocks)) for x in fields], axis=-1).reshape(groups, -1)
-    return PackedWeight(jnp.concatenate([_bytes(steps, (groups,)), of_blocks], axis=-1), num_rows, name)
+    return PackedWeight(jnp.concatenate([_bytes(steps, (groups,)), of_blocks], axis=-1), (num_rows, K), name)
 
 
 def _in_steps(
@@ -127,10 +162,14 @@ def _in_steps(
 def unpack_rows(weight: PackedWeight, rows: Int[Array, "T"]) -> Float32[Array, "T K"]:
     """Some rows, as float32."""
     format, T = weight.format, len(rows)
+    if format.is_dense:
+        words = alone(weight.data).reshape(weight.data.shape[0], -1, GROUP, format.word_bytes)
+        numbers = words[rows // GROUP, :, rows % GROUP].reshape(T, -1, format.bits // 8)
+        return lax.bitcast_convert_type(numbers, format.numbers)[:, : weight.shape[1]].astype(jnp.float32)
     steps, blocks = jnp.split(alone(weight.data)[rows // GROUP], [format.first_block], axis=-1)
     columns = jnp.asarray(_columns(format))[rows % GROUP]
     block = jnp.take_along_axis(blocks.reshape(T, -1, format.block_bytes), columns[:, None], axis=-1)
-    scale, offset, quants = jnp.split(block, [2, 2 + 2 * format.has_offsets], axis=-1)
+    scale, offset, quants = jnp.split(block, [2, format.head_bytes], axis=-1)
     if format.bits == 4:
         quants = jnp.concatenate([quants & 15, quants >> 4], axis=-1)
     kept = jnp.int16 if format.has_steps else jnp.float16

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
 from llamajax.ops import Weight, native, quantize_int8
-from llamajax.ops.packed import PackedWeight, pack
+from llamajax.ops.packed import PACKED_FORMATS, PackedWeight, pack, pack_dense
 from llamajax.ops.quantize import QUANTIZABLE, quantize
 from llamajax.ops.quants import FORMATS, dequantize, split
 from llamajax.types import DType
@@ -40,11 +40,11 @@ def load_weights(
     Args:
       tensors: by the names of a Hugging Face, GGUF or Meta checkpoint; they fit the model (`check_fit`).
       device: where the weights are put, and converted.
-      dtype: "auto" keeps dense weights in the precision they were shipped in (but on a CPU f16 and the embeddings in
-        f32, in which products take a third of the time), and quantized ones in their blocks on a CPU with the native
-        kernels, elsewhere dense in bf16; "int8" keeps all with a scale for each output; "q8_0", "q4_0" and "q4_k" round
-        to these blocks (the embeddings and the head to q8_0), kept as such or in bf16 as quantized ones are; another
-        dtype makes all dense in it.
+      dtype: "auto" keeps dense weights in the precision they were shipped in (but on a CPU without the native kernels
+        f16 and the embeddings in f32, in which products take a third of the time), and quantized ones in their blocks
+        on a CPU with the native kernels, elsewhere dense in bf16; "int8" keeps all with a scale for each output;
+        "q8_0", "q4_0" and "q4_k" round to these blocks (the embeddings and the head to q8_0), kept as such or in bf16
+        as quantized ones are; another dtype makes all dense in it.
       progress: called with bytes read so far, and in all.
 
     Raises CheckpointError for rows that the blocks of `dtype` do not fit.
@@ -115,7 +115,7 @@ def bytes_in_memory(
 
 
 def keeps_blocks(platform: str) -> bool:
-    """Whether weights can be kept in a file's blocks; else such weights are kept in bf16."""
+    """Whether weights are packed for the native kernels, quantized ones in a file's blocks; else these are bf16."""
     return platform == "cpu" and native.available()
 
 
@@ -132,8 +132,11 @@ def in_blocks(weight: jax.Array, name: str, packed: bool) -> Weight:
 
 def _is_moved(sources: list[Source], formats: tuple[str, ...], dtype: DType, platform: str) -> bool:
     """Whether a matrix is kept as it is stored, and its blocks need only be moved."""
-    moved = len(set(formats)) == 1 and formats[0] in native.MOVED_FORMATS
-    return moved and len(sources[0].shape) == 2 and dtype == "auto" and keeps_blocks(platform)
+    if len(set(formats)) > 1 or formats[0] not in native.MOVED_FORMATS or len(sources[0].shape) != 2:
+        return False
+    format = PACKED_FORMATS[formats[0]]
+    as_stored = dtype in ("auto", format.numbers) and sources[0].shape[1] % format.block == 0
+    return as_stored and keeps_blocks(platform)
 
 
 def _rows_in_order(sources: list[Source]) -> Int[np.ndarray, "N"]:
@@ -151,6 +154,7 @@ def _convert(path: str, parts: list[Source], stored: list[StoredTensor], dtype: 
     heads = tuple(part.interleaved_heads for part in parts)
     data = tuple(tensor.data for tensor in stored)
     is_matrix = len(parts[0].shape) == 2
+    by_xla = platform == "cpu" and not native.available()
     if dtype == "auto" and is_matrix and keeps_blocks(platform) and set(formats) <= FORMATS.keys():
         weight, finite = _packed(data, formats, heads)
         # Abstract where only the memory is asked for.
@@ -176,12 +180,12 @@ def _convert(path: str, parts: list[Source], stored: list[StoredTensor], dtype: 
         kept = jnp.dtype(jnp.bfloat16)
     else:
         kept = jnp.result_type(*(jnp.float32 if tensor.format == "f64" else tensor.data.dtype for tensor in stored))
-        if kept == jnp.float16 and platform == "cpu":
+        if kept == jnp.float16 and by_xla:
             kept = jnp.dtype(jnp.float32)
-    if path == "embed_tokens.weight" and platform == "cpu" and dtype == "auto":
+    if path == "embed_tokens.weight" and by_xla and dtype == "auto":
         # A tied head in bf16 makes a decoding loop on a CPU a third slower (SmolLM2-135M: 25 tokens/s instead of 37).
         kept = jnp.dtype(jnp.float32)
-    return _dense(data, formats, heads, kept)
+    return _dense(data, formats, heads, kept, is_matrix and keeps_blocks(platform))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -211,16 +215,21 @@ def _quantized(
     return in_blocks(_dense(stored, formats, heads, jnp.dtype(jnp.float32)), name, packed)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _dense(
-    stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...], kept: np.dtype | None
+    stored: tuple[jax.Array, ...],
+    formats: tuple[str, ...],
+    heads: tuple[int, ...],
+    kept: np.dtype | None,
+    packed: bool = False,
 ) -> Weight:
     """Parts, dequantized, in one array, as it is kept (None: int8)."""
     rows = []
     for data, format, num_heads in zip(stored, formats, heads, strict=True):
         part = _half_split(dequantize(data, format) if format in FORMATS else data, num_heads)
         rows.append(quantize_int8(part) if kept is None else part.astype(kept))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+    weight = jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+    return pack_dense(weight) if packed and kept is not None else weight
 
 
 def _half_split(rows: _Rows, num_heads: int) -> _Rows:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llamajax.config import LlamaConfig
 from llamajax.ops import Weight, quantize_int8
+from llamajax.ops.packed import pack_dense
 from llamajax.ops.quantize import QUANTIZABLE
 from llamajax.types import DType
 from llamajax.weights.load import alike, block_format, in_blocks, keeps_blocks, shared
@@ -52,4 +53,6 @@ def _random(key: jax.Array, shape: tuple[int, ...], kept: str, packed: bool) -> 
     drawn = partial(jax.random.uniform, key, shape, minval=-bound, maxval=bound)
     if kept == "int8":
         return quantize_int8(drawn(jnp.bfloat16))
-    return in_blocks(drawn(jnp.float32), kept, packed) if kept in QUANTIZABLE else drawn(jnp.dtype(kept))
+    if kept in QUANTIZABLE:
+        return in_blocks(drawn(jnp.float32), kept, packed)
+    return pack_dense(drawn(jnp.dtype(kept))) if packed else drawn(jnp.dtype(kept))

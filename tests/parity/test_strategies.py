@@ -8,7 +8,7 @@ import pytest
 
 from llamajax import LLM, load
 from llamajax.ops import native
-from llamajax.types import CacheDType
+from llamajax.types import CacheDType, DType
 
 TEXTS = ("The history of", "In the beginning", "Q: What is 7 times 6?\nA:", "import numpy as", "Llamas are")
 
@@ -50,11 +50,11 @@ CONSTRAINTS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
-def test_the_strategies_agree(smollm2_gguf: Path, cache_dtype: CacheDType) -> None:
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [("auto", "auto"), ("auto", "int8"), ("bfloat16", "auto")])
+def test_the_strategies_agree(smollm2_gguf: Path, dtype: DType, cache_dtype: CacheDType) -> None:
     if cache_dtype == "int8" and not native.available():
         pytest.skip("a cache of int8 is for the native kernels")
-    agree(load(smollm2_gguf, max_seq_len=256, cache_dtype=cache_dtype), mixed_requests())
+    agree(load(smollm2_gguf, max_seq_len=256, dtype=dtype, cache_dtype=cache_dtype), mixed_requests())
 
 
 def test_the_strategies_agree_under_constraints(smollm2_gguf: Path) -> None:

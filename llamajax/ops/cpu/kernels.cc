@@ -1,4 +1,4 @@
-// Products with quantized weights, attention, and sampling, for XLA's CPU backend: for each instruction set, the best that the
+// Products with weights, attention, and sampling, for XLA's CPU backend: for each instruction set, the best that the
 // machine has being chosen when the library is loaded.
 
 #include <algorithm>
@@ -6,13 +6,22 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define HAS_NEW_X86  // the compiler knows AVX-VNNI and products of bf16
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 // Clang knows dot products only if it compiles everything for them, as it does for Apple's processors.
 #elif defined(__aarch64__) && (!defined(__clang__) || defined(__ARM_FEATURE_DOTPROD))
 #define HAS_NEON
@@ -33,7 +42,7 @@ namespace {
 
 constexpr int64_t kGroup = 16;  // rows of weights that are stored together
 constexpr int kKeys = 64;  // positions of a block of attention
-constexpr int64_t kPanelBytes = 1 << 17;  // of x, rounded: stays in a core's second-level cache
+constexpr int64_t kPanelBytes = 1 << 17;  // of x, as the products take it: stays in a core's second-level cache
 constexpr int64_t kFewRows = 32;          // for each thread: fewer share the weights out, not the rows
 constexpr int64_t kAhead = 64;            // positions that are fetched before they are needed
 constexpr int64_t kLine = 64;             // bytes that come from memory together
@@ -48,12 +57,18 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// What weights, or their quants, are kept in.
+enum class Numbers { u4, u8, f16, bf16, f32 };
+constexpr const char* kNumbers[] = {"u4", "u8", "float16", "bfloat16", "float32"};
+constexpr int kBitsOf[] = {4, 8, 16, 16, 32};
+
 // What a product is asked for: y = x W^T + residual, or silu(gate) * up for W's two halves.
 struct Product {
   int64_t M, K, N;         // if gated, N is 2 * the width of y
   const float* x;          // [M, K]
   const uint8_t* weights;  // [ceil(N / kGroup), bytes of a group]
-  int64_t bits, block, zero;  // of matmul.h's formats
+  Numbers numbers;
+  int64_t block, zero;  // of matmul.h's formats
   bool offsets;
   const float* norm;  // [K], or null
   float eps;
@@ -105,32 +120,94 @@ struct Draws {
 
 // Each instruction set's functions are in a namespace of their own.
 #if defined(__x86_64__)
+#if defined(HAS_NEW_X86)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+#endif
+namespace amx {
+constexpr bool kBf16 = true;
+#include "simd_avx512.h"
+#include "simd.h"
+#include "matmul.h"
+#include "amx.h"
+}  // namespace amx
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16")
+#endif
+namespace avx512bf16 {
+constexpr bool kBf16 = true;
+#include "simd_avx512.h"
+#include "simd.h"
+#include "matmul.h"
+}  // namespace avx512bf16
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+namespace avxvnni {
+constexpr bool kVnni = true;
+#include "simd_avx2.h"
+#include "simd.h"
+#include "matmul.h"
+#include "linear.h"
+#include "attention.h"
+}  // namespace avxvnni
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #endif
 namespace avx512 {
+constexpr bool kBf16 = false;
 #include "simd_avx512.h"
 #include "simd.h"
 #include "matmul.h"
+#include "linear.h"
 #include "attention.h"
 #include "sample.h"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC pop_options
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
+constexpr bool kVnni = false;
 #include "simd_avx2.h"
 #include "simd.h"
 #include "matmul.h"
+#include "linear.h"
 #include "attention.h"
 #include "sample.h"
 }  // namespace avx2
@@ -148,6 +225,7 @@ namespace neon {
 #include "simd_neon.h"
 #include "simd.h"
 #include "matmul.h"
+#include "linear.h"
 #include "attention.h"
 #include "sample.h"
 }  // namespace neon
@@ -159,43 +237,72 @@ namespace portable {
 #include "simd_portable.h"
 #include "simd.h"
 #include "matmul.h"
+#include "linear.h"
 #include "attention.h"
 #include "sample.h"
 }  // namespace portable
 
 namespace {
 
+// From the worst to the best.
 #if defined(__x86_64__)
-enum class Isa { portable, avx2, avx512 };
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+enum class Isa { portable, avx2, avxvnni, avx512, avx512bf16, amx };
+constexpr const char* kNames[] = {"portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx"};
 
-Isa best() {
+// Whether Linux lets this process use AMX's tiles, which takes a request (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has(Isa isa) {
   __builtin_cpu_init();
   // All processors with AVX2 have f16c.
-  const bool two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (two && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+#if defined(HAS_NEW_X86)
+    case Isa::amx: return has(Isa::avx512bf16) && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+    case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::avxvnni: return avx2 && __builtin_cpu_supports("avxvnni");
+#endif
+    case Isa::avx512: return avx512;
+    case Isa::avx2: return avx2;
+    default: return isa == Isa::portable;
   }
-  return two ? Isa::avx2 : Isa::portable;
 }
 #elif defined(HAS_NEON)
 enum class Isa { portable, neon };
 constexpr const char* kNames[] = {"portable", "neon"};
 
-Isa best() {
+bool has(Isa isa) {
 #if defined(__linux__)
-  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? Isa::neon : Isa::portable;
+  return isa == Isa::portable || getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
-  return Isa::neon;  // as all of Apple's
+  return true;  // as all of Apple's
 #endif
 }
 #else
 enum class Isa { portable };
 constexpr const char* kNames[] = {"portable"};
 
-Isa best() { return Isa::portable; }
+bool has(Isa) { return true; }
 #endif
+
+// The best that the machine has, but none above `most`.
+Isa best(const char* most = "") {
+  Isa found = Isa::portable;
+  for (int i = 0; i < int(std::size(kNames)); ++i) {
+    if (has(Isa(i))) found = Isa(i);
+    if (std::strcmp(most, kNames[i]) == 0) break;
+  }
+  return found;
+}
 
 std::atomic<Isa> isa{best()};
 
@@ -211,14 +318,19 @@ ffi::Error no_layer(const std::string& operation, int64_t layer, int64_t layers)
 // Weights and norms are stacks of layers'.
 ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR3<ffi::U8> weights,
                   ffi::BufferR0<ffi::S32> layer, ffi::BufferR2<ffi::F32> norms, ffi::BufferR0<ffi::S32> norm_layer,
-                  ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t block,
-                  bool offsets, int64_t zero, float eps, bool gated) {
+                  ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> y, std::string_view numbers,
+                  int64_t block, bool offsets, int64_t zero, float eps, bool gated) {
   const auto xs = x.dimensions(), ws = weights.dimensions(), ns = norms.dimensions(), ys = y->dimensions();
-  const bool known = (bits == 4 || bits == 8) && (block == 32 || (block == 16 && !(bits == 8 && offsets)));
-  const bool steps = bits == 4 && offsets;  // a block's product must fit 16 bits then
-  if (!known || (steps && block * 127 * std::max(zero, 15 - zero) > INT16_MAX) || xs.size() != 2 || ys.size() != 2 ||
-      xs[0] != ys[0] || xs[1] % block != 0 ||
-      ws[2] != kGroup * (4 * steps + xs[1] / block * (2 + 2 * offsets + block * bits / 8)) ||
+  const int64_t kind = std::find(std::begin(kNumbers), std::end(kNumbers), numbers) - std::begin(kNumbers);
+  if (kind == std::size(kNumbers) || (block != 16 && block != 32) || xs.size() != 2 || ys.size() != 2) {
+    return wrong("linear");
+  }
+  const int64_t bits = kBitsOf[kind], num_blocks = (xs[1] + block - 1) / block;
+  const bool dense = bits > 8, steps = bits == 4 && offsets;  // a block's product must fit 16 bits then
+  const bool known = block == 32 ? !(dense && offsets) : !dense && !(bits == 8 && offsets);
+  const int64_t head = dense ? 0 : 2 + 2 * offsets;
+  if (!known || (steps && block * 127 * std::max(zero, 15 - zero) > INT16_MAX) || xs[0] != ys[0] ||
+      (!dense && xs[1] % block != 0) || ws[2] != kGroup * (4 * steps + num_blocks * (head + block * bits / 8)) ||
       (gated ? ys[1] % kGroup != 0 || ws[1] * kGroup != 2 * ys[1] : ws[1] != (ys[1] + kGroup - 1) / kGroup) ||
       (ns[1] != 0 && ns[1] != xs[1]) ||
       (residual.element_count() != 0 && residual.element_count() != y->element_count())) {
@@ -228,11 +340,23 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR3<f
   if (l < 0 || l >= ws[0]) return no_layer("linear", l, ws[0]);
   if (n < 0 || n >= ns[0]) return no_layer("linear", n, ns[0]);
   const Product product{xs[0], xs[1], ys[1] * (1 + gated), x.typed_data(),
-                        weights.typed_data() + l * ws[1] * ws[2], bits, block, zero, offsets,
+                        weights.typed_data() + l * ws[1] * ws[2], Numbers(kind), block, zero, offsets,
                         ns[1] ? norms.typed_data() + n * ns[1] : nullptr, eps,
                         residual.element_count() ? residual.typed_data() : nullptr, gated, y->typed_data()};
+  const bool bf16 = product.numbers == Numbers::bf16;
   switch (isa.load()) {
 #if defined(__x86_64__)
+#if defined(HAS_NEW_X86)
+    case Isa::amx:
+      if (bf16) amx::multiply<amx::DenseTiles>(pool, product);
+      else avx512::linear(pool, product);
+      break;
+    case Isa::avx512bf16:
+      if (bf16) avx512bf16::multiply<avx512bf16::Dense<BFloat16>>(pool, product);
+      else avx512::linear(pool, product);
+      break;
+    case Isa::avxvnni: avxvnni::linear(pool, product); break;
+#endif
     case Isa::avx512: avx512::linear(pool, product); break;
     case Isa::avx2: avx2::linear(pool, product); break;
 #elif defined(HAS_NEON)
@@ -247,6 +371,11 @@ template <class T>
 void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
   switch (isa.load()) {
 #if defined(__x86_64__)
+#if defined(HAS_NEW_X86)
+    case Isa::avxvnni: return avxvnni::attention(pool, a);
+#endif
+    case Isa::amx:
+    case Isa::avx512bf16:
     case Isa::avx512: return avx512::attention(pool, a);
     case Isa::avx2: return avx2::attention(pool, a);
 #elif defined(HAS_NEON)
@@ -319,7 +448,10 @@ ffi::Error sample(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, ffi::Buf
                     reinterpret_cast<const DrawOptions*>(options.typed_data()), token->typed_data()};
   switch (isa.load()) {
 #if defined(__x86_64__)
+    case Isa::amx:
+    case Isa::avx512bf16:
     case Isa::avx512: avx512::sample(pool, draws); break;
+    case Isa::avxvnni:
     case Isa::avx2: avx2::sample(pool, draws); break;
 #elif defined(HAS_NEON)
     case Isa::neon: neon::sample(pool, draws); break;
@@ -341,7 +473,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_linear, linear,
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("bits")
+                                  .Attr<std::string_view>("numbers")
                                   .Attr<int64_t>("block")
                                   .Attr<bool>("offsets")
                                   .Attr<int64_t>("zero")
@@ -377,18 +509,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_sample, sample,
 extern "C" const char* llamajax_instruction_set() { return kNames[int(isa.load())]; }
 
 // From now on the best that the machine has, but none above `most`.
-extern "C" void llamajax_limit(const char* most) {
-  isa = best();
-  for (int i = 0; i < int(best()); ++i) {
-    if (std::strcmp(most, kNames[i]) == 0) isa = Isa(i);
-  }
-}
+extern "C" void llamajax_limit(const char* most) { isa = best(most); }
+
+namespace {
 
 // What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, which are a scale, or a scale and
-// an offset that become multiples of a step; then quants, of which each byte is changed by `flip`. Rows of zeros fill
-// the last group. Returns whether all numbers are finite.
-extern "C" bool llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head,
-                              int64_t quants, uint8_t flip, int64_t zero, uint8_t* packed) {
+// an offset that become multiples of a step; then quants, of which each byte is changed by `flip`, and of which a Word
+// of one row stands beside the next row's. Rows of zeros fill the last group. Returns whether all scales and offsets
+// are finite.
+template <class Word>
+bool pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head, int64_t quants, Word flip,
+          int64_t zero, uint8_t* packed) {
   const int64_t size = head + quants;
   const std::vector<uint8_t> zeros(num_blocks * size);
   float sum = 0;  // of zeros; NaN if there is a number that is not finite
@@ -423,20 +554,28 @@ extern "C" bool llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int6
           const auto [scale, offset] = numbers(block);
           const int16_t pair[] = {int16_t(std::lrint(scale * inverse[r])), int16_t(std::lrint(offset * inverse[r]))};
           std::memcpy(packed + 4 * r, pair, 4);
-        } else {
+        } else if (head == 2) {
           std::memcpy(packed + 2 * r, block, 2);
           Half scale;
           std::memcpy(&scale, block, 2);
           sum += 0 * portable::widen(scale);
         }
-        for (int64_t i = 0; i < quants; i += 4) {
-          uint32_t four;
-          std::memcpy(&four, block + head + i, 4);
-          four ^= flip * 0x01010101u;
-          std::memcpy(packed + kGroup * (head + i) + 4 * r, &four, 4);
+        for (int64_t i = 0; i < quants; i += sizeof(Word)) {
+          Word word;
+          std::memcpy(&word, block + head + i, sizeof word);
+          word ^= flip;
+          std::memcpy(packed + kGroup * (head + i) + sizeof word * r, &word, sizeof word);
         }
       }
     }
   }
   return sum == 0;
+}
+
+}  // namespace
+
+extern "C" bool llamajax_pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head,
+                              int64_t quants, int64_t word, uint8_t flip, int64_t zero, uint8_t* packed) {
+  if (word == 2) return pack<uint16_t>(rows, num_rows, num_blocks, head, quants, flip * 0x0101u, zero, packed);
+  return pack<uint32_t>(rows, num_rows, num_blocks, head, quants, flip * 0x01010101u, zero, packed);
 }

@@ -1,38 +1,74 @@
-// y = x W^T for W in blocks of few bits, x rounded to int8 in blocks of as many.
+// y = x W^T for W dense, or in blocks of few bits, with x rounded to int8 in blocks of as many.
 //
-// A weight is scale * (quant - zero) + offset, with a scale, and perhaps an offset, for each block of a row. W is
-// stored for groups of kGroup rows; of each group, block after block: the scales of its rows (f16), their offsets
-// (f16) if there are any, and the quants, 4 of a row beside 4 of the next. Of 4-bit quants, the bytes' low halves are
-// the first half of the block. A row of y is computed in the same order whatever rows stand beside it.
+// W is stored for groups of kGroup rows; of each group, block after block. In a block, the numbers of a row that are
+// multiplied at once stand beside those of the next row. A row of y is computed in the same order whatever rows stand
+// beside it.
+
+// Dense weights, in f32 or f16, or in pairs of bf16. x stays in f32, but for InPairs: bf16, where the processor
+// multiplies such pairs. A row whose length is no multiple of a block ends in zeros.
+template <class T>
+struct Dense {
+  static constexpr bool kPairs = std::is_same_v<T, BFloat16>, kRounded = false, kSteps = false;
+  using Number = std::conditional_t<kPairs, InPairs, float>;  // of x
+  using Sum = Floats;  // of a row's products in a block
+  using Stored = std::conditional_t<kPairs, int16_t, T>;
+  using Weights = decltype(load(static_cast<const Stored*>(nullptr)));
+  static constexpr int kRows = kTileRows, kSideBySide = 1;  // of x: in a tile; that are stored side by side
+  static constexpr int kBlock = 32, kAtOnce = kPairs ? 2 : 1, kLoads = kBlock / kAtOnce;
+  static constexpr int64_t kWord = kAtOnce * sizeof(T);  // bytes of a row that stand together
+  static constexpr int64_t kFirst = 0, kHead = 0, kBytes = kGroup * kBlock * sizeof(T);
+
+  static int64_t group_bytes(int64_t num_blocks) { return num_blocks * kBytes; }
+  // Where a row of x has its part of a block.
+  static int64_t place(int64_t row, int64_t block, int64_t num_blocks) { return (row * num_blocks + block) * kBlock; }
+  static Weights read(const uint8_t* p) { return load(reinterpret_cast<const Stored*>(p)); }
+  static Floats multiply(Floats sum, Weights weights, const Number* x) { return dot(sum, weights, x); }
+};
+
+// Blocks of few bits. A weight is scale * (quant - zero) + offset, with a scale, and perhaps an offset, for each block
+// of a row. Before a block's quants are the scales of its rows (f16), and their offsets (f16) if there are any. Of
+// 4-bit quants, the bytes' low halves are the first half of the block.
 //
 // Of 4-bit quants with offsets, scale and offset stand side by side as int16, in units of a step (f32) that each row
 // has before its first block. A block's dot product fits 16 bits, as the sum of its x does: one product of pairs takes
 // scale and offset, where f32 takes two instructions that multiply. One less of eleven, which many rows wait for.
+template <int kBits_, int kBlock_, bool kOffsets_>
+struct Quantized {
+  static constexpr int kRows = kTileRows, kSideBySide = 1;
+  static constexpr int kBits = kBits_, kBlock = kBlock_, kAtOnce = 4, kLoads = kBlock / kAtOnce * kBits / 8;
+  static constexpr bool kRounded = true, kOffsets = kOffsets_, kSteps = kBits == 4 && kOffsets;
+  using Number = int8_t;  // of x
+  using Sum = Ints;
+  using Weights = Bytes;
+  static constexpr int64_t kWord = 4, kFirst = kSteps ? kGroup * 4 : 0;  // bytes of a row together; before the blocks
+  static constexpr int64_t kHead = kGroup * (2 + 2 * kOffsets), kBytes = kHead + kGroup * kBlock * kBits / 8;
 
-// x as the products take it.
+  static int64_t group_bytes(int64_t num_blocks) { return kFirst + num_blocks * kBytes; }
+  static int64_t place(int64_t row, int64_t block, int64_t num_blocks) { return (row * num_blocks + block) * kBlock; }
+  static Bytes read(const uint8_t* p) { return load_bytes(p); }
+  static Ints multiply(Ints sum, Bytes weights, const int8_t* x) { return dot<kBits>(sum, weights, x); }
+};
+
+// Rows of x as the products take them.
 struct BlockOfX {
   float scale;
   int32_t sum, initial;  // of the block's quants; -zero * that
 };
-struct RoundedX {
-  std::vector<int8_t> quants;    // [rows, K]
-  std::vector<BlockOfX> blocks;  // [rows, K / block]
+template <class F>
+struct RowsOfX {
+  std::vector<typename F::Number> numbers;  // each row's blocks at F::place
+  std::vector<BlockOfX> blocks;             // [rows, blocks] if x is rounded
 
-  void resize(int64_t rows, int64_t K, int64_t block) {
-    quants.resize(rows * K);
-    blocks.resize(rows * (K / block));
+  void resize(int64_t rows, int64_t num_blocks) {
+    numbers.resize(F::place(rows + F::kSideBySide - 1, 0, num_blocks));
+    if (F::kRounded) blocks.resize(rows * num_blocks);
   }
 };
 
-template <int kBits_, int kBlock_, bool kOffsets_>
-struct Format {
-  static constexpr int kBits = kBits_, kBlock = kBlock_;
-  static constexpr bool kOffsets = kOffsets_, kSteps = kBits == 4 && kOffsets;
-  static constexpr int64_t kFirst = kSteps ? kGroup * 4 : 0;  // where the first block is
-  static constexpr int64_t kHead = kGroup * (2 + 2 * kOffsets), kBytes = kHead + kGroup * kBlock * kBits / 8;
-
-  static int64_t group_bytes(int64_t num_blocks) { return kFirst + num_blocks * kBytes; }
-};
+template <class F>
+inline int64_t blocks_of(int64_t K) {
+  return (K + F::kBlock - 1) / F::kBlock;
+}
 
 // A block's part of y, in units of x's scale and of the steps of its rows of weights, if they have any. `head`: of
 // kLanes of these.
@@ -47,114 +83,137 @@ inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
   }
 }
 
-// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, kTileRows, kGroup]. Meanwhile,
+// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, F::kRows, kGroup]. Meanwhile,
 // with each block, as many lines are fetched from where each of `ahead` points to.
 template <class F, int kRows, int kGroups>
-inline void tile(const uint8_t* const* groups, int64_t lane, const int8_t* quants, const BlockOfX* blocks,
+inline void tile(const uint8_t* const* groups, int64_t lane, const typename F::Number* numbers, const BlockOfX* blocks,
                  int64_t num_blocks, const uint8_t* const* ahead, int64_t lines, float* y) {
-  constexpr int kSteps = F::kBlock / 4, kLoads = kSteps * F::kBits / 8;
   const int64_t K = num_blocks * F::kBlock;
   Floats total[kRows][kGroups];
   UNROLL for (int i = 0; i < kRows * kGroups; ++i) total[i / kGroups][i % kGroups] = all(0.0f);
   for (int64_t b = 0; b < num_blocks; ++b) {
-    Ints products[kRows][kGroups];
+    typename F::Sum products[kRows][kGroups];
     UNROLL for (int r = 0; r < kRows; ++r) {
       UNROLL for (int g = 0; g < kGroups; ++g) {
-        products[r][g] = all(blocks[r * num_blocks + b].initial);
+        if constexpr (F::kRounded) {
+          products[r][g] = all(blocks[r * num_blocks + b].initial);
+        } else {
+          products[r][g] = all(0.0f);
+        }
       }
     }
-    const auto multiply = [&](const Bytes (&weights)[kGroups], int step) {
+    const auto multiply = [&](const typename F::Weights (&weights)[kGroups], int step) {
       UNROLL for (int r = 0; r < kRows; ++r) {
         UNROLL for (int g = 0; g < kGroups; ++g) {
-          products[r][g] = dot<F::kBits>(products[r][g], weights[g], quants + r * K + b * F::kBlock + 4 * step);
+          products[r][g] = F::multiply(products[r][g], weights[g], numbers + r * K + b * F::kBlock + F::kAtOnce * step);
         }
       }
     };
-    UNROLL for (int i = 0; i < kLoads; ++i) {
-      Bytes weights[kGroups], high[kGroups];
+    UNROLL for (int i = 0; i < F::kLoads; ++i) {
+      typename F::Weights weights[kGroups], high[kGroups];
       UNROLL for (int g = 0; g < kGroups; ++g) {
-        weights[g] = load_bytes(groups[g] + F::kFirst + b * F::kBytes + F::kHead + 4 * (lane + kGroup * i));
-        if constexpr (F::kBits == 4) {
+        weights[g] = F::read(groups[g] + F::kFirst + b * F::kBytes + F::kHead + F::kWord * (lane + kGroup * i));
+        if constexpr (F::kLoads * F::kAtOnce < F::kBlock) {
           high[g] = high_nibbles(weights[g]);
           weights[g] = low_nibbles(weights[g]);
         }
       }
       multiply(weights, i);
-      if constexpr (F::kBits == 4) multiply(high, i + kLoads);
+      if constexpr (F::kLoads * F::kAtOnce < F::kBlock) multiply(high, i + F::kLoads);
     }
     for (int64_t i = b * lines; i < (b + 1) * lines; ++i) {
       UNROLL for (int g = 0; g < kGroups; ++g) __builtin_prefetch(ahead[g] + kLine * i);
     }
     UNROLL for (int g = 0; g < kGroups; ++g) {
-      const uint8_t* head = groups[g] + F::kFirst + b * F::kBytes + lane * (F::kSteps ? 4 : 2);
       UNROLL for (int r = 0; r < kRows; ++r) {
-        const BlockOfX& x = blocks[r * num_blocks + b];
-        total[r][g] = fma(scaled<F>(products[r][g], head, x), all(x.scale), total[r][g]);
+        if constexpr (F::kRounded) {
+          const uint8_t* head = groups[g] + F::kFirst + b * F::kBytes + lane * (F::kSteps ? 4 : 2);
+          const BlockOfX& x = blocks[r * num_blocks + b];
+          total[r][g] = fma(scaled<F>(products[r][g], head, x), all(x.scale), total[r][g]);
+        } else {
+          total[r][g] = total[r][g] + products[r][g];
+        }
       }
     }
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int g = 0; g < kGroups; ++g) {
       if constexpr (F::kSteps) total[r][g] = total[r][g] * load(reinterpret_cast<const float*>(groups[g]) + lane);
-      store(y + (g * kTileRows + r) * kGroup + lane, total[r][g]);
+      store(y + (g * F::kRows + r) * kGroup + lane, total[r][g]);
     }
   }
 }
 
 // As many rows of x as a tile has, at most `rows`, times a pair of groups of weights. Returns how many.
-template <class F, int kRows = kTileRows>
-inline int64_t tile_of_pair(const uint8_t* const* pair, const int8_t* quants, const BlockOfX* blocks,
+template <class F, int kRows = F::kRows>
+inline int64_t tile_of_pair(const uint8_t* const* pair, const typename F::Number* numbers, const BlockOfX* blocks,
                             int64_t num_blocks, int64_t rows, const uint8_t* const* ahead, int64_t lines, float* y) {
   if constexpr (kRows > 1) {
     constexpr int kFewer = kRows > 2 ? kRows - 2 : 1;
     // 8 rows are taken as 4 and 4: in a tile of 2 there is too little to do meanwhile.
     if (rows < kRows || (kRows == 6 && rows == 8)) {
-      return tile_of_pair<F, kFewer>(pair, quants, blocks, num_blocks, rows, ahead, lines, y);
+      return tile_of_pair<F, kFewer>(pair, numbers, blocks, num_blocks, rows, ahead, lines, y);
     }
   }
   constexpr int kTogether = kRows > 1 ? 2 : 1;  // one row waits for memory, which comes faster in a row
   for (int g = 0; g < 2; g += kTogether) {
     for (int64_t lane = 0; lane < kGroup; lane += kLanes) {
-      tile<F, kRows, kTogether>(pair + g, lane, quants, blocks, num_blocks, ahead + g, lane == 0 ? lines : 0,
-                                y + g * kTileRows * kGroup);
+      tile<F, kRows, kTogether>(pair + g, lane, numbers, blocks, num_blocks, ahead + g, lane == 0 ? lines : 0,
+                                y + g * F::kRows * kGroup);
     }
   }
   return kRows;
 }
 
-// Row `row` of x to int8, as row `at` of `rounded`: each block with its largest magnitude at 127; of x * norm / rms(x)
-// if there is a norm. A block with NaN or an infinity has NaN for its scale, since rounding and max lose them.
+// A block of x to int8.
+template <int kParts>
+inline BlockOfX rounded(const Floats (&part)[kParts], int64_t zero, int8_t* quants) {
+  Floats largest = all(0.0f), nothing = all(0.0f);
+  for (const Floats x : part) {
+    largest = max(largest, max(x, -x));
+    nothing = fma(x, all(0.0f), nothing);  // or NaN
+  }
+  const float amount = maximum(largest);
+  const Floats inverse = all(amount > 0 ? 127 / amount : 0);
+  Ints total = all(0);
+  for (int i = 0; i < kParts; ++i) {
+    const Ints quant = round(part[i] * inverse);
+    store_int8(quants + i * kLanes, quant);
+    total = add(total, quant);
+  }
+  const int32_t quant_sum = sum(total);
+  return {has_nan(nothing) ? NAN : amount / 127, quant_sum, int32_t(-zero) * quant_sum};
+}
+
+// Row `row` of x as row `at` of `rows`; of x * norm / rms(x) if there is a norm. Where x is rounded, each block has its
+// largest magnitude at 127, and one with NaN or an infinity has NaN for its scale, since rounding and max lose them.
 template <class F>
-inline void round_row(const Product& p, int64_t row, int64_t at, RoundedX& rounded) {
+inline void take_row(const Product& p, int64_t row, int64_t at, RowsOfX<F>& rows) {
   constexpr int kParts = F::kBlock / kLanes;
+  const int64_t num_blocks = blocks_of<F>(p.K);
   const float* x = p.x + row * p.K;
-  int8_t* quants = rounded.quants.data() + at * p.K;
-  BlockOfX* blocks = rounded.blocks.data() + at * (p.K / F::kBlock);
   float factor = 1;
   if (p.norm) {
     Floats squares = all(0.0f);
-    for (int64_t k = 0; k < p.K; k += kLanes) squares = fma(load(x + k), load(x + k), squares);
+    for (int64_t k = 0; k < p.K; k += kLanes) {
+      const Floats part = load_first(x + k, p.K - k);
+      squares = fma(part, part, squares);
+    }
     factor = 1 / std::sqrt(sum(squares) / p.K + p.eps);
   }
-  for (int64_t b = 0; b < p.K / F::kBlock; ++b) {
-    Floats part[kParts], largest = all(0.0f), nothing = all(0.0f);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    Floats part[kParts];
     for (int i = 0; i < kParts; ++i) {
       const int64_t k = b * F::kBlock + i * kLanes;
-      part[i] = load(x + k);
-      if (p.norm) part[i] = part[i] * all(factor) * load(p.norm + k);
-      largest = max(largest, max(part[i], -part[i]));
-      nothing = fma(part[i], all(0.0f), nothing);  // or NaN
+      part[i] = load_first(x + k, p.K - k);
+      if (p.norm) part[i] = part[i] * all(factor) * load_first(p.norm + k, p.K - k);
     }
-    const float amount = maximum(largest);
-    const Floats inverse = all(amount > 0 ? 127 / amount : 0);
-    Ints total = all(0);
-    for (int i = 0; i < kParts; ++i) {
-      const Ints rounded = round(part[i] * inverse);
-      store_int8(quants + b * F::kBlock + i * kLanes, rounded);
-      total = add(total, rounded);
+    typename F::Number* numbers = rows.numbers.data() + F::place(at, b, num_blocks);
+    if constexpr (F::kRounded) {
+      rows.blocks[at * num_blocks + b] = rounded(part, p.zero, numbers);
+    } else {
+      for (int i = 0; i < kParts; ++i) store(numbers + i * kLanes, part[i]);
     }
-    const int32_t quant_sum = sum(total);
-    blocks[b] = {has_nan(nothing) ? NAN : amount / 127, quant_sum, int32_t(-p.zero) * quant_sum};
   }
 }
 
@@ -176,30 +235,30 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
 // is for, or two that follow each other. The pair after it comes meanwhile, a part with each tile, if it is before
 // `end`: it would be waited for otherwise.
 template <class F>
-inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int64_t rows, int64_t pair, int64_t end) {
-  const int64_t num_blocks = p.K / F::kBlock, groups = (p.N + kGroup - 1) / kGroup;
+inline void multiply_pair(const Product& p, const RowsOfX<F>& x, int64_t row, int64_t rows, int64_t pair, int64_t end) {
+  const int64_t num_blocks = blocks_of<F>(p.K), groups = (p.N + kGroup - 1) / kGroup;
   const int64_t first = p.gated ? pair : 2 * pair;
   const int64_t second = p.gated ? groups / 2 + pair : std::min(first + 1, groups - 1);
   const int64_t results = std::min<int64_t>(p.gated ? 1 : 2, groups - first), width = p.gated ? p.N / 2 : p.N;
   const uint8_t* const weights[2] = {p.weights + first * F::group_bytes(num_blocks),
                                      p.weights + second * F::group_bytes(num_blocks)};
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, step = (p.gated ? 1 : 2) * F::group_bytes(num_blocks);
+  const int64_t tiles = (rows + F::kRows - 1) / F::kRows, step = (p.gated ? 1 : 2) * F::group_bytes(num_blocks);
   const uint8_t* ahead[2] = {weights[0] + step, weights[1] + step};
   int64_t to_fetch = pair + 1 < end ? (F::kBytes + kLine - 1) / kLine : 0;  // lines, with each block
   const int64_t at_once = (to_fetch + tiles - 1) / tiles;
-  float products[2][kTileRows * kGroup];
+  alignas(kLine) float products[2][F::kRows * kGroup];
   for (int64_t r = 0, count; r < rows; r += count) {
     // y's lines, and the residual's, come while the products are computed: each is in another page.
-    for (int64_t i = row + r; i < row + std::min(rows, r + kTileRows); ++i) {
+    for (int64_t i = row + r; i < row + std::min<int64_t>(rows, r + F::kRows); ++i) {
       for (int64_t at = i * width + first * kGroup; at < i * width + (first + results) * kGroup; at += kGroup) {
         __builtin_prefetch(p.y + at, 1);
         if (p.residual) __builtin_prefetch(p.residual + at);
       }
     }
-    const int8_t* quants = x.quants.data() + r * p.K;
-    const BlockOfX* blocks = x.blocks.data() + r * num_blocks;
+    const typename F::Number* numbers = x.numbers.data() + F::place(r, 0, num_blocks);
+    const BlockOfX* blocks = F::kRounded ? x.blocks.data() + r * num_blocks : nullptr;
     const int64_t lines = std::min(at_once, to_fetch);
-    count = tile_of_pair<F>(weights, quants, blocks, num_blocks, rows - r, ahead, lines, products[0]);
+    count = tile_of_pair<F>(weights, numbers, blocks, num_blocks, rows - r, ahead, lines, products[0]);
     for (const uint8_t*& next : ahead) next += kLine * lines * num_blocks;
     to_fetch -= lines;
     for (int64_t i = 0; i < results; ++i) finish(p, row + r, count, (first + i) * kGroup, products[i], products[1]);
@@ -209,35 +268,25 @@ inline void multiply_pair(const Product& p, const RoundedX& x, int64_t row, int6
 template <class F>
 void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
   const int64_t pairs = (p.N + 2 * kGroup - 1) / (2 * kGroup), threads = pool.num_threads();
+  const int64_t num_blocks = blocks_of<F>(p.K), row_bytes = num_blocks * F::kBlock * sizeof(typename F::Number);
   if (p.M >= kFewRows * threads) {
     // The threads share the rows out: what one makes of its rows here, and in the next call, stays in its caches.
-    const int64_t most = std::max<int64_t>(kTileRows, kPanelBytes / p.K) * threads;
+    const int64_t most = std::max<int64_t>(F::kRows, kPanelBytes / row_bytes) * threads;
     const int64_t panels = (p.M + most - 1) / most * threads, panel = ((p.M + panels - 1) / panels + 3) / 4 * 4;
     parallel_for(pool, (p.M + panel - 1) / panel, 1, [&](int64_t i) {
-      static thread_local RoundedX x;
+      static thread_local RowsOfX<F> x;
       const int64_t begin = i * panel, rows = std::min(p.M - begin, panel);
-      x.resize(rows, p.K, F::kBlock);
-      for (int64_t row = 0; row < rows; ++row) round_row<F>(p, begin + row, row, x);
+      x.resize(rows, num_blocks);
+      for (int64_t row = 0; row < rows; ++row) take_row<F>(p, begin + row, row, x);
       for (int64_t pair = 0; pair < pairs; ++pair) multiply_pair<F>(p, x, begin, rows, pair, pairs);
     });
     return;
   }
-  static thread_local RoundedX scratch;
-  RoundedX& x = scratch;  // this thread's, in the others too
-  x.resize(p.M, p.K, F::kBlock);
-  parallel_for(pool, p.M, std::max<int64_t>(1, 8192 / p.K), [&](int64_t row) { round_row<F>(p, row, row, x); });
+  static thread_local RowsOfX<F> scratch;
+  RowsOfX<F>& x = scratch;  // this thread's, in the others too
+  x.resize(p.M, num_blocks);
+  parallel_for(pool, p.M, std::max<int64_t>(1, 8192 / p.K), [&](int64_t row) { take_row<F>(p, row, row, x); });
   parallel_for(pool, pairs, std::max<int64_t>(1, pairs / (16 * threads)), [&](int64_t pair, int64_t end) {
     multiply_pair<F>(p, x, 0, p.M, pair, end);
   });
-}
-
-inline void linear(xla::ffi::ThreadPool& pool, const Product& p) {
-  const int bits = int(p.bits), block = int(p.block);
-  if (bits == 4 && block == 32 && !p.offsets) return multiply<Format<4, 32, false>>(pool, p);
-  if (bits == 4 && block == 32 && p.offsets) return multiply<Format<4, 32, true>>(pool, p);
-  if (bits == 8 && block == 32 && !p.offsets) return multiply<Format<8, 32, false>>(pool, p);
-  if (bits == 8 && block == 32 && p.offsets) return multiply<Format<8, 32, true>>(pool, p);
-  if (bits == 4 && block == 16 && !p.offsets) return multiply<Format<4, 16, false>>(pool, p);
-  if (bits == 4 && block == 16 && p.offsets) return multiply<Format<4, 16, true>>(pool, p);
-  return multiply<Format<8, 16, false>>(pool, p);
 }

@@ -1,9 +1,10 @@
-// AVX2 with FMA and F16C: 8 lanes.
+// AVX2 with FMA and F16C, and AVX-VNNI if kVnni: 8 lanes.
 constexpr int kLanes = 8;
 constexpr int kTileRows = 2, kQueries = 4, kTogether = 2;
 using Floats = __m256;
 using Ints = __m256i;
 using Bytes = __m256i;
+using InPairs = float;
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load(const Half* p) {
@@ -75,6 +76,11 @@ inline void store(int16_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m
 inline Ints pairs(Ints first, Ints second) { return _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa); }
 // The sum of the products of two such.
 inline Ints dot(Ints pairs, Ints others) { return _mm256_madd_epi16(pairs, others); }
+// The first and the second of two bf16 in each lane.
+inline Floats first_bf16(Ints pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline Floats second_bf16(Ints pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xffff0000))));
+}
 inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
   n = min(max(n, all(-127.0f)), all(128.0f));
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
@@ -90,7 +96,9 @@ inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
   const __m256i numbers = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-  if constexpr (kBits == 4) {
+  if constexpr (kVnni) {
+    return _mm256_dpbusd_avx_epi32(sum, weights, numbers);
+  } else if constexpr (kBits == 4) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, numbers), ones));
   } else {
     // Two products of 8 bits by 8 can pass 16 bits: even and odd weights apart.
@@ -106,5 +114,9 @@ inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
 inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
   int32_t two;
   std::memcpy(&two, x, 4);
-  return add(sum, dot(pairs, all(two)));
+  if constexpr (kVnni) {
+    return _mm256_dpwssd_avx_epi32(sum, pairs, all(two));
+  } else {
+    return add(sum, dot(pairs, all(two)));
+  }
 }

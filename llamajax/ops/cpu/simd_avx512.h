@@ -1,9 +1,10 @@
-// AVX-512 with VNNI: 16 lanes.
+// AVX-512 with VNNI, and with products of bf16 if kBf16: 16 lanes.
 constexpr int kLanes = 16;
 constexpr int kTileRows = 6, kQueries = 12, kTogether = 4;  // accumulators and operands fit the 32 registers
 using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));
 using Bytes = __m512i;
+using InPairs = std::conditional_t<kBf16, BFloat16, float>;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load(const Half* p) {
@@ -72,6 +73,9 @@ inline Ints pairs(Ints first, Ints second) {
 }
 // The sum of the products of two such.
 inline Ints dot(Ints pairs, Ints others) { return (Ints)_mm512_madd_epi16((__m512i)pairs, (__m512i)others); }
+// The first and the second of two bf16 in each lane.
+inline Floats first_bf16(Ints pairs) { return (Floats)(pairs << 16); }
+inline Floats second_bf16(Ints pairs) { return (Floats)(pairs & int32_t(0xffff0000)); }
 inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 inline Floats whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
@@ -90,4 +94,14 @@ inline Ints dot(Ints sum, Ints pairs, const int16_t* x) {
   int32_t two;
   std::memcpy(&two, x, 4);
   return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, _mm512_set1_epi32(two));
+}
+
+// sum + the products of the two bf16 in each lane with the same two, where kBf16.
+inline Floats dot(Floats sum, Ints pairs, const BFloat16* x) {
+  if constexpr (kBf16) {
+    int32_t two;
+    std::memcpy(&two, x, 4);
+    return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(two));
+  }
+  return sum;
 }

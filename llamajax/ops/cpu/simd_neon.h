@@ -4,6 +4,7 @@ constexpr int kTileRows = 6, kQueries = 12, kTogether = 4;  // accumulators and 
 using Floats = float32x4_t;
 using Ints = int32x4_t;
 using Bytes = uint8x16_t;
+using InPairs = float;
 
 inline Floats load(const float* p) { return vld1q_f32(p); }
 inline Floats load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
@@ -52,6 +53,11 @@ inline Ints pairs(Ints first, Ints second) { return vsliq_n_s32(first, second, 1
 inline Ints dot(Ints pairs, Ints others) {
   const int16x8_t x = vreinterpretq_s16_s32(pairs), y = vreinterpretq_s16_s32(others);
   return vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+}
+// The first and the second of two bf16 in each lane.
+inline Floats first_bf16(Ints pairs) { return vreinterpretq_f32_s32(vshlq_n_s32(pairs, 16)); }
+inline Floats second_bf16(Ints pairs) {
+  return vreinterpretq_f32_s32(vandq_s32(pairs, vdupq_n_s32(int32_t(0xffff0000))));
 }
 inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
   n = min(max(n, all(-127.0f)), all(128.0f));

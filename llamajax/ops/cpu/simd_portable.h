@@ -4,6 +4,7 @@ constexpr int kTileRows = 2, kQueries = 4, kTogether = 2;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
+using InPairs = float;
 
 inline Floats load(const float* p) {
   Floats x;
@@ -85,6 +86,9 @@ inline Ints pairs(Ints first, Ints second) { return (first & 0xffff) | second <<
 inline Ints dot(Ints pairs, Ints others) {
   return (pairs << 16 >> 16) * (others << 16 >> 16) + (pairs >> 16) * (others >> 16);
 }
+// The first and the second of two bf16 in each lane.
+inline Floats first_bf16(Ints pairs) { return (Floats)(pairs << 16); }
+inline Floats second_bf16(Ints pairs) { return (Floats)(pairs & int32_t(0xffff0000)); }
 inline Floats times_power_of_two(Floats x, Floats n) {  // 0 from n = -127 down, infinity from 128 up
   n = min(max(n, all(-127.0f)), all(128.0f));
   Ints bits = (round(n) + 127) << 23;
