@@ -272,7 +272,8 @@ void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
   if (p.M >= kFewRows * threads) {
     // The threads share the rows out: what one makes of its rows here, and in the next call, stays in its caches.
     const int64_t most = std::max<int64_t>(F::kRows, kPanelBytes / row_bytes) * threads;
-    const int64_t panels = (p.M + most - 1) / most * threads, panel = ((p.M + panels - 1) / panels + 3) / 4 * 4;
+    const int64_t panels = (p.M + most - 1) / most * threads, unit = std::max(4, 2 * F::kSideBySide);
+    const int64_t panel = ((p.M + panels - 1) / panels + unit - 1) / unit * unit;
     parallel_for(pool, (p.M + panel - 1) / panel, 1, [&](int64_t i) {
       static thread_local RowsOfX<F> x;
       const int64_t begin = i * panel, rows = std::min(p.M - begin, panel);
