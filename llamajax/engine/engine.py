@@ -18,8 +18,10 @@ from llamajax.types import FinishReason, Request
 
 # A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
 BLOCK_SECONDS = 0.1
-# While prompts wait or are read, so that they need not wait for long.
+# While prompts are read, so that those after them need not wait for long.
 SHORT_BLOCK_LEN = 2
+# While requests wait for a slot: one that is free early waits for the block's end.
+FULL_BLOCK_LEN = 4
 
 
 class Engine:
@@ -119,7 +121,7 @@ class Engine:
             job.position, job.left = len(job.request.token_ids), job.limit - 1
             if job.matcher:  # its first token is not drawn yet
                 job.position, job.left = job.position - 1, job.limit
-        self._fit(len(scheduler.reading), max(sum(job.plan) for job in scheduler.reading))
+        self._fit(max(sum(job.plan) for job in scheduler.reading))
         owners = {i: job for i, job in enumerate(self._group) if job.state == "reading"}
         self._batch.insert(self._prompts, list(owners), scheduler.place())
         self._pending.append((drawn, owners))
@@ -132,7 +134,7 @@ class Engine:
             return False
         constrained = any(job.matcher for job in running.values())
         num_steps = 1 if constrained else self._block_len(max(job.left for job in running.values()))
-        self._fit(0, max(job.position + min(num_steps, job.left) for job in running.values()))
+        self._fit(max(job.position + min(num_steps, job.left) for job in running.values()))
         # The rows may have moved.
         running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
         drawn = self._draw_constrained() if constrained else self._batch.decode(num_steps)
@@ -157,8 +159,10 @@ class Engine:
         return self._batch.draw(mask)
 
     def _block_len(self, left: int) -> int:
-        waits = self.scheduler.num_waiting > 0 or self.scheduler.reading
-        longest = min(SHORT_BLOCK_LEN if waits else BLOCK_LEN, left)
+        scheduler = self.scheduler
+        waits = scheduler.num_waiting > 0
+        reads = scheduler.reading or (waits and scheduler.num_admitted < scheduler.num_slots)
+        longest = min(SHORT_BLOCK_LEN if reads else FULL_BLOCK_LEN if waits else BLOCK_LEN, left)
         return max(1, min(longest, int(BLOCK_SECONDS / max(self._step_seconds, 1e-6))))
 
     def _deliver(self, drawn: Drawn, owners: dict[int, Job]) -> None:
@@ -197,11 +201,14 @@ class Engine:
         if row is not None and job.left > 0:
             self._batch.stop(row)
 
-    def _fit(self, more: int, num_positions: int) -> None:
-        """Gives the batch the size for what runs, and for as many more rows of so many positions."""
+    def _fit(self, num_positions: int) -> None:
+        """Gives the batch a row for each job that has a slot or will get one, with room for so many positions.
+
+        Jobs that wait count, too: to grow from size to size copies the caches each time, and loads more programs.
+        """
         scheduler, batch = self.scheduler, self._batch
-        jobs = scheduler.running
-        num_rows, length = batch.fitting(len(jobs) + more, max([num_positions, *(job.position for job in jobs)]))
+        num_jobs = min(scheduler.num_jobs, scheduler.num_slots)
+        num_rows, length = batch.fitting(num_jobs, max([num_positions, *(job.position for job in scheduler.running)]))
         if batch.num_rows == 0:
             batch.start(num_rows, length)
             scheduler.resize(num_rows)

@@ -27,7 +27,7 @@ from llamajax.types import Request, Token, TokenLogprobs, mask_len
 
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache.
-CHUNKS = (16, 64, 128, 512)
+CHUNKS = (16, 48, 64, 128, 512)
 # A call costs as much as this many tokens more, on a CPU.
 CALL_COST = 32
 MIN_CACHE_LEN = 128

@@ -159,7 +159,7 @@ def test_a_few_slots_need_few_programs(runner: Runner) -> None:
     assert {p.num_rows for p in programs(1)} == {1}
     assert {p.num_rows for p in programs(2)} == {1, 2}  # never enough to be read as a group
     assert programs(2) < programs(3) < programs(8)
-    first = Batch(runner, 8).programs(1024)[:8]
+    first = Batch(runner, 8).programs(1024)[:9]
     assert {p.cache_len for p in first} == {128}
     assert {p.step for p in first} == {"empty_rows", "prefill", "insert", "decode", "stop"}
 
