@@ -15,7 +15,7 @@ def test_the_examples_run(shallow_model: str) -> None:
     assert len(examples) == 6
     program = "\n".join(examples).replace("smollm2-135m-instruct", shallow_model)
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", program], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "error:" not in done.stdout

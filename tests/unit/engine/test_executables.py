@@ -155,5 +155,5 @@ def test_another_process_finds_the_same_identity(folder: Path) -> None:
         "import jax\nfrom llamajax.engine.executables import Executables\n"
         "print(Executables(jax.devices()[0], 'settings').identity)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == store().identity
