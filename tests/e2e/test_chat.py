@@ -328,5 +328,5 @@ def test_an_answer_that_must_fit(default_model: None, tmp_path: Path) -> None:
     assert re.fullmatch("[0-9]{3}-x", answer("-p", "Hi", "--regex", "[0-9]{3}-x")["text"])
     done = run("chat", "-p", "Hi", "--grammar", "start")
     assert (done.code, done.stdout) == (1, "")
-    assert done.notes[-1].startswith("error: grammar cannot be used")
+    assert done.notes[-1].startswith("llamajax: grammar cannot be used")
     assert run("chat", "-p", "Hi", "--regex", "a", "--grammar", "b").code == 2
