@@ -76,7 +76,9 @@ def test_a_pydantic_model_is_parsed(client: openai.OpenAI, model: str) -> None:
 def test_a_tool_is_called_and_answered(client: openai.OpenAI, model: str) -> None:
     tools: Any = [openai.pydantic_function_tool(Llama, name="feed")]
     asked: Any = {"model": model, "tools": tools, "max_tokens": 300, "seed": 1, "temperature": 1}
-    answer = client.chat.completions.create(messages=MESSAGES, tool_choice="required", **asked)
+    # One call: the model would go on calling.
+    required: Any = {"tool_choice": "required", "parallel_tool_calls": False}
+    answer = client.chat.completions.create(messages=MESSAGES, **required, **asked)
     assert answer.choices[0].finish_reason == "tool_calls"
     message = answer.choices[0].message
     assert message.tool_calls
