@@ -33,7 +33,14 @@ _PACKAGE = Path(llamajax.__file__).parent
 _SOURCES = ("config.py", "rope_scaling.py", "sampling.py", "types.py", "engine/*.py", "model/*.py", "ops/*.py")
 _DIGEST_LEN = 32
 # Settings of jax that change no program.
-_NO_MATTER = ("jax_platforms", "jax_compilation_cache_", "jax_persistent_cache_", "jax_log", "jax_explain")
+_NO_MATTER = (
+    "jax_platforms",
+    "jax_compilation_cache_",
+    "jax_enable_compilation_cache",  # it is off while another thread compiles
+    "jax_persistent_cache_",
+    "jax_log",
+    "jax_explain",
+)
 
 
 class Executables:

@@ -157,3 +157,9 @@ def test_another_process_finds_the_same_identity(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == store().identity
+
+
+def test_the_identity_is_the_same_while_another_thread_compiles(folder: Path) -> None:
+    before = store().identity
+    with executables._jax_cache.off():
+        assert store().identity == before
