@@ -188,6 +188,7 @@ def test_broken_requests_are_refused_and_others_answered(client: Client, caplog:
             await fuzz_server.Case(number).run(client)
 
     async def send_all() -> None:
+        await client.wait_until(is_idle=False, seconds=300)  # until then, /health is a 503
         await asyncio.gather(*(send(first) for first in range(10)))
         await client.wait_until(is_idle=True, seconds=20)
 
