@@ -18,7 +18,6 @@ from .interrupt import raised
 from .render import erase_if_interrupted, human_bytes, note
 
 if TYPE_CHECKING:
-    from jax import Array
     from rich.progress import Progress
 
     from llamajax import LLM
@@ -58,19 +57,20 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: Cach
     path = resolve(model)
     if "jax" not in sys.modules:  # the first model of this process
         prepare_jax(device)
-    import llamajax
-    from llamajax.loading import find_device
+    from llamajax.loading import load_opened, open_model
+
+    # The collector would go again and again through what is being imported, and stays.
+    gc.disable()
+    opened = open_model(path, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
     from llamajax.ops import native
 
-    on_cpu = find_device(device).platform == "cpu"
-    if on_cpu and not native.available():
-        note(f"(slower than it could be: computed by {native.implementation()})")
-    # What was imported stays. While tables of tokens are built, the collector would go through it again and again.
     gc.freeze()
     with erase_if_interrupted(), _Bar() as bar:
-        llm = llamajax.load(
-            path, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device, progress=bar
-        )
+        llm = load_opened(opened, bar)
+    gc.enable()
+    on_cpu = llm._runner.device.platform == "cpu"
+    if on_cpu and not native.available():
+        note(f"(slower than it could be: computed by {native.implementation()})")
     if llm._runner.is_new:
         note("(first run of this model here: compiling for this machine; the next runs start quickly)")
     if on_cpu and native.available():
@@ -79,36 +79,19 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: Cach
 
 
 def _note_size(llm: "LLM") -> None:
-    """Says how fast a large dense model can be on a CPU, and what makes it faster."""
-    from llamajax.ops import PackedWeight, Stacked
+    """Says what bounds the speed of a large dense model on a CPU, and what helps."""
+    from llamajax.ops import PackedWeight
 
     weights = llm._runner.model.weights().values()
     dense = [weight for weight in weights if isinstance(weight, PackedWeight) and weight.format.is_dense]
     size = sum(math.prod(weight.data.shape) for weight in dense)
     quantized = sum(math.prod(weight.shape) for weight in dense) * 34 // 32
     if size > LARGE_BYTES:
-        arrays = [weight.data.layers if isinstance(weight.data, Stacked) else weight.data for weight in dense]
-        speed = _read_speed(max(arrays, key=lambda array: array.nbytes)) / size
-        less = "half" if size < 3 * quantized else "a quarter"
+        less = "halves" if size < 3 * quantized else "quarters"
         note(
-            f"(each token reads {human_bytes(size)} of dense weights: at most {speed:.{int(speed < 10)}f} tokens/s "
-            f"with this memory; --quantize q8_0 makes it {less}, {human_bytes(quantized)}, for a perplexity 0.6 % "
-            "higher with the default model)"
+            f"(each token reads {human_bytes(size)} of dense weights, which bounds the speed: --quantize q8_0 {less} "
+            f"them to {human_bytes(quantized)})"
         )
-
-
-def _read_speed(array: "Array") -> float:
-    """Bytes a second in which memory is read: the faster of two times."""
-    import jax
-
-    largest = jax.jit(lambda x: x.max(axis=-1))
-    largest(array).block_until_ready()  # compiles
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        largest(array).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return array.nbytes / min(seconds)
 
 
 class _Bar:

@@ -1,30 +1,32 @@
-"""A model's name to a model that runs: finds its files, the device and what computes there, and reads the weights."""
+"""A model's name to a model that runs: finds its files, the device and what computes there, and reads the weights.
+
+Imports jax late: what needs none of it goes on meanwhile.
+"""
 
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from llamajax import checks, hub
-from llamajax.config import LlamaConfig
-from llamajax.engine.runner import Runner
+from llamajax import checks, hub, kernels
 from llamajax.errors import PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
-from llamajax.llm import LLM
-from llamajax.ops import native, takes_int8
+from llamajax.placement import find_cache_dtype, is_cpu, limit_threads
 from llamajax.tokenizers import sandbox
 from llamajax.tokenizers.chat import builtin_template, find_template
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.tokenizers.load import load_directory
-from llamajax.types import MAX_THREADS, CacheDType, Device, DType
-from llamajax.weights.checkpoint import open_checkpoint
-from llamajax.weights.load import load_weights
+from llamajax.types import CacheDType, Device, DType
+from llamajax.weights.checkpoint import Checkpoint, open_checkpoint
+from llamajax.weights.packing import Packing
+
+if TYPE_CHECKING:
+    import jax
+
+    from llamajax.llm import LLM
 
 
 def load(
@@ -35,7 +37,7 @@ def load(
     cache_dtype: CacheDType = "auto",
     device: Device | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> LLM:
+) -> "LLM":
     """Loads a model, fetching it first if it is not on disk.
 
     Args:
@@ -51,6 +53,36 @@ def load(
 
     Raises LlamaJaxError of the kind that fits: an unknown name, a checkpoint that is not a Llama or is broken.
     """
+    return load_opened(
+        open_model(name, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device), progress
+    )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is found and understood, and is being read. The options are as `load` takes them."""
+
+    name: str
+    checkpoint: Checkpoint
+    packing: Packing | None
+    max_seq_len: int | None
+    dtype: DType
+    cache_dtype: CacheDType
+    device: Device | None
+
+
+def open_model(
+    name: str | Path,
+    *,
+    max_seq_len: int | None = None,
+    dtype: DType = "auto",
+    cache_dtype: CacheDType = "auto",
+    device: Device | None = None,
+) -> Opened:
+    """The first half of `load`, which needs no jax: it begins to read weights, and jax is imported meanwhile.
+
+    `load_opened` must follow. Raises as `load` does.
+    """
     for option, value, kinds in (
         ("dtype", dtype, DType),
         ("cache_dtype", cache_dtype, CacheDType),
@@ -59,52 +91,45 @@ def load(
         if value not in get_args(kinds):
             raise RequestError(f"{option} must be one of {', '.join(get_args(kinds))}, not {value!r}")
     keep_interrupts()
-    _use_compilation_cache()
     path = hub.resolve(str(name))
-    chosen = find_device(device)
     # What is no length, the runner refuses once it can tell the model's context.
     longest = int(max_seq_len) if max_seq_len is not None and checks.is_whole(max_seq_len) else None
     checkpoint = open_checkpoint(path, longest)
-    tokenizer = load_directory(path) if checkpoint.metadata is None else from_gguf(checkpoint.metadata)
-    template = find_template(path if checkpoint.metadata is None else checkpoint.metadata)
-    if template is None:
-        template = builtin_template(tokenizer, checkpoint.stop_ids, str(name))
-    if template is not None:
-        sandbox.start()
-    config = checkpoint.config
-    kept = find_cache_dtype(cache_dtype, config, chosen, dtype)
-    weights = load_weights(config, checkpoint.tensors, chosen, dtype, progress)
-    runner = Runner(config, weights, device=chosen, max_seq_len=max_seq_len, cache_dtype=kept)
+    by_kernels = is_cpu(device) and not isinstance(kernels.library(), str)
+    packing = Packing(checkpoint.config, checkpoint.tensors, dtype) if by_kernels else None
+    return Opened(str(name), checkpoint, packing, max_seq_len, dtype, cache_dtype, device)
+
+
+def load_opened(opened: Opened, progress: Callable[[int, int], None] = lambda done, total: None) -> "LLM":
+    """The second half of `load`, which documents the arguments and what is raised."""
+    with opened.packing or nullcontext() as packing:
+        from llamajax.engine.runner import Runner
+        from llamajax.llm import LLM
+        from llamajax.ops import native
+        from llamajax.weights.load import load_weights
+
+        _use_compilation_cache()
+        checkpoint, device = opened.checkpoint, find_device(opened.device)
+        source = checkpoint.path if checkpoint.metadata is None else checkpoint.metadata
+        tokenizer = load_directory(source) if isinstance(source, Path) else from_gguf(source)
+        template = find_template(source) or builtin_template(tokenizer, checkpoint.stop_ids, opened.name)
+        if template is not None:
+            sandbox.start()
+        config = checkpoint.config
+        kept = find_cache_dtype(opened.cache_dtype, config, opened.dtype, device.platform, native.available())
+        weights = load_weights(config, checkpoint.tensors, device, opened.dtype, progress, packing)
+    runner = Runner(config, weights, device=device, max_seq_len=opened.max_seq_len, cache_dtype=kept)
     return LLM(runner, tokenizer, template, checkpoint.stop_ids | tokenizer.stop_ids)
 
 
-def find_cache_dtype(wanted: CacheDType, config: LlamaConfig, device: jax.Device, dtype: DType) -> np.dtype:
-    """What the KV cache is kept in.
-
-    Raises PlatformError for int8 where it is not supported.
-    """
-    if wanted == "int8":
-        if takes_int8(device, config.head_dim):
-            return jnp.dtype(jnp.int8)
-        found = f"heads of {config.head_dim} numbers on {device.platform}, computed by {native.implementation()}"
-        raise PlatformError(
-            "a KV cache in int8 needs a CPU with native kernels, and heads of a multiple of 8 numbers, not "
-            f"{found}: leave out cache_dtype"
-        )
-    if dtype == "float32":
-        return jnp.dtype(jnp.float32)
-    if device.platform != "cpu":
-        return jnp.dtype(jnp.bfloat16)
-    # XLA's CPU products with few rows are slow in 16 bits, and it writes into bf16 arrays by way of f32.
-    return jnp.dtype(jnp.float16 if native.available() else jnp.float32)
-
-
-def find_device(kind: Device | None) -> jax.Device:
+def find_device(kind: Device | None) -> "jax.Device":
     """The first device of a kind, or of the best kind there is.
 
     Raises PlatformError if there is none.
     """
-    _limit_threads()
+    import jax
+
+    limit_threads()
     try:
         return jax.devices(kind)[0]
     except (RuntimeError, AssertionError) as e:  # jax asserts that it has found any of JAX_PLATFORMS
@@ -115,19 +140,10 @@ def find_device(kind: Device | None) -> jax.Device:
         raise PlatformError(f"no {kind or 'device'} that jax can use: is {extra} installed{limited}?{reason}") from None
 
 
-def _limit_threads() -> None:
-    """Has XLA compute on as many threads as LLAMAJAX_THREADS says. The native kernels take XLA's.
-
-    It counts when jax looks for its devices for the first time.
-    """
-    if number := os.environ.get("LLAMAJAX_THREADS"):
-        if not number.isdecimal() or not 1 <= int(number) <= MAX_THREADS:
-            raise PlatformError(f"LLAMAJAX_THREADS must be a number from 1 to {MAX_THREADS}, not {number!r:.40}")
-        os.environ["PJRT_NPROC"] = str(int(number))
-
-
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between processes, unless the user's own settings already do."""
+    import jax
+
     setting, folder = "jax_compilation_cache_dir", hub.home() / "xla"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llamajax.hub.aliases import DEFAULT
+from llamajax.types import Device
 
 from .. import loading, options
 from ..render import human_bytes, human_count, print_json, print_rows
@@ -27,18 +29,14 @@ def info(
 ) -> None:
     """Print a model's configuration, size, memory and cache. Its weights are not loaded."""
     path = loading.resolve(model)
-    loading.prepare_jax(device)
-    import jax
-
-    from llamajax.loading import find_cache_dtype, find_device
-    from llamajax.model.cache import bytes_per_token
-    from llamajax.ops import native
+    from llamajax.placement import bytes_per_token, find_cache_dtype
     from llamajax.weights.checkpoint import open_checkpoint
-    from llamajax.weights.load import bytes_in_memory
+    from llamajax.weights.kept import bytes_in_memory
 
     checkpoint = open_checkpoint(path)
-    config, chosen = checkpoint.config, find_device(device)
-    kept = find_cache_dtype(cache_dtype, config, chosen, dtype)
+    config, found = checkpoint.config, _device(device)
+    platform, has_kernels = found["platform"], found["computed_by"].startswith("native")
+    kept = find_cache_dtype(cache_dtype, config, dtype, platform, has_kernels)
     formats = Counter(tensor.format for tensor in checkpoint.tensors.values())
     facts: dict[str, Any] = {
         "model": model,
@@ -47,18 +45,37 @@ def info(
         "config": asdict(config),
         "tensors": dict(formats.most_common()),
         "bytes_on_disk": sum(tensor.data.nbytes for tensor in checkpoint.tensors.values()),
-        "bytes_in_memory": bytes_in_memory(config, checkpoint.tensors, dtype, chosen.platform),
+        "bytes_in_memory": bytes_in_memory(config, checkpoint.tensors, dtype, platform, has_kernels),
         "cache_dtype": kept.name,
         "cache_bytes_per_token": bytes_per_token(config, kept),
-        "device": chosen.device_kind,
-        "platform": chosen.platform,
-        "jax": jax.__version__,
-        "computed_by": native.implementation() if chosen.platform == "cpu" else "XLA",
+        **found,
     }
     if as_json:
         print_json(facts)
     else:
         _print_facts(facts, config)
+
+
+def _device(wanted: Device | None) -> dict[str, str]:
+    """What computes. Jax is asked only if it may find more than a CPU: importing it takes most of a second."""
+    from llamajax import kernels, placement
+
+    if placement.is_cpu(wanted):
+        placement.limit_threads()
+        kind = platform = "cpu"
+    else:
+        loading.prepare_jax(wanted)
+        from llamajax.loading import find_device
+
+        device = find_device(wanted)
+        kind, platform = device.device_kind, device.platform
+    by_cpu = kernels.described(kernels.library())
+    return {
+        "device": kind,
+        "platform": platform,
+        "jax": metadata.version("jax"),
+        "computed_by": by_cpu if platform == "cpu" else "XLA",
+    }
 
 
 def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:

@@ -4,7 +4,9 @@ from llamajax.config import CONFIGS
 from llamajax.engine.runner import Runner
 from llamajax.errors import RequestError
 from llamajax.llm import LLM
-from llamajax.loading import find_cache_dtype, find_device
+from llamajax.loading import find_device
+from llamajax.ops import native
+from llamajax.placement import find_cache_dtype
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import CacheDType, Device, DType
 from llamajax.weights.random import random_weights
@@ -27,7 +29,7 @@ def random_llm(
     if config is None:
         raise RequestError(f"no configuration is called {name!r}: there are {', '.join(CONFIGS)}")
     chosen = find_device(device)
-    kept = find_cache_dtype(cache_dtype, config, chosen, dtype)
+    kept = find_cache_dtype(cache_dtype, config, dtype, chosen.platform, native.available())
     weights = random_weights(config, chosen, dtype, seed)
     runner = Runner(config, weights, device=chosen, max_seq_len=max_seq_len, cache_dtype=kept)
     return LLM(runner, _Mute(config.vocab_size), None, frozenset())

@@ -15,8 +15,8 @@ from llamajax.bench.metrics import WarmUp
 from llamajax.engine.compilations import on_compilation
 from llamajax.errors import PromptTooLongError
 from llamajax.llm import LLM
-from llamajax.model.cache import bytes_per_token
 from llamajax.ops import PackedWeight, Stacked
+from llamajax.placement import bytes_per_token
 
 R = TypeVar("R")
 

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Real
 
 from llamajax.config import LlamaConfig
-from llamajax.ops import row_len
+from llamajax.placement import row_len
 
 
 class KeysValues(NamedTuple):
@@ -29,9 +29,3 @@ def empty_cache(config: LlamaConfig, length: int, dtype: DTypeLike, *, shared: b
     L, shape = config.num_hidden_layers, (config.num_key_value_heads, length, row_len(config.head_dim, dtype))
     shapes = [(L, *shape)] if shared else [shape] * L
     return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)
-
-
-def bytes_per_token(config: LlamaConfig, dtype: DTypeLike) -> int:
-    """Bytes that one position takes in a cache."""
-    row = row_len(config.head_dim, dtype) * jnp.dtype(dtype).itemsize
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * row

@@ -1,6 +1,6 @@
 """Arithmetic that has more than one implementation. The choice between them is made here and nowhere else."""
 
-from llamajax.ops.attention import attention, layers_share_arrays, row_len, takes_int8
+from llamajax.ops.attention import attention, layers_share_arrays
 from llamajax.ops.linear import Int8Weight, Norm, Weight, embed, gated_linear, linear, quantize_int8
 from llamajax.ops.packed import PackedWeight
 from llamajax.ops.stacked import Stacked
@@ -17,6 +17,4 @@ __all__ = [
     "layers_share_arrays",
     "linear",
     "quantize_int8",
-    "row_len",
-    "takes_int8",
 ]

@@ -8,14 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Real
 
 from llamajax.ops import native
 
 Mixed = tuple[Float32[Array, "T N*H"], Real[Array, "*L K S R"], Real[Array, "*L K S R"]]
-# After the numbers of a row of int8: the step that they are multiples of, in f16.
-_STEP_LEN = 2
 
 
 @custom_vmap
@@ -33,22 +30,12 @@ def attention(
     qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. Caches of L layers are read
     and written at `layer`. start + T must not pass S, nor `layer` L - 1: natively it is an error, and XLA would shift
     the write. Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds queries and weights to its dtype; natively
-    many queries are multiplied in numbers of 12 bits, one in f32. A cache of int8 has rows of `row_len` numbers, and is
-    for the native kernels only.
+    many queries are multiplied in numbers of 12 bits, one in f32. A cache of int8 has rows of `placement.row_len`
+    numbers, and is for the native kernels only.
 
     Returns the mixed values, and the caches with the T positions written.
     """
     return _either(_attention, qkv, cos, sin, key, value, start, layer)
-
-
-def row_len(head_dim: int, dtype: DTypeLike) -> int:
-    """Numbers that the cache has for one key or value of a head, R of [K, S, R]."""
-    return head_dim + (_STEP_LEN if jnp.dtype(dtype) == jnp.int8 else 0)
-
-
-def takes_int8(device: jax.Device, head_dim: int) -> bool:
-    """Whether a cache may be in int8."""
-    return device.platform == "cpu" and _is_native(head_dim)
 
 
 def layers_share_arrays(device: jax.Device, head_dim: int) -> bool:

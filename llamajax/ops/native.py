@@ -1,36 +1,24 @@
-"""Our C++ operations for CPUs: found, registered with XLA, and called.
+"""The operations of our C++ library: registered with XLA, and called.
 
-Installing compiles cpu/kernels.cc where there is a compiler. LLAMAJAX_CPU limits what is used: one of INSTRUCTION_SETS
-to that set and those below it, "xla" to none. Portable code is for tests: XLA's is five times as fast, and it serves
-where the processor has no better. Knows the operations' arguments, not when to take them.
+Knows their arguments, not when to take them. `kernels` finds the library.
 """
 
 import ctypes
-import math
-import os
-import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float32, Int, Int32, Real, Shaped
+from jaxtyping import Array, Bool, Float32, Int32, Real, UInt8
 
-from llamajax.errors import CheckpointError, PlatformError
-from llamajax.ops.packed import GROUP, PACKED_FORMATS, PackedWeight
+from llamajax import kernels
+from llamajax.kernels import aligned
+from llamajax.ops.packed import PackedWeight
 from llamajax.ops.stacked import Stacked
 
-# Formats whose blocks hold in a file what they hold when packed: all but the order, or the scales' kind, is the same.
-MOVED_FORMATS = ("f32", "f16", "bf16", "q4_0", "q4_1", "q8_0")
-# From the best to the worst.
-INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avxvnni", "avx2", "neon", "portable")
-NOT_FINITE = "{} has a scale that is not finite (NaN or infinite): the file is broken, fetch or convert it again"
 _Weight = TypeVar("_Weight")
-_LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 def available() -> bool:
@@ -40,8 +28,7 @@ def available() -> bool:
 
 def implementation() -> str:
     """What computes on a CPU, and why if it is XLA."""
-    library = _library()
-    return f"XLA ({library})" if isinstance(library, str) else f"native kernels ({_instruction_set(library)})"
+    return kernels.described(_library())
 
 
 def limit(instruction_set: str) -> None:
@@ -53,80 +40,20 @@ def limit(instruction_set: str) -> None:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or why there is none.
-
-    Raises PlatformError for a LLAMAJAX_CPU without a meaning.
-    """
-    wanted = os.environ.get("LLAMAJAX_CPU", "")
-    if wanted not in ("", "xla", *INSTRUCTION_SETS):
-        raise PlatformError(f"LLAMAJAX_CPU must be one of {', '.join(INSTRUCTION_SETS)} and xla, not {wanted!r}")
-    if wanted == "xla":
-        return "LLAMAJAX_CPU is set"
-    if not _LIBRARY.is_file():
-        return "the native kernels are not built: install a C++ compiler, then llamajax again"
-    try:
-        library = ctypes.CDLL(str(_LIBRARY))
-        for name in ("llamajax_linear", "llamajax_attention", "llamajax_sample"):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-        library.llamajax_pack.restype = ctypes.c_bool
-        library.llamajax_pack.argtypes = [
-            ctypes.c_void_p,
-            *[ctypes.c_int64] * 5,
-            ctypes.c_uint8,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-        ]
-    except Exception as e:  # built for another machine or another jax
-        return f"the native kernels cannot be loaded: {' '.join(str(e).split())}; install llamajax again"
-    library.llamajax_limit(wanted.encode())
-    if not wanted and _instruction_set(library) == "portable":
-        return "this processor has neither AVX2 nor NEON with dot products"
+    """The library, known to XLA, or why there is none. Raises as `kernels.library` does."""
+    library = kernels.library()
+    if isinstance(library, ctypes.CDLL):
+        try:
+            for name in ("llamajax_linear", "llamajax_attention", "llamajax_sample"):
+                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        except Exception as e:  # built for another jax
+            return kernels.not_loaded(e)
     return library
 
 
-def _instruction_set(library: ctypes.CDLL) -> str:
-    library.llamajax_instruction_set.restype = ctypes.c_char_p
-    return library.llamajax_instruction_set().decode()
-
-
-def pack(
-    layers: Iterable[Sequence[Shaped[np.ndarray, "n width"]]],
-    paths: Sequence[str],
-    order: Int[np.ndarray, "N"],
-    name: str,
-) -> list[PackedWeight]:
-    """What `packed` makes of rows of a file's blocks or numbers, of the parameters of these paths, in one array.
-
-    A layer's rows are those stored, one array below the other, in this order, and are whole blocks. For MOVED_FORMATS
-    only. XLA's programs take longer to be read from their cache than this does.
-
-    Raises CheckpointError for a scale or an offset that is not finite.
-    """
-    format = PACKED_FORMATS[name]
-    head, quants = format.head_bytes, format.block * format.bits // 8
-    library = _library()
-    assert isinstance(library, ctypes.CDLL)
-    signed = format.zero == 128
-    for layer, stored in enumerate(layers):
-        num_blocks = stored[0][0].nbytes // (head + quants)
-        if layer == 0:
-            group_bytes = format.first_block + num_blocks * format.block_bytes
-            data = _aligned((len(paths), -(-len(order) // GROUP), group_bytes), np.uint8)
-        rows = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in stored])[order]
-        finite = library.llamajax_pack(
-            rows.ctypes.data,
-            len(rows),
-            num_blocks,
-            head,
-            quants,
-            format.word_bytes,
-            128 * signed,
-            format.zero,
-            data[layer].ctypes.data,
-        )
-        if not finite:
-            raise CheckpointError(NOT_FINITE.format(paths[layer]))
-    return [PackedWeight(array, (len(order), num_blocks * format.block), name) for array in _layers_of(data)]
+def packed(data: UInt8[np.ndarray, "L N/16 bytes"], shape: tuple[int, int], name: str) -> list[PackedWeight]:
+    """The weights of layers, [N, K], as `kernels.pack` has made them."""
+    return [PackedWeight(array, shape, name) for array in _layers_of(data)]
 
 
 def stack(weights: Iterable[_Weight], num_layers: int) -> list[_Weight]:
@@ -134,7 +61,7 @@ def stack(weights: Iterable[_Weight], num_layers: int) -> list[_Weight]:
     for layer, weight in enumerate(weights):
         arrays, structure = jax.tree.flatten(weight)
         if layer == 0:
-            stacks = [_aligned((num_layers, *array.shape), array.dtype) for array in arrays]
+            stacks = [aligned((num_layers, *array.shape), array.dtype) for array in arrays]
         for layers, array in zip(stacks, arrays, strict=True):
             layers[layer] = array
     return [jax.tree.unflatten(structure, arrays) for arrays in zip(*map(_layers_of, stacks), strict=True)]
@@ -143,13 +70,6 @@ def stack(weights: Iterable[_Weight], num_layers: int) -> list[_Weight]:
 def _layers_of(layers: np.ndarray) -> list[Stacked]:
     shared = jax.device_put(layers)
     return [Stacked(shared, np.int32(layer)) for layer in range(len(layers))]
-
-
-def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Memory at a multiple of 64: JAX takes such arrays as they are, and copies others."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    return memory[-memory.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
 
 
 def _in_place(array: Array | Stacked) -> tuple[Array, Int32[Array, ""] | np.int32]:

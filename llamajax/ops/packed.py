@@ -16,7 +16,6 @@ of two numbers; where it is kept in f16, it is rounded to one part in 2048.
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,76 +24,11 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int16, Shaped, UInt8
 
+from llamajax.formats import DENSE_NAMES, GROUP, PACKED_FORMATS, PackedFormat
 from llamajax.ops.quants import Parts
 from llamajax.ops.stacked import Stacked, alone
 
-GROUP = 16
 _LARGEST = np.float32(2**15 - 1)
-
-
-class PackedFormat(NamedTuple):
-    """What weights or their quants are kept in, weights of a row's block, whether blocks have offsets, and the quant
-    that means zero."""
-
-    numbers: Literal["u4", "u8", "float16", "bfloat16", "float32"]
-    block: int
-    has_offsets: bool = False
-    zero: int = 0
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether weights are numbers as they are."""
-        return self.numbers not in ("u4", "u8")
-
-    @property
-    def bits(self) -> int:
-        """Of a weight or its quant."""
-        return 8 * jnp.dtype(self.numbers).itemsize if self.is_dense else int(self.numbers[1:])
-
-    @property
-    def word_bytes(self) -> int:
-        """Bytes of a row that stand beside those of the next."""
-        return 2 if self.numbers == "float16" else 4
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of a row's scale and offset."""
-        return 0 if self.is_dense else 2 + 2 * self.has_offsets
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether scales and offsets are integers, in units of a row's step."""
-        return self.bits == 4 and self.has_offsets
-
-    @property
-    def first_block(self) -> int:
-        """Bytes of a group before its first block."""
-        return 4 * GROUP * self.has_steps
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a group's block."""
-        return GROUP * (self.head_bytes + self.block * self.bits // 8)
-
-
-# By the format of a file: dense, or of `quants.FORMATS`.
-PACKED_FORMATS = {
-    "f32": PackedFormat("float32", 32),
-    "f16": PackedFormat("float16", 32),
-    "bf16": PackedFormat("bfloat16", 32),
-    "q4_0": PackedFormat("u4", 32, False, 8),
-    "q4_1": PackedFormat("u4", 32, True, 8),
-    "q5_0": PackedFormat("u8", 32, False, 16),
-    "q5_1": PackedFormat("u8", 32, True, 0),
-    "q8_0": PackedFormat("u8", 32, False, 128),
-    "q2_k": PackedFormat("u4", 16, True, 2),
-    "q3_k": PackedFormat("u4", 16, False, 4),
-    "q4_k": PackedFormat("u4", 32, True, 8),
-    "q5_k": PackedFormat("u8", 32, True, 0),
-    "q6_k": PackedFormat("u8", 16, False, 32),
-    "iq4_nl": PackedFormat("u8", 32, False, 128),
-}
-_DENSE_NAMES: dict[str, str] = {format.numbers: name for name, format in PACKED_FORMATS.items() if format.is_dense}
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +47,7 @@ class PackedWeight:
 
 def pack_dense(weight: Float[Array, "N K"]) -> PackedWeight:
     """Packs rows of f32, f16 or bf16 as they are."""
-    name = _DENSE_NAMES[weight.dtype.name]
+    name = DENSE_NAMES[weight.dtype.name]
     format = PACKED_FORMATS[name]
     N, K = weight.shape
     rows = jnp.pad(weight, ((0, -N % GROUP), (0, -K % format.block)))

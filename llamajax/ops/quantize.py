@@ -8,7 +8,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from llamajax.ops.quants import FORMATS, Parts
+from llamajax.formats import FORMATS
+from llamajax.ops.quants import Parts
 
 # Scales that are tried for a group of q4_k: (15 - 1 + i / 10) / (its range).
 _Q4_K_TRIALS = 21

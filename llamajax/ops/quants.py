@@ -21,28 +21,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32, Int8, UInt8
 
-
-class Format(NamedTuple):
-    """A block format: ggml's number for it, weights a block, bytes a block."""
-
-    ggml_type: int
-    weights: int
-    bytes: int
-
-
-FORMATS = {
-    "q4_0": Format(2, 32, 18),
-    "q4_1": Format(3, 32, 20),
-    "q5_0": Format(6, 32, 22),
-    "q5_1": Format(7, 32, 24),
-    "q8_0": Format(8, 32, 34),
-    "q2_k": Format(10, 256, 84),
-    "q3_k": Format(11, 256, 110),
-    "q4_k": Format(12, 256, 144),
-    "q5_k": Format(13, 256, 176),
-    "q6_k": Format(14, 256, 210),
-    "iq4_nl": Format(20, 32, 18),
-}
+from llamajax.formats import FORMATS
 
 # IQ4_NL's quants are places in this list (ggml-common.h, `kvalues_iq4nl`).
 _IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)

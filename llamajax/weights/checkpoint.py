@@ -11,11 +11,12 @@ import numpy as np
 
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError, ConfigError
+from llamajax.formats import DENSE_DTYPES
 from llamajax.weights.fit import check_fit
 from llamajax.weights.gguf import read_gguf
 from llamajax.weights.names import embedding_and_head, sources
 from llamajax.weights.safetensors import read_safetensors
-from llamajax.weights.tensor import DENSE_DTYPES, StoredTensor
+from llamajax.weights.tensor import StoredTensor
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from llamajax.errors import CheckpointError
-from llamajax.ops.quants import FORMATS
+from llamajax.formats import DENSE_DTYPES, FORMATS
 from llamajax.text import one_line
 from llamajax.weights.names import Source, embedding_and_head
-from llamajax.weights.tensor import DENSE_DTYPES, StoredTensor
+from llamajax.weights.tensor import StoredTensor
 
 # Named in one message at most; a wrong file would name hundreds.
 _NAMED = 8

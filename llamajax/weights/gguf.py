@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llamajax.errors import CheckpointError
-from llamajax.ops.quants import FORMATS
-from llamajax.weights.tensor import DENSE_DTYPES, StoredTensor, map_file
+from llamajax.formats import DENSE_DTYPES, FORMATS
+from llamajax.weights.tensor import StoredTensor, map_file
 
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {

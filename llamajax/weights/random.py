@@ -11,7 +11,8 @@ from llamajax.ops import Weight, quantize_int8
 from llamajax.ops.packed import pack_dense
 from llamajax.ops.quantize import QUANTIZABLE
 from llamajax.types import DType
-from llamajax.weights.load import alike, block_format, in_blocks, keeps_blocks, shared
+from llamajax.weights.kept import alike, block_format
+from llamajax.weights.load import in_blocks, keeps_blocks, shared
 from llamajax.weights.names import sources
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llamajax.errors import CheckpointError
+from llamajax.formats import DENSE_DTYPES
 from llamajax.text import one_line
-from llamajax.weights.tensor import DENSE_DTYPES, StoredTensor, map_file
+from llamajax.weights.tensor import StoredTensor, map_file
 
 
 def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:

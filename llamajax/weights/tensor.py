@@ -4,17 +4,9 @@ import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from llamajax.errors import CheckpointError
-
-DENSE_DTYPES = {
-    "f32": np.dtype(np.float32),
-    "f16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "f64": np.dtype(np.float64),
-}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from llamajax.config import CONFIGS, LlamaConfig
 from llamajax.errors import ConfigError
-from llamajax.model.cache import bytes_per_token, empty_cache
+from llamajax.model.cache import empty_cache
+from llamajax.placement import bytes_per_token
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -9,6 +9,8 @@ import pytest
 
 import llamajax
 
+from ..parity.tiny import CASES, state_dict, write_gguf, write_hf
+
 SLOW = {"jax", "flax", "transformers", "torch", "huggingface_hub", "tokenizers", "sentencepiece", "tiktoken", "jinja2"}
 COMMAND = str(Path(sys.executable).with_name("llamajax"))
 
@@ -46,6 +48,17 @@ def test_shell_completion_imports_nothing_slow(monkeypatch: pytest.MonkeyPatch) 
 def test_listing_models_may_ask_the_hub_s_cache_only() -> None:
     imported = imported_by(COMMAND, "models")
     assert imported <= {"huggingface_hub"}
+
+
+def test_a_model_is_described_without_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # with an accelerator, jax is asked
+    case = "llama3.1-8b"
+    weights = state_dict(case)
+    for path in (
+        write_hf(tmp_path / "hf", CASES[case], weights),
+        write_gguf(tmp_path / "a.gguf", CASES[case], weights, None),
+    ):
+        assert imported_by(COMMAND, "info", "-m", str(path)) == set()
 
 
 def test_names_appear_when_they_are_used() -> None:

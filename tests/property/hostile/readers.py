@@ -20,7 +20,8 @@ from llamajax import LLM, LlamaJaxError
 from llamajax.bench.saved_logits import SavedLogits
 from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
-from llamajax.loading import find_cache_dtype
+from llamajax.ops import native
+from llamajax.placement import find_cache_dtype
 from llamajax.serve import batch_file, json_object
 from llamajax.serve.input_file import Input
 from llamajax.serve.result_file import SETTINGS_SUFFIX, ResultFile, Settings
@@ -145,7 +146,7 @@ def _answer(checkpoint: Checkpoint, runs: bool) -> None:
     config, device = checkpoint.config, jax.devices()[0]
     weights = load_weights(config, checkpoint.tensors, device)
     if runs:
-        kept = find_cache_dtype("auto", config, device, "auto")
+        kept = find_cache_dtype("auto", config, "auto", device.platform, native.available())
         runner = Runner(config, weights, device=device, max_seq_len=64, cache_dtype=kept)
         llm = LLM(runner, tiny_llm().tokenizer, None, checkpoint.stop_ids)
         answer = llm.stream([1, 2, 3], max_new_tokens=2, temperature=0.0).finish()

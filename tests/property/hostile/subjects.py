@@ -11,7 +11,7 @@ import safetensors.numpy
 import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from llamajax.ops.quants import FORMATS
+from llamajax.formats import FORMATS
 from llamajax.tokenizers.hf import byte_alphabet
 from llamajax.types import Message
 

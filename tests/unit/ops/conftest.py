@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from llamajax.kernels import INSTRUCTION_SETS
 from llamajax.ops import native
 
 # Where there are no native kernels, "native" is XLA as well.
-IMPLEMENTATIONS = ["xla", *(native.INSTRUCTION_SETS if native.available() else [])]
+IMPLEMENTATIONS = ["xla", *(INSTRUCTION_SETS if native.available() else [])]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, scope="module")
@@ -23,5 +24,5 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         jax.clear_caches()
         yield request.param
     if native.available():
-        native.limit(native.INSTRUCTION_SETS[0])
+        native.limit(INSTRUCTION_SETS[0])
     jax.clear_caches()

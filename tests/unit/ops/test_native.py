@@ -13,11 +13,13 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamajax import ops
+from llamajax import kernels, ops
 from llamajax.errors import CheckpointError
+from llamajax.formats import FORMATS, MOVED_FORMATS, PACKED_FORMATS, PackedFormat
+from llamajax.kernels import INSTRUCTION_SETS
 from llamajax.ops import native
-from llamajax.ops.packed import PACKED_FORMATS, PackedFormat, PackedWeight, pack, pack_dense, unpack_rows
-from llamajax.ops.quants import FORMATS, split
+from llamajax.ops.packed import PackedWeight, pack, pack_dense, unpack_rows
+from llamajax.ops.quants import split
 from llamajax.ops.stacked import alone
 
 from ... import tiny_model
@@ -33,20 +35,20 @@ DENSE = {name: jnp.dtype(format.numbers) for name, format in PACKED_FORMATS.item
 # What a format's K must be a multiple of; dense rows may have any length.
 UNIT = {name: format.weights for name, format in FORMATS.items()} | dict.fromkeys(DENSE, 37)
 # What keeping a weight costs, relatively to the row's largest: scales are rounded to f16, or to integers of 15 bits.
-MOVED_BLOCKS = [name for name in native.MOVED_FORMATS if name in FORMATS]
+MOVED_BLOCKS = [name for name in MOVED_FORMATS if name in FORMATS]
 ROUNDED = {
     name: 2.0**-12 if format.has_steps else 2.0**-11 if name.endswith("_k") else 0.0
     for name, format in PACKED_FORMATS.items()
 }
 
 
-@pytest.fixture(params=native.INSTRUCTION_SETS, scope="module")
+@pytest.fixture(params=INSTRUCTION_SETS, scope="module")
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     native.limit(request.param)
     if request.param not in native.implementation():
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    native.limit(native.INSTRUCTION_SETS[0])
+    native.limit(INSTRUCTION_SETS[0])
 
 
 def random_weight(format: str, N: int, K: int, seed: int = 0) -> tuple[PackedWeight, np.ndarray]:
@@ -104,7 +106,8 @@ def test_packed_weights_are_the_files(format: str) -> None:
 def test_moved_rows_are_packed_ones(format: str, order: list[int], num_blocks: int) -> None:
     layers = [random_blocks(format, 35, num_blocks, seed=seed) for seed in range(3)]
     parts = ([rows[:20], rows[20:]] for rows in layers)
-    for found, rows in zip(native.pack(parts, ["a", "b", "c"], np.array(order[:33]), format), layers, strict=True):
+    data = kernels.pack(parts, ["a", "b", "c"], np.array(order[:33]), format)
+    for found, rows in zip(native.packed(data, (33, 32 * num_blocks), format), layers, strict=True):
         expected = _packed(rows[order[:33]], format)
         assert found.shape == expected.shape == (33, 32 * num_blocks)
         np.testing.assert_array_equal(alone(found.data)[:2], expected.data[:2])
@@ -117,7 +120,8 @@ def test_moved_numbers_are_packed_ones(format: str, order: list[int], num_blocks
     rng = np.random.default_rng(0)
     layers = [rng.standard_normal((35, 32 * num_blocks)).astype(DENSE[format]) for _ in range(3)]
     parts = ([rows[:20], rows[20:]] for rows in layers)
-    for found, rows in zip(native.pack(parts, ["a", "b", "c"], np.array(order[:33]), format), layers, strict=True):
+    data = kernels.pack(parts, ["a", "b", "c"], np.array(order[:33]), format)
+    for found, rows in zip(native.packed(data, (33, 32 * num_blocks), format), layers, strict=True):
         expected = jax.jit(pack_dense)(rows[order[:33]])
         assert (found.shape, found.name) == (expected.shape, expected.name) == ((33, 32 * num_blocks), format)
         np.testing.assert_array_equal(alone(found.data), expected.data)
@@ -133,7 +137,7 @@ def test_moved_scales_and_offsets_must_be_finite(format: str, value: float) -> N
         blocks[17, at : at + 2] = np.array([value], "<f2").view(np.uint8)
         layers = [[random_blocks(format, 20, 3, seed=0)], [blocks]]
         with pytest.raises(CheckpointError, match=r"^second has a scale that is not finite"):
-            native.pack(layers, ["first", "second"], np.arange(20), format)
+            kernels.pack(layers, ["first", "second"], np.arange(20), format)
 
 
 @pytest.mark.parametrize("format", PACKED_FORMATS)
@@ -257,11 +261,11 @@ def test_what_does_not_fit_is_an_error() -> None:
 @pytest.mark.parametrize("wanted", ["", "portable"])
 def test_portable_code_serves_only_those_who_ask(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     monkeypatch.setenv("LLAMAJAX_CPU", wanted)
-    monkeypatch.setattr(native, "_instruction_set", lambda library: "portable")
+    monkeypatch.setattr(kernels, "instruction_set", lambda library: "portable")
     try:
-        library = native._library.__wrapped__()
+        library = kernels.library.__wrapped__()
     finally:
-        native.limit(native.INSTRUCTION_SETS[0])
+        native.limit(INSTRUCTION_SETS[0])
     assert isinstance(library, str) == (wanted == "")
     if isinstance(library, str):
         assert library == "this processor has neither AVX2 nor NEON with dot products"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from llamajax.ops.quants import FORMATS, dequantize
+from llamajax.formats import FORMATS
+from llamajax.ops.quants import dequantize
 
 # Where a block's f16 fields stand (ggml-common.h); random bytes there could be infinite or NaN.
 F16_FIELDS = {

@@ -13,7 +13,8 @@ from llamajax.bench.session import kept_dtype
 from llamajax.ops import PackedWeight, native
 from llamajax.types import DType
 from llamajax.weights.checkpoint import open_checkpoint
-from llamajax.weights.load import bytes_in_memory, load_weights
+from llamajax.weights.kept import bytes_in_memory
+from llamajax.weights.load import load_weights
 
 from ...parity.tiny import CASES, state_dict, write_gguf, write_hf
 

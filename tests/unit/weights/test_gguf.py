@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from llamajax.errors import CheckpointError
-from llamajax.ops.quants import FORMATS
+from llamajax.formats import FORMATS
 from llamajax.weights.gguf import read_gguf
 
 DENSE = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import gguf
 import jax
@@ -15,9 +16,11 @@ from llamajax import ops
 from llamajax.bench.session import kept_dtype
 from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
+from llamajax.formats import FORMATS
 from llamajax.ops import native
-from llamajax.ops.quants import FORMATS
+from llamajax.types import DType
 from llamajax.weights.checkpoint import open_checkpoint
+from llamajax.weights.kept import bytes_in_memory
 from llamajax.weights.load import load_weights
 from llamajax.weights.tensor import StoredTensor
 
@@ -46,14 +49,34 @@ def test_rows_that_are_no_whole_blocks_are_refused(smollm2_gguf: Path) -> None:
         llamajax.load(smollm2_gguf, dtype="q4_k")
 
 
+@pytest.mark.parametrize("dtype", get_args(DType))
+def test_the_memory_that_weights_take_is_known_beforehand(smollm2_gguf: Path, dtype: DType) -> None:
+    """Of blocks of one format, of several in a layer, and of what is rounded."""
+    checkpoint = open_checkpoint(smollm2_gguf)
+    config = replace(checkpoint.config, num_hidden_layers=2)
+    tensors = {name: x for name, x in checkpoint.tensors.items() if not name.startswith("blk.") or name[4:6] in "0.1."}
+    tensors["blk.0.attn_v.weight"] = in_q8_0(tensors["blk.0.attn_v.weight"])
+    if dtype == "q4_k":
+        with pytest.raises(CheckpointError, match="multiples of 256"):
+            bytes_in_memory(config, tensors, dtype)
+        return
+    loaded = jax.tree.leaves(load_weights(config, tensors, jax.devices("cpu")[0], dtype))
+    arrays = {id(x): x.nbytes for x in loaded if isinstance(x, jax.Array)}
+    assert bytes_in_memory(config, tensors, dtype, "cpu", native.available()) == sum(arrays.values())
+
+
+def in_q8_0(stored: StoredTensor) -> StoredTensor:
+    blocks = gguf.quantize(dequantized(stored), GGMLQuantizationType.Q8_0)
+    return StoredTensor(stored.name, stored.shape, "q8_0", blocks)
+
+
 def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
     """As in files of mixed formats: more bits in some layers, and for some of a fused weight's parts."""
     checkpoint = open_checkpoint(smollm2_gguf)
     tensors = dict(checkpoint.tensors)
     for layer in (0, 3, 29):
         for name in (f"blk.{layer}.ffn_down.weight", f"blk.{layer}.attn_v.weight"):
-            blocks = gguf.quantize(dequantized(tensors[name]), GGMLQuantizationType.Q8_0)
-            tensors[name] = StoredTensor(name, tensors[name].shape, "q8_0", blocks)
+            tensors[name] = in_q8_0(tensors[name])
     weights = load_weights(checkpoint.config, tensors, jax.devices()[0])
     for layer in range(30):
         found = ops.embed(np.arange(576), weights[f"layers.{layer}.mlp.down_proj.weight"])

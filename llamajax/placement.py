@@ -1,0 +1,80 @@
+"""Where a model is computed and in what its KV cache is kept, as far as that is known without asking jax."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llamajax import kernels
+from llamajax.config import LlamaConfig
+from llamajax.errors import PlatformError
+from llamajax.formats import DENSE_DTYPES
+from llamajax.types import MAX_THREADS, CacheDType, Device, DType
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+# After the numbers of a row of int8: the step that they are multiples of, in f16.
+_STEP_LEN = 2
+
+
+def is_cpu(wanted: Device | None) -> bool:
+    """Whether the device is sure to be a CPU: it is asked for, or jax has support for no other."""
+    if (wanted or os.environ.get("JAX_PLATFORMS")) == "cpu":
+        return True
+    others = find_spec("jax_plugins"), find_spec("libtpu"), os.environ.get("TPU_LIBRARY_PATH")
+    return wanted is None and not any(others) and not entry_points(group="jax_plugins")
+
+
+def limit_threads() -> None:
+    """Has XLA compute on as many threads as LLAMAJAX_THREADS says. The native kernels take XLA's.
+
+    It counts when jax looks for its devices for the first time.
+    """
+    if number := os.environ.get("LLAMAJAX_THREADS"):
+        if not number.isdecimal() or not 1 <= int(number) <= MAX_THREADS:
+            raise PlatformError(f"LLAMAJAX_THREADS must be a number from 1 to {MAX_THREADS}, not {number!r:.40}")
+        os.environ["PJRT_NPROC"] = str(int(number))
+
+
+def find_cache_dtype(
+    wanted: CacheDType, config: LlamaConfig, dtype: DType, platform: str, has_kernels: bool
+) -> np.dtype:
+    """What the KV cache is kept in.
+
+    Args:
+      dtype: as `llamajax.load` takes it.
+      has_kernels: whether the native kernels can be called, on a CPU.
+
+    Raises PlatformError for int8 where it is not supported.
+    """
+    if wanted == "int8":
+        if platform == "cpu" and has_kernels and config.head_dim % 8 == 0:
+            return np.dtype(np.int8)
+        computed_by = kernels.described(kernels.library())
+        found = f"heads of {config.head_dim} numbers on {platform}, computed by {computed_by}"
+        raise PlatformError(
+            "a KV cache in int8 needs a CPU with native kernels, and heads of a multiple of 8 numbers, not "
+            f"{found}: leave out cache_dtype"
+        )
+    if dtype == "float32":
+        return DENSE_DTYPES["f32"]
+    if platform != "cpu":
+        return DENSE_DTYPES["bf16"]
+    # XLA's CPU products with few rows are slow in 16 bits, and it writes into bf16 arrays by way of f32.
+    return DENSE_DTYPES["f16" if has_kernels else "f32"]
+
+
+def row_len(head_dim: int, dtype: DTypeLike) -> int:
+    """Numbers that the cache has for one key or value of a head."""
+    return head_dim + (_STEP_LEN if np.dtype(dtype) == np.int8 else 0)
+
+
+def bytes_per_token(config: LlamaConfig, dtype: DTypeLike) -> int:
+    """Bytes that one position takes in a cache."""
+    row = row_len(config.head_dim, dtype) * np.dtype(dtype).itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * row
