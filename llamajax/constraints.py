@@ -28,6 +28,8 @@ MAX_BYTES = 300 * 2**20  # of which the process takes 150 MB by itself
 # llguidance's own limits. A lexer's state takes 1 to 2 kB; the answer makes them as it goes.
 _LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
 
+_REASON_LEN = 150  # characters of a reason's start, and of its end
+
 _sandbox = Sandbox(Path(__file__).with_name("grammar_worker.py"), max_bytes=MAX_BYTES)
 
 
@@ -150,9 +152,13 @@ class _Tokens:
         self.special_token_ids = sorted(tokenizer.special_tokens.values())
 
     def __call__(self, text: bytes) -> list[int]:
-        """Ids of a text that follows another: after a newline, SentencePiece puts no space before it."""
-        ids, newline = (self._tokenizer.encode(part) for part in ("\n" + text.decode(errors="replace"), "\n"))
-        return ids[len(newline) :]
+        """Ids of a text that follows another: after a newline, SentencePiece puts no space before it.
+
+        Others would join a space to that newline.
+        """
+        before = "\n" if self._tokenizer.strips_leading_space else ""
+        ids = self._tokenizer.encode(before + text.decode(errors="replace"))
+        return ids[len(self._tokenizer.encode(before)) :]
 
 
 def _source(grammar: Grammar) -> str:
@@ -189,4 +195,7 @@ def _check(state: llguidance.LLMatcher, kind: str) -> None:
 def _refused(kind: str, problem: str) -> RequestError:
     if problem.startswith("NoExtension"):
         return RequestError(f"no text fits this {kind}: change it")
-    return RequestError(f"{kind} cannot be used: {one_line(problem.partition('<backtrace>')[0])}")
+    reason = one_line(problem.partition("<backtrace>")[0], len(problem))
+    if len(reason) > 2 * _REASON_LEN:  # it repeats what is wrong, and may say why after it
+        reason = f"{reason[:_REASON_LEN]} … {reason[-_REASON_LEN:]}"
+    return RequestError(f"{kind} cannot be used: {reason}")

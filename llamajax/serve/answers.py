@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from llamajax.errors import LlamaJaxError, PromptTooLongError, QueueFullError, RequestError, UnavailableError
 from llamajax.text import one_line
 from llamajax.tokenizers.base import Tokenizer
-from llamajax.tools import ToolCall
+from llamajax.tools import ToolCall, ToolFormat, Tools
 from llamajax.types import Completion, FinishReason, TokenLogprobs
 
 from .protocol import CHAT
@@ -42,6 +42,18 @@ class Choice(NamedTuple):
             for call, id in zip(calls, call_ids, strict=False)
         ]
         return self._replace(text=text, tool_calls=tool_calls)
+
+
+def with_calls(choices: Sequence[Choice], tool_format: ToolFormat, tools: Tools, answer_id: str) -> list[Choice]:
+    """Whole choices, with the calls that their texts have."""
+    read = [
+        choice.saying(*tool_format.read(choice.text, tools), call_ids(answer_id, index))
+        for index, choice in enumerate(choices)
+    ]
+    return [
+        choice._replace(finish_reason="tool_calls") if choice.finish_reason == "stop" and choice.tool_calls else choice
+        for choice in read
+    ]
 
 
 def call_ids(answer_id: str, choice: int) -> Iterator[str]:

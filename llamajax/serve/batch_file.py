@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.text import one_line, printable
 from llamajax.tokenizers.base import Tokenizer
+from llamajax.tools import ToolFormat, Tools, read_tools
 from llamajax.types import Completion, Message
 from llamajax.utf8 import from_utf8
 
 from . import answers, protocol
+from .answers import Choice
 
 # An id that nests deeper could not be read back from the result.
 _MAX_ID_DEPTH = 50
@@ -35,10 +37,11 @@ class Defaults:
 
 
 class Asked(NamedTuple):
-    """What a line asks for: a prompt, and the options of each of its choices, for `LLM.stream_batch`."""
+    """What a line asks for: a prompt, the options of each of its choices, for `LLM.stream_batch`, and its tools."""
 
     prompt: protocol.Prompt
     choices: list[dict[str, Any]]
+    tools: Tools | None
 
 
 class Source(NamedTuple):
@@ -64,22 +67,32 @@ class Source(NamedTuple):
             return {"line": self.number, "digest": self.digest, **self.labels, "error": one_line(error)}
         return self._response(answers.error_status(error), answers.error_body(error, self.names))
 
-    def answer(self, completions: Sequence[Completion], tokenizer: Tokenizer, model: str) -> dict[str, Any]:
-        """The line of the answer, with all its choices."""
+    def answer(
+        self,
+        completions: Sequence[Completion],
+        tokenizer: Tokenizer,
+        model: str,
+        calls: tuple[ToolFormat, Tools] | None = None,
+    ) -> dict[str, Any]:
+        """The line of the answer, with all its choices, and the calls in them if any may be there."""
+        answer_id = f"{'cmpl' if self.url == protocol.COMPLETIONS else 'chatcmpl'}-{self.number}"
+        said = [Choice.of(completion) for completion in completions]
+        if calls:
+            said = answers.with_calls(said, *calls, answer_id)
         if self.names is not None and self.url is not None:
             return self._response(
                 200,
                 answers.answer_body(
                     self.url,
-                    [answers.Choice.of(completion) for completion in completions],
+                    said,
                     tokenizer,
-                    id=f"{'chatcmpl' if self.url == protocol.CHAT else 'cmpl'}-{self.number}",
+                    id=answer_id,
                     created=_CREATED,
                     model=model,
                     usage=answers.token_counts(completions),
                 ),
             )
-        choices = [_choice(completion, tokenizer) for completion in completions]
+        choices = [_choice(choice, tokenizer) for choice in said]
         several = {"choices": [{"index": index, **choice} for index, choice in enumerate(choices)]}
         return {
             "line": self.number,
@@ -132,20 +145,24 @@ def read_request(number: int, fields: Mapping[str, Any], defaults: Defaults) -> 
     url = None
     if _is_openai(fields):
         url, body = _read_envelope(fields)
-        others = {protocol.CHAT: "messages", protocol.COMPLETIONS: "prompt"}[url]
-        said = protocol.read_options(body, others)
+        others = {protocol.CHAT: ("messages", *protocol.TOOLS), protocol.COMPLETIONS: ("prompt",)}[url]
+        said = protocol.read_options(body, *others)
     else:
         body = fields
-        said = protocol.read_options(body, "prompt", "messages", "id", "custom_id")
+        said = protocol.read_options(body, "prompt", "messages", "id", "custom_id", *protocol.TOOLS)
         if body.get("prompt") is not None and body.get("messages") is not None:
             raise RequestError("expected a prompt or messages, not both")
     options = {"max_new_tokens": _LENGTHS[url], **defaults.options, **said}
     if "seed" not in said:
         options["seed"] = line_seed(defaults.options.get("seed", 0), number)
+    offered = protocol.read_tool_options(body) if url != protocol.COMPLETIONS else {}
+    if tools := read_tools(*map(offered.get, protocol.TOOLS)):
+        options |= offered
     num_choices = protocol.read_num_choices(body)
     # The first keeps the seed as it is given, so that the engine says what is wrong with it.
     seeds = [options["seed"], *(protocol.choice_seed(options["seed"], i) for i in range(1, num_choices))]
-    return Asked(_read_prompt(url, body, defaults), [{**options, "seed": seed} for seed in seeds])
+    choices = [{**options, "seed": seed} for seed in seeds]
+    return Asked(_read_prompt(url, body, defaults), choices, tools)
 
 
 def line_seed(seed: int, number: int) -> int:
@@ -193,11 +210,12 @@ def _read_envelope(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return url, body
 
 
-def _choice(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    logprobs = answers.chat_logprobs(answers.Choice.of(completion), tokenizer)
+def _choice(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
+    logprobs = answers.chat_logprobs(choice, tokenizer)
     return {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
+        "text": choice.text,
+        **({"tool_calls": choice.tool_calls} if choice.tool_calls else {}),
+        "finish_reason": choice.finish_reason,
         **({"logprobs": logprobs} if logprobs else {}),
     }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamajax.errors import LlamaJaxError, RequestError
+from llamajax.tools import Tools
 from llamajax.types import Completion
 
 from .batch_file import Asked, Defaults, Source, read_request, read_source
@@ -24,6 +25,7 @@ class _Pending:
     """A line whose choices are on their way."""
 
     source: Source
+    tools: Tools | None
     choices: list[Completion | LlamaJaxError | None]
 
 
@@ -135,7 +137,7 @@ class BatchRun:
     def _ask(
         self, source: Source, asked: Asked, num_bytes: int, context: int
     ) -> Iterator[tuple[Prompt, Mapping[str, Any]]]:
-        pending = _Pending(source, [None] * len(asked.choices))
+        pending = _Pending(source, asked.tools, [None] * len(asked.choices))
         for choice, options in enumerate(asked.choices):
             self._asked[self._num_asked] = pending, choice
             self.work.add(self._num_asked, min(options["max_new_tokens"] or context, context), num_bytes)
@@ -154,7 +156,8 @@ class BatchRun:
         if errors:
             self._fail(pending.source, errors[0])
             return
-        self.write(pending.source.answer(completions, llm.tokenizer, self.model))
+        calls = (llm.tool_format, pending.tools) if pending.tools else None
+        self.write(pending.source.answer(completions, llm.tokenizer, self.model, calls))
         self.answered += 1
 
     def _fail(self, source: Source, error: LlamaJaxError) -> None:

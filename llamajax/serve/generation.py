@@ -111,10 +111,7 @@ class Generation:
             return encode_json(response_body(self._info, self.body, completions[0]))
         choices = [Choice.of(completion) for completion in completions]
         if tools := self.request.tools:
-            choices = [
-                _ended(choice.saying(*self._format.read(choice.text, tools), answers.call_ids(self._info.id, index)))
-                for index, choice in enumerate(choices)
-            ]
+            choices = answers.with_calls(choices, self._format, tools, self._info.id)
         if echoes is not None:
             choices = [_joined(echo, choice) for echo, choice in zip(echoes, choices, strict=True)]
         answer = answers.answer_body(
@@ -187,11 +184,6 @@ class Generation:
             text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
             echoes += [Choice(text, ids, logprobs, None)] * self.request.num_choices
         return echoes
-
-
-def _ended(choice: Choice) -> Choice:
-    is_call = choice.finish_reason == "stop" and choice.tool_calls
-    return choice._replace(finish_reason="tool_calls") if is_call else choice
 
 
 @dataclass

@@ -151,6 +151,11 @@ def read_options(body: Mapping[str, Any], *others: str) -> dict[str, Any]:
     return options | _constraint(given)
 
 
+def read_tool_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat says of tools, as options of `LLM.stream`, which checks the values."""
+    return {name: body[name] for name in TOOLS if body.get(name) is not None}
+
+
 def read_num_choices(body: Mapping[str, Any]) -> int:
     """How many answers a request asks for.
 

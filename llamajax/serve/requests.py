@@ -52,7 +52,7 @@ class GenerationRequest:
 def read_chat(body: Mapping[str, Any]) -> GenerationRequest:
     """A request to `/v1/chat/completions`. Raises RequestError."""
     request = _read(body, [protocol.read_messages(body)], None, "messages", *protocol.TOOLS)
-    given = {name: body[name] for name in protocol.TOOLS if body.get(name) is not None}
+    given = protocol.read_tool_options(body)
     return replace(request, options={**request.options, **given}, tools=read_tools(*map(given.get, protocol.TOOLS)))
 
 

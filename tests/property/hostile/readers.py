@@ -186,7 +186,7 @@ def read_line(path: Path, load: bool) -> None:
     llm = tiny_llm()
     fields = json_object.read_object(path.read_bytes())
     batch_file.read_source(1, "", fields)
-    prompt, choices = batch_file.read_request(1, fields, batch_file.Defaults({"max_new_tokens": 2}))
+    prompt, choices, _ = batch_file.read_request(1, fields, batch_file.Defaults({"max_new_tokens": 2}))
     requests = [llm.prepare(prompt, **options)[0] for options in choices]
     assert all(0 <= i < llm.config.vocab_size for request in requests for i in request.token_ids)
     if load and sum(request.max_new_tokens for request in requests) < 10:

@@ -1,6 +1,7 @@
 """Lines of a batch: what they ask for, what is wrong with them, and the lines that answer them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llamajax.serve.batch_file import (
 from llamajax.serve.json_object import read_object
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.gguf import from_gguf
+from llamajax.tools import ToolFormat
 from llamajax.types import Completion, Timings
 from llamajax.weights.gguf import read_gguf
 
@@ -232,8 +234,6 @@ def test_what_no_answer_can_be_asked_to_fit(fields: dict[str, Any], says: str) -
     [
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("modalities", ["text", "audio"]),
         ("bad_words", ["no"]),
         ("use_beam_search", True),
@@ -254,6 +254,38 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str, value: Any) 
     for fields in (chat_line(**{name: value or {"a": 1}} if value == {} else {name: value}), {"prompt": "Hi", name: 7}):
         with pytest.raises(RequestError, match=f"^{name} is not supported: leave it out$"):
             asked(fields)
+
+
+TOOL = {"type": "function", "function": {"name": "greet"}}
+CALL = '<tool_call>\n{"name": "greet", "arguments": {}}\n</tool_call>'
+
+
+def test_a_chat_may_call_tools(tokenizer: Tokenizer) -> None:
+    chat = chat_line(tools=[TOOL], tool_choice="required")
+    assert options(chat) == {"tools": [TOOL], "tool_choice": "required"}
+    tools = asked(chat).tools
+    assert tools and asked({"prompt": "Hi", "tools": [TOOL]}).tools and not asked(chat_line()).tools
+    calls = ToolFormat(is_chatml=True, is_rendered=False), tools
+    called = [replace(completion(CALL), finish_reason="stop")]
+    [choice] = read_source(1, "", chat).answer(called, tokenizer, "m", calls)["response"]["body"]["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    ours = Source(1, "").answer(called, tokenizer, "m", calls)
+    assert (ours["text"], ours["finish_reason"]) == ("", "tool_calls")
+    for [call] in (choice["message"]["tool_calls"], ours["tool_calls"]):
+        assert call == {"id": "call_1_0_0", "type": "function", "function": {"name": "greet", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (chat_line(tools=[{"type": "function"}]), "each of tools must be of type function"),
+        (chat_line(tool_choice="required"), "tool_choice needs tools"),
+        (completion_line(tools=[TOOL]), "^tools is not supported: leave it out$"),
+    ],
+)
+def test_tools_that_no_line_can_have(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        asked(fields)
 
 
 def test_choices_draw_with_seeds_that_follow_each_other() -> None:
