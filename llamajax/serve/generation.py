@@ -266,8 +266,10 @@ async def _updates(streams: list[ServedStream], bell: Bell) -> AsyncIterator[_Up
         if not await wakeup.wait(COMMENT_SECONDS):
             yield None
         for index in sorted(left):
-            update = _Update(index, streams[index].take(), streams[index].ended)
-            if update.ended:
-                left.remove(index)
-            if update.pieces or update.ended:
-                yield update
+            news = True
+            while news and index in left:  # an error is raised when there are no more pieces before it
+                update = _Update(index, streams[index].take(), streams[index].ended)
+                if update.ended:
+                    left.remove(index)
+                if news := bool(update.pieces or update.ended):
+                    yield update

@@ -19,7 +19,7 @@ from starlette.routing import Mount
 
 import llamajax.serve
 from llamajax import LLM, RequestError, ServedStream, UnavailableError, load
-from llamajax.serve import middleware, openapi, protocol
+from llamajax.serve import generation, middleware, openapi, protocol
 from llamajax.serve.connection import Connection
 from llamajax.serve.requests import READERS
 
@@ -129,6 +129,14 @@ def test_an_answer_that_fits_is_the_librarys(llama: LLM, server: Running) -> Non
     body = server.post(protocol.RESPONSES, **asked, max_output_tokens=60, temperature=1)
     assert body["output"][0]["content"][0]["text"] == whole[0]["message"]["content"]
     assert body["text"] == asked["text"]
+
+
+def test_an_error_on_the_way_is_sent_at_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if text comes with it."""
+    monkeypatch.setattr(generation, "COMMENT_SECONDS", 3600)
+    doubling = 'start: r30\nr0: "a"\n' + "\n".join(f"r{i}: r{i - 1} r{i - 1}" for i in range(1, 31))
+    response = server.client.post(protocol.COMPLETIONS, json={"prompt": "a", "max_tokens": 8, "grammar": doubling})
+    assert response.status_code == 400 and "grammar cannot be used" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "greet"}}])
