@@ -1,10 +1,12 @@
 """The Llama: embedding, decoder layers, final norm, logits. One sequence; no batch, no sampling, no files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -14,6 +16,8 @@ from llamajax.model.cache import Cache, KeysValues
 from llamajax.model.layers import MLP, Embedding, Linear, RMSNorm
 from llamajax.model.rope import rope_tables
 from llamajax.ops import Weight
+
+_Layer = tuple[nnx.GraphDef, nnx.State]
 
 
 class DecoderLayer(nnx.Module):
@@ -49,8 +53,44 @@ def _apply(
     start: Int[Array, ""],
     only: Int[Array, ""] | None,
 ) -> tuple[Float32[Array, "T D"], KeysValues]:
-    # Layers differ in their weights only, so that one trace serves all: thirty take seconds at each start.
+    # Layers differ in their weights only, so that one trace is enough: thirty take seconds.
     return nnx.merge(graphdef, state)(x, rope, cache, layer, start, only)
+
+
+def _step(
+    layer: _Layer,
+    first: int | None,
+    rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
+    start: Int[Array, ""],
+    number: Int[Array, ""] | int,
+    carry: tuple[Float32[Array, "T D"], KeysValues],
+) -> tuple[Float32[Array, "T D"], KeysValues]:
+    """Runs the layer that is `number` places behind this one, the `first` of those that share a cache."""
+    graphdef, state = layer
+    x, cache = carry
+    state = jax.tree.map(lambda leaf: leaf + number if isinstance(leaf, np.int32) else leaf, state)
+    return _apply(graphdef, state, x, rope, cache, None if first is None else jnp.int32(first + number), start, None)
+
+
+def _runs(layers: Sequence[_Layer], looped: bool) -> Iterator[range]:
+    """Layers that a loop can run, which makes programs half as large: they differ in their place in stacks only."""
+    first = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or not (looped and _follows(layers[i - 1], layers[i])):
+            yield range(first, i)
+            first = i
+
+
+def _follows(layer: _Layer, other: _Layer) -> bool:
+    (leaves, tree), (other_leaves, other_tree) = (_flat(state) for _, state in (layer, other))
+    places = zip(leaves, other_leaves, strict=False)
+    return (layer[0], tree) == (other[0], other_tree) and all(
+        there == here + 1 if isinstance(here, np.int32) else there is here for here, there in places
+    )
+
+
+def _flat(state: nnx.State) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(state)
 
 
 class Llama(nnx.Module):
@@ -74,11 +114,15 @@ class Llama(nnx.Module):
         x = self.embed_tokens(token_ids)
         rope = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
         written, shared = list(cache), cache[0].key.ndim == 4
-        for i, layer in enumerate(self.layers):
-            item, place = (0, jnp.int32(i)) if shared else (i, None)
-            # Of other tokens, the last layer has only keys and values to compute.
-            only_here = only if layer is self.layers[-1] else None
-            x, written[item] = _apply(*nnx.split(layer), x, rope, written[item], place, start, only_here)
+        layers = [nnx.split(layer) for layer in self.layers]
+        for run in _runs(layers[:-1], shared):
+            step = partial(_step, layers[run.start], run.start if shared else None, rope, start)
+            item = 0 if shared else run.start
+            carry = x, written[item]
+            x, written[item] = step(0, carry) if len(run) == 1 else jax.lax.fori_loop(0, len(run), step, carry)
+        # Of other tokens, the last layer has only keys and values to compute.
+        place = jnp.int32(len(layers) - 1) if shared else None
+        x, written[-1] = _apply(*layers[-1], x, rope, written[-1], place, start, only)
         return self.norm(x), tuple(written)
 
     def logits(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import gguf
 import jax
@@ -17,6 +17,9 @@ from llamajax.bench.session import kept_dtype
 from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
 from llamajax.formats import FORMATS
+from llamajax.model import llama
+from llamajax.model.cache import empty_cache
+from llamajax.model.llama import Llama
 from llamajax.ops import native
 from llamajax.types import DType
 from llamajax.weights.checkpoint import open_checkpoint
@@ -87,6 +90,36 @@ def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
     ids = plain.tokenizer.encode("The first of May is a holiday in many countries of the world.")
     scores = Runner(checkpoint.config, weights, device=jax.devices()[0], cache_dtype=np.float32).logits(ids)
     assert np.abs(scores - plain.logits(ids)).mean() < 0.5
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels here")
+def test_layers_of_one_kind_run_in_a_loop(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bits as one after the other."""
+    checkpoint = open_checkpoint(smollm2_gguf)
+    config = replace(checkpoint.config, num_hidden_layers=9)
+    tensors = {name: x for name, x in checkpoint.tensors.items() if not name.startswith("blk.") or name[5] == "."}
+    for layer in (3, 4, 8):
+        name = f"blk.{layer}.attn_v.weight"
+        tensors[name] = in_q8_0(tensors[name])
+    tensors = {name: x for name, x in tensors.items() if not name.startswith("blk.9.")}
+    model = Llama.with_weights(config, load_weights(config, tensors, jax.devices("cpu")[0]))
+    cache = empty_cache(config, 32, np.float16, shared=True)
+    loops = []
+
+    def scores(looped: bool) -> tuple[jax.Array, ...]:
+        def runs(layers: Any, shared: bool) -> list[range]:
+            found = list(every_run(layers, shared and looped))
+            loops.append([len(run) for run in found])
+            return found
+
+        monkeypatch.setattr(llama, "_runs", runs)
+        x, written = jax.jit(lambda ids: model(ids, cache, jnp.int32(3)))(np.arange(20, dtype=np.int32))
+        return x, *written[0]
+
+    every_run = llama._runs
+    for found, expected in zip(scores(True), scores(False), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert loops == [[3, 2, 3], [1] * 8]
 
 
 def test_iq4_nl_is_kept_as_it_is(smollm2_gguf: Path) -> None:
