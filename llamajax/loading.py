@@ -16,7 +16,7 @@ from llamajax.errors import PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
 from llamajax.placement import find_cache_dtype, is_cpu, limit_threads
 from llamajax.tokenizers import sandbox
-from llamajax.tokenizers.chat import builtin_template, find_template
+from llamajax.tokenizers.chat import ChatTemplate, builtin_template, find_template
 from llamajax.tokenizers.gguf import from_gguf
 from llamajax.tokenizers.load import load_directory
 from llamajax.types import CacheDType, Device, DType
@@ -64,6 +64,7 @@ class Opened:
 
     name: str
     checkpoint: Checkpoint
+    template: ChatTemplate | None
     packing: Packing | None
     max_seq_len: int | None
     dtype: DType
@@ -95,9 +96,13 @@ def open_model(
     # What is no length, the runner refuses once it can tell the model's context.
     longest = int(max_seq_len) if max_seq_len is not None and checks.is_whole(max_seq_len) else None
     checkpoint = open_checkpoint(path, longest)
+    source = checkpoint.path if checkpoint.metadata is None else checkpoint.metadata
+    template = find_template(source)
+    if template is not None:
+        sandbox.start()
     by_kernels = is_cpu(device) and not isinstance(kernels.library(), str)
     packing = Packing(checkpoint.config, checkpoint.tensors, dtype) if by_kernels else None
-    return Opened(str(name), checkpoint, packing, max_seq_len, dtype, cache_dtype, device)
+    return Opened(str(name), checkpoint, template, packing, max_seq_len, dtype, cache_dtype, device)
 
 
 def load_opened(opened: Opened, progress: Callable[[int, int], None] = lambda done, total: None) -> "LLM":
@@ -110,9 +115,9 @@ def load_opened(opened: Opened, progress: Callable[[int, int], None] = lambda do
 
         _use_compilation_cache()
         checkpoint, device = opened.checkpoint, find_device(opened.device)
-        source = checkpoint.path if checkpoint.metadata is None else checkpoint.metadata
-        tokenizer = load_directory(source) if isinstance(source, Path) else from_gguf(source)
-        template = find_template(source) or builtin_template(tokenizer, checkpoint.stop_ids, opened.name)
+        metadata = checkpoint.metadata
+        tokenizer = load_directory(checkpoint.path) if metadata is None else from_gguf(metadata)
+        template = opened.template or builtin_template(tokenizer, checkpoint.stop_ids, opened.name)
         if template is not None:
             sandbox.start()
         config = checkpoint.config
