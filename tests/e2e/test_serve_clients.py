@@ -5,10 +5,12 @@ error. `scripts/clients/` has clients that are too heavy for this.
 """
 
 import asyncio
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
+import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel, Field
@@ -16,6 +18,13 @@ from pydantic import BaseModel, Field
 from .serving import serving
 
 KEY = "a-key"
+PARAMETERS: Any = (
+    {"type": "integer", "minimum": 0, "maximum": 9},
+    {"enum": ["red", "green"]},
+    {"type": "string", "maxLength": 5},
+    {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    {"type": "object", "properties": {"inner": {"type": "null"}}, "additionalProperties": False},
+)
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a llama."}]
 OPTIONS: Any = {"max_tokens": 20, "seed": 7}
 
@@ -88,6 +97,50 @@ def test_a_tool_is_called_and_answered(client: openai.OpenAI, model: str) -> Non
     results: Any = [{"role": "tool", "tool_call_id": call.id, "content": "fed"} for call in message.tool_calls]
     answer = client.chat.completions.create(messages=[*MESSAGES, message, *results], **{**asked, "max_tokens": 5})
     assert answer.choices[0].message.role == "assistant"
+
+
+def test_fifty_tools(client: openai.OpenAI, model: str) -> None:
+    """Ask, call, result, answer, with functions whose parameters differ."""
+    tools: Any = [
+        {
+            "type": "function",
+            "function": {
+                "name": f"tool_{number}",
+                "parameters": {
+                    "type": "object",
+                    "properties": {f"key_{number}": PARAMETERS[number % len(PARAMETERS)]},
+                    "required": [f"key_{number}"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+        for number in range(50)
+    ]
+    asked: Any = {"model": model, "max_tokens": 150, "temperature": 1, "parallel_tool_calls": False}
+
+    def loop(number: int) -> None:
+        kind = ("required", "named", "auto")[number % 3]
+        # All of them would be a prompt longer than the context.
+        offered = [tools[number], tools[(number + 1) % 50]]
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in offered}
+        wanted, *_ = schemas
+        choice: Any = {"type": "function", "function": {"name": wanted}} if kind == "named" else kind
+        answer = client.chat.completions.create(
+            messages=MESSAGES, tools=offered, tool_choice=choice, seed=number, **asked
+        )
+        message, calls = answer.choices[0].message, answer.choices[0].message.tool_calls or []
+        if kind != "auto":
+            [call] = calls
+            assert call.type == "function" and answer.choices[0].finish_reason == "tool_calls"
+            assert call.function.name == wanted or kind == "required"
+            jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
+        results: Any = [{"role": "tool", "tool_call_id": call.id, "content": "done"} for call in calls]
+        said: Any = [*MESSAGES, message, *results]
+        final = client.chat.completions.create(messages=said, tools=offered, **asked | {"max_tokens": 3})
+        assert final.choices[0].message.role == "assistant"
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(loop, range(50)))
 
 
 def test_a_chat_streams_the_same_answer_and_usage(client: openai.OpenAI, model: str) -> None:
