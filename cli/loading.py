@@ -7,6 +7,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,15 +61,13 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: Cach
         prepare_jax(device)
     from llamajax.loading import load_opened, open_model
 
-    # The collector would go again and again through what is being imported, and stays.
-    gc.disable()
-    opened = open_model(path, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
-    from llamajax.ops import native
+    with _collector_off():
+        opened = open_model(path, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
+        from llamajax.ops import native
 
-    gc.freeze()
-    with erase_if_interrupted(), _Bar() as bar:
-        llm = load_opened(opened, bar)
-    gc.enable()
+        gc.freeze()
+        with erase_if_interrupted(), _Bar() as bar:
+            llm = load_opened(opened, bar)
     on_cpu = llm._runner.device.platform == "cpu"
     if on_cpu and not native.available():
         note(f"(slower than it could be: computed by {native.implementation()})")
@@ -76,6 +76,16 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: Cach
     if on_cpu and native.available():
         _note_size(llm)
     return llm
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Inside, the garbage collector does not go again and again through what is being imported, and stays."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _note_size(llm: "LLM") -> None:
