@@ -13,6 +13,11 @@ from llamajax.types import Grammar, SamplingParams
 DEFAULT_NEW_TOKENS = 50
 MAX_STOPS = 256  # each is looked for after each token, while the other requests wait
 MAX_GRAMMAR_CHARS = 1_000_000
+# JSON Schema 2020-12, Validation, 7.3.
+_FORMATS = """
+date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri uri-reference iri iri-reference uuid
+uri-template json-pointer relative-json-pointer regex
+"""
 
 
 class AnswerOptions(TypedDict, total=False):
@@ -141,12 +146,28 @@ def _schema(given: Any) -> str:
         return given
     try:
         schema = json.loads(given) if isinstance(given, str) else given
-        text = json.dumps(schema, allow_nan=False)
+        text = json.dumps(_with_formats_of_json_schema(schema), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"json_schema must be an object that JSON can express: {one_line(error)}") from None
     if not isinstance(schema, Mapping):
         raise RequestError(f"json_schema must be an object, its text or a pydantic model, not {checks.shown(given)}")
     return text
+
+
+def _with_formats_of_json_schema(schema: Any) -> Any:
+    """Without the formats that JSON Schema does not define, as it says: such as pydantic's "path", OpenAPI's "int32".
+
+    llguidance refuses those it does not know, and so schemas of common classes.
+    """
+    if isinstance(schema, list):
+        return [_with_formats_of_json_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: value if name in ("const", "enum") else _with_formats_of_json_schema(value)
+        for name, value in schema.items()
+        if name != "format" or not isinstance(value, str) or value in _FORMATS.split()
+    }
 
 
 def generation_prompt(options: Options) -> tuple[bool, bool]:

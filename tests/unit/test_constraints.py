@@ -105,6 +105,21 @@ def test_a_pydantic_model_is_its_schema() -> None:
     assert not fits({"json_schema": Point}, '{"label": null}')
 
 
+def test_a_format_that_json_schema_does_not_define_says_nothing() -> None:
+    from pydantic import BaseModel, SecretStr
+
+    class File(BaseModel):
+        path: Path
+        key: SecretStr
+
+    assert fits({"json_schema": File}, '{"path": "/a", "key": "b"}')
+    assert fits({"json_schema": {"properties": {"format": {"format": "int32"}}}}, '{"format": 3}')
+    assert fits({"json_schema": {"const": {"format": "path"}}}, '{"format":"path"}')
+    assert not fits({"json_schema": {"type": "string", "format": "date"}}, '"today"')
+    with pytest.raises(RequestError, match="Unknown format: uri-reference"):
+        compiled({"json_schema": {"type": "string", "format": "uri-reference"}})
+
+
 def test_a_grammar_in_lark() -> None:
     arithmetic = """
         start: sum
