@@ -1,4 +1,6 @@
-// Products of bf16 in AMX's tiles: 16 rows of x times a block of 16 rows of weights in one instruction, which reads
+// AMX: products of bf16 with dense weights, and of bytes in attention.
+//
+// For dense weights: 16 rows of x times a block of 16 rows of weights in one instruction, which reads
 // packed weights as they are. A tile of fewer rows of x takes no less time, and one row waits for memory anyway.
 
 struct DenseTiles : Dense<BFloat16> {
@@ -64,3 +66,68 @@ inline int64_t tile_of_pair<DenseTiles, DenseTiles::kRows>(const uint8_t* const*
   _tile_release();
   return std::min<int64_t>(rows, F::kRows);
 }
+
+// Attention's operands, of 12 bits, as 64 * high + low: their product, from those of their bytes, is the same integer
+// as that of numbers of 16 bits.
+template <>
+struct Operands<int8_t> {
+  Operands() {
+    static constexpr TileShapes shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~Operands() { _tile_release(); }
+
+  static void put(Ints x, int8_t* p, int64_t plane) {
+    store_int8(p, x >> 6);
+    store_int8(p + plane, x & 63);
+  }
+  static void put_together(const Ints* x, int8_t* p, int64_t plane) {
+    const Ints even = pairs(x[0], x[2]), odd = pairs(x[1], x[3]);
+    const auto shift = [](Ints x) { return (Ints)_mm512_srli_epi16((__m512i)x, 6); };
+    const Ints high = (shift(even) & 0x00ff00ff) | (shift(odd) << 8 & int32_t(0xff00ff00));
+    const Ints low = (even & 0x003f003f) | (odd & 0x003f003f) << 8;
+    store(reinterpret_cast<int16_t*>(p), high);
+    store(reinterpret_cast<int16_t*>(p + plane), low);
+  }
+
+  // The last tile's sums are used while the next one's are multiplied, and are read before these are stored.
+  template <class At>
+  void multiply(const int8_t* left, const int8_t* right, int64_t rows, int64_t depth, const At& at) const {
+    alignas(kLine) int32_t sums[2][3][kTile * kLanes];
+    for (int64_t row = 0; row <= rows; row += kTile) {
+      UNROLL for (int i = 0; i < 2; ++i) {
+        if (row < rows) multiply_tile(left + row * depth, rows * depth, right + i * kLine, kColumns * depth, depth);
+        for (int64_t r = 0; row > 0 && r < kTile; ++r) {
+          const auto part = [&](int j) { return (Ints)_mm512_load_si512(sums[i][j] + r * kLanes); };
+          at(row - kTile + r, i, (part(0) << 12) + (part(1) << 6) + part(2));
+        }
+        if (row < rows) {
+          _tile_stored(0, sums[i][0], kLine);
+          _tile_stored(2, sums[i][2], kLine);
+          _tile_stored(1, sums[i][1], kLine);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kTile = 16;
+
+  // Of kTile rows and kLanes columns, the products of high bytes in tile 0, of high and low ones in 1, of low ones in 2.
+  static void multiply_tile(const int8_t* left, int64_t left_plane, const int8_t* right, int64_t right_plane,
+                            int64_t depth) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    for (int64_t d = 0; d < depth; d += kLine, left += kLine, right += kLine * kColumns) {
+      _tile_loadd(4, left, depth);
+      _tile_loadd(7, right + right_plane, 4 * kColumns);
+      _tile_loadd(5, left + left_plane, depth);
+      _tile_loadd(6, right, 4 * kColumns);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 7);
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 5, 6);
+    }
+  }
+};

@@ -127,7 +127,7 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, int64_t head
         store(at, weight);
         total = total + weight;
       }
-      softmax.add(r, total, 1);
+      softmax.add(r, total);
     }
     if constexpr (kSteps<T>) {
       float steps[kKeys] = {};

@@ -75,7 +75,6 @@ struct Softmax {
   static constexpr int kWhole = (kRows + kLanes - 1) / kLanes * kLanes;
   float highest[kWhole];
   float factor[kWhole];         // of what was summed before the last block
-  float share[kWhole];          // of the last block's weights that are relative to its highest score
   float total[kRows * kLanes];  // of each row's weights, in each lane
 
   Softmax() {
@@ -88,13 +87,12 @@ struct Softmax {
       const Floats before = load(highest + r), block = load(scores + r), now = max(before, block);
       store(highest + r, now);
       store(factor + r, exp2(before - now));
-      store(share + r, exp2(block - now));
     }
   }
-  // Adds `step` times what the lanes have summed of a row's block.
-  void add(int r, Floats weights, float step) {
+  // Adds what the lanes have summed of a row's block.
+  void add(int r, Floats weights) {
     float* sums = total + r * kLanes;
-    store(sums, fma(weights, all(step), load(sums) * all(factor[r])));
+    store(sums, fma(load(sums), all(factor[r]), weights));
   }
   float sum_of(int r) const { return sum(load(total + r * kLanes)); }
 };

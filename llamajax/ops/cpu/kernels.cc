@@ -122,16 +122,17 @@ struct Draws {
 #if defined(__x86_64__)
 #if defined(HAS_NEW_X86)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16,amx-int8"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #endif
 namespace amx {
-constexpr bool kBf16 = true;
+constexpr bool kBf16 = true, kAmx = true;
 #include "simd_avx512.h"
 #include "simd.h"
 #include "matmul.h"
+#include "attention.h"
 #include "amx.h"
 }  // namespace amx
 #if defined(__clang__)
@@ -146,7 +147,7 @@ constexpr bool kBf16 = true;
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,avx512bf16")
 #endif
 namespace avx512bf16 {
-constexpr bool kBf16 = true;
+constexpr bool kBf16 = true, kAmx = false;
 #include "simd_avx512.h"
 #include "simd.h"
 #include "matmul.h"
@@ -183,7 +184,7 @@ constexpr bool kVnni = true;
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #endif
 namespace avx512 {
-constexpr bool kBf16 = false;
+constexpr bool kBf16 = false, kAmx = false;
 #include "simd_avx512.h"
 #include "simd.h"
 #include "matmul.h"
@@ -267,7 +268,8 @@ bool has(Isa isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
 #if defined(HAS_NEW_X86)
-    case Isa::amx: return has(Isa::avx512bf16) && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+    case Isa::amx: return has(Isa::avx512bf16) && __builtin_cpu_supports("amx-bf16") &&
+                         __builtin_cpu_supports("amx-int8") && may_use_tiles();
     case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
     case Isa::avxvnni: return avx2 && __builtin_cpu_supports("avxvnni");
 #endif
@@ -372,9 +374,9 @@ void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
   switch (isa.load()) {
 #if defined(__x86_64__)
 #if defined(HAS_NEW_X86)
+    case Isa::amx: return amx::attention(pool, a);
     case Isa::avxvnni: return avxvnni::attention(pool, a);
 #endif
-    case Isa::amx:
     case Isa::avx512bf16:
     case Isa::avx512: return avx512::attention(pool, a);
     case Isa::avx2: return avx2::attention(pool, a);

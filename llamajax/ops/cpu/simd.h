@@ -50,6 +50,7 @@ inline int64_t keep_between(float* to, float* to_beside, F x, F beside, float lo
 // Where numbers are not rounded, in the place of the products of pairs.
 inline Floats dot(Floats sum, Floats numbers, const float* x) { return fma(numbers, all(*x), sum); }
 inline Floats to_floats(Floats x) { return x; }
+inline Floats add(Floats x, Floats y) { return x + y; }
 // sum + the products of the two bf16 in each lane with the same two numbers.
 inline Floats dot(Floats sum, Ints pairs, const float* x) {
   return fma(second_bf16(pairs), all(x[1]), fma(first_bf16(pairs), all(x[0]), sum));

@@ -1,10 +1,11 @@
 // AVX2 with FMA and F16C, and AVX-VNNI if kVnni: 8 lanes.
 constexpr int kLanes = 8;
-constexpr int kTileRows = 2, kQueries = 4, kTogether = 2;
+constexpr int kTileRows = 2, kBroadcasts = 4, kTogether = 2;
 using Floats = __m256;
 using Ints = __m256i;
 using Bytes = __m256i;
 using InPairs = float;
+using Rounded = int16_t;
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load(const Half* p) {

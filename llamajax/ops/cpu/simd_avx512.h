@@ -1,10 +1,11 @@
 // AVX-512 with VNNI, and with products of bf16 if kBf16: 16 lanes.
 constexpr int kLanes = 16;
-constexpr int kTileRows = 6, kQueries = 12, kTogether = 4;  // accumulators and operands fit the 32 registers
+constexpr int kTileRows = 6, kBroadcasts = 8, kTogether = 4;  // accumulators and operands fit the 32 registers
 using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));
 using Bytes = __m512i;
 using InPairs = std::conditional_t<kBf16, BFloat16, float>;
+using Rounded = std::conditional_t<kAmx, int8_t, int16_t>;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load(const Half* p) {

@@ -1,10 +1,11 @@
 // NEON with dot products (Armv8.2): 4 lanes.
 constexpr int kLanes = 4;
-constexpr int kTileRows = 6, kQueries = 12, kTogether = 4;  // accumulators and operands fit the 32 registers
+constexpr int kTileRows = 6, kBroadcasts = 8, kTogether = 4;  // accumulators and operands fit the 32 registers
 using Floats = float32x4_t;
 using Ints = int32x4_t;
 using Bytes = uint8x16_t;
 using InPairs = float;
+using Rounded = int16_t;
 
 inline Floats load(const float* p) { return vld1q_f32(p); }
 inline Floats load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }

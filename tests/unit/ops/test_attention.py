@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamajax import ops
+from llamajax.ops import native
 
 from ... import tiny_model
 
@@ -69,6 +70,7 @@ SHAPES = [
     (9, 2, 1, 6, 40),
     (1, 2, 5, 24, 200),
     (70, 1, 3, 40, 200),
+    (150, 1, 4, 64, 420),
     (13, 3, 1, 64, 130),
     (1, 1, 8, 128, 70),
     (1, 1, 3, 64, 700),
@@ -266,6 +268,21 @@ def test_vmap_is_a_batch(implementation: str, shape: tuple[int, ...]) -> None:
         if implementation != "xla" and shape[3] % 8 == 0:
             for actual, alone in zip(found, _attention(*row, start[b], jnp.int32(1)), strict=True):
                 np.testing.assert_array_equal(actual[b], alone)
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 3, 64, 70), (90, 1, 4, 128, 500), (200, 1, 3, 40, 300)])
+def test_tiles_of_bytes_give_the_sums_of_numbers_of_16_bits(implementation: str, shape: tuple[int, ...]) -> None:
+    if implementation != "amx":
+        pytest.skip("what AMX does otherwise")
+    *given, keys, values = arguments(np.random.default_rng(0), *shape)
+    start = jnp.int32(shape[-1] - shape[0])
+    for caches in ((keys.astype(np.float16), values.astype(np.float16)), (to_int8(keys), to_int8(values))):
+        found = []
+        for instruction_set in ("avx512", implementation):
+            native.limit(instruction_set)
+            found.append(jax.block_until_ready(_attention(*given, *caches, start, jnp.int32(1))))
+        for actual, wanted in zip(*found, strict=True):
+            np.testing.assert_array_equal(actual, wanted)
 
 
 def test_caches_are_written_in_place_where_they_are_donated(implementation: str) -> None:
