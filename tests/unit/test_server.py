@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -149,6 +150,23 @@ def test_a_full_queue_refuses_or_waits(llama: LLM) -> None:
         held[1].cancel()
         last = server.submit(PROMPTS[1], max_new_tokens=1, temperature=0, wait=True)
         assert last.finish().text == " Paris"
+
+
+def test_an_answer_that_must_fit_ends_in_every_way(llama: LLM, server: Server) -> None:
+    asked: Any = {"regex": "[a-z ]*", "temperature": 1, "ignore_eos": True, "max_new_tokens": 300}
+    alone = llama.generate(PROMPTS[0], **asked)
+    others = [server.submit(PROMPTS[1], max_new_tokens=40, seed=seed) for seed in range(4)]
+    late = server.submit(PROMPTS[0], deadline=1, **asked)
+    stopped = server.submit(PROMPTS[0], stop=alone.text[20:24], **asked)
+    cancelled = server.submit(PROMPTS[0], **asked)
+    next(cancelled)
+    cancelled.cancel()
+    for stream, reason in ((late, "timeout"), (stopped, "stop"), (cancelled, "cancelled")):
+        completion = stream.finish()
+        assert completion.finish_reason == reason
+        assert alone.token_ids[: len(completion.token_ids)] == completion.token_ids
+    for seed, stream in enumerate(others):
+        assert stream.finish().text == llama.generate(PROMPTS[1], max_new_tokens=40, seed=seed).text
 
 
 def test_leaving_cancels_what_is_not_finished(llama: LLM) -> None:
