@@ -10,6 +10,8 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
+from llamajax_cli.commands.serve import _listening
+
 from .command import COMMAND, notes, run
 from .serving import serving
 
@@ -62,6 +64,13 @@ def test_more_clients_than_a_process_has_files_at_first(shallow_model: str) -> N
     finally:
         process.kill()
         process.wait()
+
+
+def test_small_writes_do_not_wait_for_acknowledgements() -> None:
+    with _listening("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_ctrl_c_ends_it_and_twice_at_once(shallow_model: str) -> None:
