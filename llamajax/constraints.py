@@ -60,7 +60,7 @@ class CompiledGrammar:
 
     @cached_property
     def without_end(self) -> Int32[np.ndarray, "W"]:
-        return self._without(self.end_ids if self.ignores_end else frozenset())
+        return self._without(self.end_ids)
 
     @cached_property
     def without_stop(self) -> Int32[np.ndarray, "W"]:
@@ -85,9 +85,10 @@ class GrammarMatcher:
         self._state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         _check(self._state, self._grammar.kind)
         early = self._num_tokens < self._grammar.min_tokens
-        others = mask & (self._grammar.without_stop if early else self._grammar.without_end)
-        if others.any():
-            mask[:] = others
+        if early or self._grammar.ignores_end:
+            others = mask & (self._grammar.without_stop if early else self._grammar.without_end)
+            if others.any():
+                mask[:] = others
 
     def advance(self, token_id: int) -> None:
         self._num_tokens += 1

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner, chunk_lens, power_of_two, rewound
-from llamajax.engine.steps import Drawn, Rows
+from llamajax.engine.runner import Runner, before_answer, chunk_lens, power_of_two
+from llamajax.engine.steps import Drawn, Rewind, Rows
 from llamajax.types import Request
 
 # Prompts are read alone, or so many at once.
@@ -63,13 +63,10 @@ class Prompts:
         return token_ids, start, length, np.where(draws, self._limits, 0)
 
     @property
-    def rewound(self) -> tuple[Int32[np.ndarray, "P"], Int32[np.ndarray, "P"]] | None:
-        """What `steps.rewind` takes when all chunks are read; None if no prompt has a constraint."""
-        return (
-            rewound(self._requests, self._limits.tolist())
-            if any(request.constraint for request in self._requests)
-            else None
-        )
+    def rewind(self) -> Rewind | None:
+        """Where to go back to when all chunks are read; None if no prompt has a constraint."""
+        constrained = any(request.constraint for request in self._requests)
+        return before_answer(self._requests, self._limits.tolist()) if constrained else None
 
 
 class Batch:
@@ -120,9 +117,9 @@ class Batch:
             limits,
             prompts.rows.requests,
         )
-        if not prompts.left and prompts.rewound:
+        if not prompts.left and (to := prompts.rewind):
             rewind = Program("rewind", self._runner.bucket(1), num_rows=num_rows)
-            slots = self._runner.compile(rewind)(slots, *prompts.rewound)
+            slots = self._runner.compile(rewind)(slots, to)
         prompts.rows = Rows(cache, slots, prompts.rows.requests)
         self._runner.copy_ahead(drawn)
         return drawn

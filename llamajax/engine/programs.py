@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jax.stages import Compiled, Lowered
 from jax.typing import DTypeLike
+from jaxtyping import Int32
 
 from llamajax.engine import steps
 from llamajax.engine.executables import Executables
-from llamajax.engine.steps import FlatModel, Rows
+from llamajax.engine.steps import FlatModel, Rewind, Rows
 from llamajax.ops import layers_share_arrays
 from llamajax.types import mask_len
 
@@ -45,6 +46,7 @@ class Program(NamedTuple):
         "grow",
         "prefill",
         "decode",
+        "decode_masked",
         "forward",
         "draw",
         "rewind",
@@ -129,14 +131,17 @@ class Programs:
                 return steps.prefill.lower(arrays, cache, chunk, ones, ones, ones, requests, structure=structure)
             case "decode":
                 return steps.decode.lower(arrays, cache, slots, number, requests, structure=structure)
+            case "decode_masked":
+                return steps.decode.lower(
+                    arrays, cache, slots, number, requests, self._mask(num_rows), structure=structure
+                )
             case "forward":
                 return steps.forward.lower(arrays, cache, slots, structure=structure)
             case "draw":
                 scores = jax.ShapeDtypeStruct(slots.counts.shape, np.float32, sharding=slots.counts.sharding)
-                mask = np.zeros((num_rows, mask_len(structure.config.vocab_size)), np.int32)
-                return steps.draw.lower(scores, slots, requests, mask)
+                return steps.draw.lower(scores, slots, requests, self._mask(num_rows))
             case "rewind":
-                return steps.rewind.lower(slots, *(np.zeros(num_rows, np.int32) for _ in range(2)))
+                return steps.rewind.lower(slots, Rewind.none(num_rows))
             case "insert":
                 return steps.insert.lower(rows, self.shapes(*source), places, places)
             case "resize":
@@ -148,6 +153,9 @@ class Programs:
                 return steps.logits.lower(arrays, ids, structure=structure, cache_dtype=dtype)
             case "prompt_logprobs":
                 return steps.prompt_logprobs.lower(arrays, ids, number, structure=structure, **self._cache_settings)
+
+    def _mask(self, num_rows: int) -> Int32[np.ndarray, "B W"]:
+        return np.zeros((num_rows, mask_len(self._model.structure.config.vocab_size)), np.int32)
 
     def _rows_settings(self, num_rows: int, length: int) -> dict[str, Any]:
         config = self._model.structure.config

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache as once
 from threading import RLock
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32
 from llamajax import checks
 from llamajax.config import LlamaConfig
 from llamajax.engine.programs import Program, Programs
-from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rows, Slots
+from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rewind, Rows, Slots
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.ops import Weight
@@ -157,8 +157,7 @@ class Runner:
             drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if draws else 0)
             self.cached_ids = ids[:end]
         if request.constraint:
-            rewind = self.compile(Program("rewind", self.bucket(1)))
-            self._slots = rewind(self._slots, *rewound([request], [max_new_tokens]))
+            self._rewind(before_answer([request], [max_new_tokens]))
         return drawn, reused
 
     def _plan(self, request: Request) -> tuple[int, tuple[int, ...], int]:
@@ -171,16 +170,18 @@ class Runner:
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - num_tokens, RESERVED_LEN)
         return reused, chunks, max(num_tokens + max_new_tokens, reused + sum(chunks))
 
-    def decode(self, num_steps: int) -> Drawn:
-        """Draws up to `num_steps` more tokens, at most BLOCK_LEN. Returns at once: the device works on."""
+    def decode(self, num_steps: int, mask: Int32[np.ndarray, "1 W"] | None = None) -> Drawn:
+        """Draws up to `num_steps` more tokens, at most BLOCK_LEN, all of the mask. Returns at once."""
         self._drawn_len += num_steps
         self.reserve(self._drawn_len)
-        drawn, self._cache, self._slots = self.compile(Program("decode", self.cache_len))(
+        step: Literal["decode", "decode_masked"] = "decode" if mask is None else "decode_masked"
+        drawn, self._cache, self._slots = self.compile(Program(step, self.cache_len))(
             self.model.arrays,
             self._take_cache(),
             self._slots,
             self.step_counts[num_steps],
             self._requests,
+            *([] if mask is None else [mask]),
         )
         self.copy_ahead(drawn)
         return drawn
@@ -198,6 +199,16 @@ class Runner:
         drawn, self._slots = draw(self._scores, self._slots, self._requests, mask)
         self.copy_ahead(drawn)
         return drawn
+
+    def drop(self, kept: int, dropped: Sequence[int], left: int) -> None:
+        """Goes back to the token `kept`, after which others were drawn. So many tokens are left to draw."""
+        self._drawn_len -= len(dropped)
+        to = Rewind.none(1)
+        to.back[0], to.token[0], to.left[0], to.dropped[0, : len(dropped)] = len(dropped), kept, left, dropped
+        self._rewind(to)
+
+    def _rewind(self, to: Rewind) -> None:
+        self._slots = self.compile(Program("rewind", self.bucket(1)))(self._slots, to)
 
     def _take_cache(self) -> Cache:
         """The cache, for a step that it is donated to: if Ctrl-C or an error comes meanwhile, nothing is left of it."""
@@ -299,7 +310,8 @@ class Runner:
             yield _grow(length)
         yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
         if request.constraint:
-            yield from (Program("rewind", self.bucket(1)), Program("draw", self.bucket(1)), Program("forward", length))
+            yield from (Program("rewind", self.bucket(1)), Program("draw", self.bucket(1)))
+            yield from (Program("forward", length), Program("decode_masked", length))
         else:
             yield Program("decode", length)
 
@@ -392,12 +404,13 @@ class Runner:
         return jax.device_put(Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs), self.device)
 
 
-def rewound(
-    requests: Sequence[Request], limits: Sequence[int]
-) -> tuple[Int32[np.ndarray, "B"], Int32[np.ndarray, "B"]]:
-    """What `steps.rewind` takes, for requests of which those with a constraint may draw so many tokens."""
-    last = [request.token_ids[-1] if request.constraint else -1 for request in requests]
-    return np.array(last, np.int32), np.array(limits, np.int32)
+def before_answer(requests: Sequence[Request], limits: Sequence[int]) -> Rewind:
+    """Where requests begin to draw whose prompts were read, if they have a constraint. They may draw so many tokens."""
+    to = Rewind.none(len(requests))
+    for row, request in enumerate(requests):
+        if request.constraint:
+            to.back[row], to.token[row], to.left[row] = 1, request.token_ids[-1], limits[row]
+    return to
 
 
 def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:

@@ -72,32 +72,49 @@ class Sequential:
                 began = time.perf_counter()
                 block = runner.read(pending.pop(0), num_logprobs)
                 seconds = (time.perf_counter() - began) / max(len(block), 1)
-                num_steps = max(1, min(BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))
+                num_steps = _block_len(seconds, BLOCK_LEN)
                 yield block
 
     def _constrained_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
-        """Tokens one by one: what may come next depends on each. The scores are computed meanwhile."""
+        """Tokens one by one, since what may come next depends on each: their scores are computed meanwhile.
+
+        Inside of a string it stays the same. After some tokens for which it did, a block of a quarter as many is drawn
+        at once, and what the block has after a change is drawn again.
+        """
         runner, request = self._runner, self.request
-        with runner.turn:
-            self._check_turn()
-            runner.forward()
+        mask, same, seconds, scored = runner.free_mask(1), 0, 0.0, False
+        matcher.fill(mask[0])
         while left > 0:
-            mask = runner.free_mask(1)
-            matcher.fill(mask[0])
+            began, num_steps = time.perf_counter(), _block_len(seconds, min(same // 4, left))
             with runner.turn:
                 self._check_turn()
-                drawn = runner.draw(mask)
-                left -= 1
-                if left > 0:
+                if num_steps == 1 and not scored:
+                    runner.forward()
+                drawn = runner.draw(mask) if num_steps == 1 else runner.decode(num_steps, mask)
+                scored = num_steps == 1 and left > 1 and _block_len(seconds, (same + 1) // 4) == 1
+                if scored:
                     runner.forward()
             block = runner.read(drawn, request.sampling.logprobs)
-            for token in block:
+            seconds = (time.perf_counter() - began) / num_steps
+            for number, token in enumerate(block, 1):
+                left -= 1
                 if token.id not in request.stop_ids:
                     matcher.advance(token.id)
-            yield block
-            if matcher.ended:
-                self.stopped = True
-                return
+                yield [token]
+                if matcher.ended:
+                    self.stopped = True
+                    return
+                if left == 0:
+                    return
+                before = mask.copy()
+                matcher.fill(mask[0])
+                same = same + 1 if (mask == before).all() else 0
+                if not same:
+                    if number < len(block):
+                        with runner.turn:
+                            self._check_turn()
+                            runner.drop(token.id, [it.id for it in block[number:]], left)
+                    break
 
     def _check_turn(self) -> None:
         if self._runner.current is not self.request:
@@ -105,3 +122,8 @@ class Sequential:
                 "another request took the model: read a stream to its end before the next, or answer several at once "
                 "with serve_requests"
             )
+
+
+def _block_len(seconds: float, longest: int) -> int:
+    """Tokens to draw at once, at least one, if each takes so many seconds."""
+    return max(1, min(longest, BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))

@@ -154,20 +154,22 @@ def decode(
     slots: Slots,
     steps: Int32[Array, ""],
     requests: Requests,
+    mask: Int32[Array, "B W"] | None = None,
     *,
     structure: Structure,
 ) -> tuple[Drawn, Cache, Slots]:
-    """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
+    """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left, all of them of the mask.
 
     The loop ends early when no slot has: a stop token takes what its slot had left.
     """
     model = FlatModel(arrays, structure).llama()
+    allowed = None if mask is None else _allowed(mask, slots)
 
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
         x, cache = _over_slots(model, slots.token[:, None], cache, slots.position)
         slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
-        drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests)
+        drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests, allowed)
         block = jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, t, axis=1), block, drawn)
         return t + 1, block, cache, slots
 
@@ -195,25 +197,48 @@ def forward(
 def draw(
     logits: Float32[Array, "B V"], slots: Slots, requests: Requests, mask: Int32[Array, "B W"]
 ) -> tuple[Drawn, Slots]:
-    """Draws a token of the mask for each slot that has any left: bit i % 32 of integer i // 32 allows token i."""
+    """Draws a token of the mask for each slot that has any left."""
     slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
-    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None] & 1
-    drawn, slots = _draw(logits, slots, requests, bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] > 0)
+    drawn, slots = _draw(logits, slots, requests, _allowed(mask, slots))
     return jax.tree.map(lambda x: x[:, None], drawn), slots
 
 
-@partial(jax.jit, donate_argnames="slots")
-def rewind(slots: Slots, token: Int32[Array, "B"], left: Int32[Array, "B"]) -> Slots:
-    """Slots whose prompts were read, some of them back at their prompt's last token, -1 for the others.
+class Rewind(NamedTuple):
+    """Where B slots go back to, in numpy.
 
-    What comes after it is drawn by `draw`: prefill knows no masks, which spares twice as many programs.
+    Attributes:
+      back: by how many positions; 0 leaves a slot as it is.
+      token: the last one that stays.
+      left: tokens still to draw.
+      dropped: those of the answer that do not stay, padded with -1.
     """
-    again = token >= 0
-    return replace(
-        slots,
-        token=jnp.where(again, token, slots.token),
-        position=slots.position - again.astype(jnp.int32),
-        left=jnp.where(again, left, slots.left),
+
+    back: Int32[np.ndarray, "B"]
+    token: Int32[np.ndarray, "B"]
+    left: Int32[np.ndarray, "B"]
+    dropped: Int32[np.ndarray, "B N"]
+
+    @classmethod
+    def none(cls, num_rows: int) -> "Rewind":
+        """Leaves all slots as they are."""
+        back, token, left = np.zeros((3, num_rows), np.int32)
+        return cls(back, token, left, np.full((num_rows, BLOCK_LEN), -1, np.int32))
+
+
+@partial(jax.jit, donate_argnames="slots")
+def rewind(slots: Slots, to: Rewind) -> Slots:
+    """Slots back at an earlier token.
+
+    After a prompt, that is its last one: what comes next is drawn by `draw`, since prefill knows no masks, which spares
+    twice as many programs.
+    """
+    rows, vocab_size = jnp.arange(len(to.back))[:, None], slots.counts.shape[1]
+    dropped = jnp.where(to.dropped < 0, vocab_size, to.dropped)  # those are none
+    return Slots(
+        token=jnp.where(to.back > 0, to.token, slots.token),
+        position=slots.position - to.back,
+        left=jnp.where(to.back > 0, to.left, slots.left),
+        counts=slots.counts.at[rows, dropped].add(-1, mode="drop"),
     )
 
 
@@ -342,6 +367,12 @@ def _over_slots(
         return jax.vmap(model.__call__)(token_ids, cache, start, only)
     x, cache = model(token_ids[0], cache, start[0], None if only is None else only[0])
     return x[None], cache
+
+
+def _allowed(mask: Int32[Array, "B W"], slots: Slots) -> Bool[Array, "B V"]:
+    """Bit i % 32 of integer i // 32 allows token i."""
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None] & 1
+    return bits.reshape(mask.shape[0], -1)[:, : slots.counts.shape[1]] > 0
 
 
 def _draw(

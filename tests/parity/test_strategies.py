@@ -45,6 +45,8 @@ CONSTRAINTS: tuple[dict[str, Any], ...] = (
     {"regex": "[a-z ]{5,60}"},
     {"regex": "(very )*good", "ignore_eos": True, "logprobs": 3},
     {"grammar": 'start: "(" start ")" | /[0-9]+/', "min_tokens": 3, "stop": "7"},
+    # Blocks are drawn, and what comes after a digit is drawn again.
+    {"regex": "([a-z ]|[0-9]{2})*", "temperature": 1, "frequency_penalty": 0.1, "logprobs": 1, "max_new_tokens": 120},
     {},
     {},
 )
@@ -59,8 +61,8 @@ def test_the_strategies_agree(smollm2_gguf: Path, dtype: DType, cache_dtype: Cac
 
 def test_the_strategies_agree_under_constraints(smollm2_gguf: Path) -> None:
     requests = [
-        (prompt, options | {"max_new_tokens": 40} | CONSTRAINTS[number % 6])
-        for number, (prompt, options) in enumerate(mixed_requests()[:12])
+        (prompt, options | {"max_new_tokens": 40} | CONSTRAINTS[number % len(CONSTRAINTS)])
+        for number, (prompt, options) in enumerate(mixed_requests()[:14])
     ]
     agree(load(smollm2_gguf, max_seq_len=256), [*requests, ([1], {"regex": "a*", "max_new_tokens": 9})])
 
@@ -73,8 +75,9 @@ def agree(llama: LLM, requests: list[tuple[Any, dict[str, Any]]]) -> None:
     for number, alone in enumerate(sequential):
         for other in (concurrent[number], batched[number]):
             assert not isinstance(other, Exception)
-            assert (other.token_ids, other.text, other.finish_reason) == (
+            assert (other.token_ids, other.text, other.finish_reason, other.logprobs) == (
                 alone.token_ids,
                 alone.text,
                 alone.finish_reason,
+                alone.logprobs,
             )
