@@ -103,7 +103,7 @@ def _note_size(llm: "LLM") -> None:
         less = "half" if size < 3 * quantized else "a quarter"
         note(
             f"(each token reads {human_bytes(size)} of dense weights: at most {speed:.{int(speed < 10)}f} tokens/s "
-            f"with this memory; --quantize q8_0 makes it {less}, {human_bytes(quantized)}, for a perplexity 0.6 % "
+            f"with this memory; --quantize q8_0 makes it {less}, {human_bytes(quantized)}, for a perplexity about 1 % "
             "higher with the default model)"
         )
 
