@@ -204,22 +204,27 @@ class Tile {
 
   // Attends to that block in three steps: scores, their weights, and the sums of values.
   void score(const Operands<N>& operands, const Block<N>& block, int64_t s, int64_t width, Work<N>& work) const {
-    operands.multiply(block.keys, queries_, kKeys, width, [&](int64_t j, int i, Exact<N> sums) {
+    const int64_t rows = kPlanes<N> == 1 ? keys_seen(s) : kKeys;  // planes are as far apart as there are rows
+    operands.multiply(block.keys, queries_, rows, width, [&](int64_t j, int i, Exact<N> sums) {
       store(work.scores + j * kColumns + i * kLanes, to_floats(sums) * all(block.key_steps[j]));
     });
     if (s + kKeys > end_[0]) mask(work.scores, s);
   }
 
-  void weigh(const Block<N>& block, Work<N>& work) {
+  void weigh(const Block<N>& block, int64_t s, Work<N>& work) {
+    const int64_t count = keys_seen(s);
+    for (int64_t p = 0; p < kPlanes<N>; ++p) {
+      std::fill_n(work.weights + (p * kKeys + count) * kColumns, (kKeys - count) * kColumns, N{});
+    }
     constexpr float kOne = std::is_same_v<N, float> ? 1 : kWeight;
     static const float kLogOfOne = std::log2(kOne);
     for (int i = 0; i < kColumns; i += kLanes) {
       const Floats steps = load(query_steps_ + i), before = load(highest_ + i);
-      const Floats most = fma(highest(work.scores + i), steps, all(*block.nothing)), now = max(before, most);
+      const Floats most = fma(highest(work.scores + i, count), steps, all(*block.nothing)), now = max(before, most);
       const Floats factor = exp2(before - now), share = exp2(most - now) * all(1 / kOne);
       const Floats below = all(kLogOfOne) - most;
       Exact<N> total = exact<N>(all(0.0f));
-      for (int64_t j = 0; j < kKeys; j += kPer<N>) {
+      for (int64_t j = 0; j < count; j += kPer<N>) {
         Exact<N> together[kPer<N>];
         UNROLL for (int l = 0; l < kPer<N>; ++l) {
           const Floats weight = exp2(fma(load(work.scores + (j + l) * kColumns + i), steps, below));
@@ -255,12 +260,17 @@ class Tile {
   }
 
  private:
+  // How many of a block's keys get scores: all that a row sees, in tiles of 16. The weights of the others are 0.
+  int64_t keys_seen(int64_t s) const {
+    return std::min<int64_t>(kKeys, (int64_t(end_[kColumns - 1]) - s + 15) / 16 * 16);
+  }
+
   // Each column's highest score.
-  static Floats highest(const float* scores) {
+  static Floats highest(const float* scores, int64_t count) {
     constexpr int kChains = 4;
     Floats most[kChains];
     UNROLL for (int l = 0; l < kChains; ++l) most[l] = load(scores + l * kColumns);
-    for (int64_t j = kChains; j < kKeys; j += kChains) {
+    for (int64_t j = kChains; j < count; j += kChains) {
       UNROLL for (int l = 0; l < kChains; ++l) most[l] = max(most[l], load(scores + (j + l) * kColumns));
     }
     return max(max(most[0], most[1]), max(most[2], most[3]));
@@ -268,7 +278,7 @@ class Tile {
 
   // Leaves a row's scores of positions that it does not see far below all others.
   void mask(float* scores, int64_t s) const {
-    for (int64_t j = 0; j < kKeys; ++j) {
+    for (int64_t j = 0; j < keys_seen(s); ++j) {
       for (int i = 0; i < kColumns; i += kLanes, scores += kLanes) {
         store(scores, add_where(load(scores), all(float(s + j)), load(end_ + i), all(kLowest)));
       }
@@ -324,7 +334,7 @@ inline void attend_many(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
           }
         };
         each([&](auto& tile, auto& work) { tile.score(operands, block, s, blocks.width, work); });
-        each([&](auto& tile, auto& work) { tile.weigh(block, work); });
+        each([&](auto& tile, auto& work) { tile.weigh(block, s, work); });
         each([&](auto& tile, auto& work) { tile.mix(operands, block, blocks.width, work); });
       }
     }
