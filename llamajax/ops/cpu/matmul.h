@@ -56,11 +56,19 @@ struct BlockOfX {
 };
 template <class F>
 struct RowsOfX {
-  std::vector<typename F::Number> numbers;  // each row's blocks at F::place
-  std::vector<BlockOfX> blocks;             // [rows, blocks] if x is rounded
+  using Number = typename F::Number;
+  struct alignas(kLine) Line {  // AMX reads tiles that cross lines at half the speed
+    Number numbers[kLine / sizeof(Number)];
+  };
+  std::vector<Line> lines;
+  std::vector<BlockOfX> blocks;  // [rows, blocks] if x is rounded
+
+  // Each row's blocks are at F::place.
+  Number* numbers() { return reinterpret_cast<Number*>(lines.data()); }
+  const Number* numbers() const { return reinterpret_cast<const Number*>(lines.data()); }
 
   void resize(int64_t rows, int64_t num_blocks) {
-    numbers.resize(F::place(rows + F::kSideBySide - 1, 0, num_blocks));
+    lines.resize(F::place(rows + F::kSideBySide - 1, 0, num_blocks) * sizeof(Number) / kLine + 1);
     if (F::kRounded) blocks.resize(rows * num_blocks);
   }
 };
@@ -208,7 +216,7 @@ inline void take_row(const Product& p, int64_t row, int64_t at, RowsOfX<F>& rows
       part[i] = load_first(x + k, p.K - k);
       if (p.norm) part[i] = part[i] * all(factor) * load_first(p.norm + k, p.K - k);
     }
-    typename F::Number* numbers = rows.numbers.data() + F::place(at, b, num_blocks);
+    typename F::Number* numbers = rows.numbers() + F::place(at, b, num_blocks);
     if constexpr (F::kRounded) {
       rows.blocks[at * num_blocks + b] = rounded(part, p.zero, numbers);
     } else {
@@ -255,7 +263,7 @@ inline void multiply_pair(const Product& p, const RowsOfX<F>& x, int64_t row, in
         if (p.residual) __builtin_prefetch(p.residual + at);
       }
     }
-    const typename F::Number* numbers = x.numbers.data() + F::place(r, 0, num_blocks);
+    const typename F::Number* numbers = x.numbers() + F::place(r, 0, num_blocks);
     const BlockOfX* blocks = F::kRounded ? x.blocks.data() + r * num_blocks : nullptr;
     const int64_t lines = std::min(at_once, to_fetch);
     count = tile_of_pair<F>(weights, numbers, blocks, num_blocks, rows - r, ahead, lines, products[0]);
