@@ -44,7 +44,7 @@ def load(
       name: a directory, a .gguf file, an alias, or a repository on the hub, as `hub.resolve` reads them.
       max_seq_len: tokens that a prompt and its answer may take; the model's context if None.
       dtype: "auto" keeps dense weights as they were shipped, and quantized ones in their blocks on a CPU with native
-        kernels, elsewhere in bf16; "int8" takes half of bf16's memory, for a perplexity that is 0.6 % higher (the
+        kernels, elsewhere in bf16; "int8" takes half of bf16's memory, for a perplexity that is 0.8 % higher (the
         default model's).
       cache_dtype: "auto" keeps keys and values in 16 bits, or in 32 where these are faster or `dtype` has them;
         "int8" takes half of 16 bits' memory and time, on a CPU with native kernels.
