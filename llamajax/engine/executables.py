@@ -30,7 +30,18 @@ from llamajax.ops import native
 
 _PACKAGE = Path(llamajax.__file__).parent
 # Whose code decides what is traced.
-_SOURCES = ("config.py", "rope_scaling.py", "sampling.py", "types.py", "engine/*.py", "model/*.py", "ops/*.py")
+_SOURCES = (
+    "config.py",
+    "formats.py",
+    "kernels.py",
+    "placement.py",
+    "rope_scaling.py",
+    "sampling.py",
+    "types.py",
+    "engine/*.py",
+    "model/*.py",
+    "ops/*.py",
+)
 _DIGEST_LEN = 32
 # Settings of jax that change no program.
 _NO_MATTER = (
@@ -200,8 +211,11 @@ def _processor() -> str:
 
 @cache
 def _source_digest() -> str:
-    files = sorted(file for pattern in _SOURCES for file in _PACKAGE.glob(pattern))
-    return _digest(*((file.name, file.read_bytes()) for file in files))
+    return _digest(*((file.name, file.read_bytes()) for file in _source_files()))
+
+
+def _source_files() -> list[Path]:
+    return sorted(file for pattern in _SOURCES for file in _PACKAGE.glob(pattern))
 
 
 def _digest(*parts: Any) -> str:

@@ -163,3 +163,11 @@ def test_the_identity_is_the_same_while_another_thread_compiles(folder: Path) ->
     before = store().identity
     with executables._jax_cache.off():
         assert store().identity == before
+
+
+def test_all_modules_that_the_steps_import_are_sources() -> None:
+    code = "import sys, llamajax.engine.steps; print(*(m.__file__ for n, m in sys.modules.items() if 'llamajax.' in n))"
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    # These check what is given, or say what is wrong with it: no program depends on them.
+    others = {"checks.py", "errors.py", "fields.py", "text.py"}
+    assert {Path(name) for name in found.split() if Path(name).name not in others} <= {*executables._source_files()}
