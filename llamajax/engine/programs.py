@@ -46,7 +46,7 @@ class Program(NamedTuple):
         "grow",
         "prefill",
         "decode",
-        "decode_masked",
+        "decode_asking",
         "forward",
         "draw",
         "rewind",
@@ -131,10 +131,9 @@ class Programs:
                 return steps.prefill.lower(arrays, cache, chunk, ones, ones, ones, requests, structure=structure)
             case "decode":
                 return steps.decode.lower(arrays, cache, slots, number, requests, structure=structure)
-            case "decode_masked":
-                return steps.decode.lower(
-                    arrays, cache, slots, number, requests, self._mask(num_rows), structure=structure
-                )
+            case "decode_asking":
+                asked = np.zeros(1, np.int32)
+                return steps.decode.lower(arrays, cache, slots, number, requests, asked, structure=structure)
             case "forward":
                 return steps.forward.lower(arrays, cache, slots, structure=structure)
             case "draw":

@@ -21,7 +21,7 @@ from llamajax.engine.programs import Program, Programs
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rewind, Rows, Slots
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
-from llamajax.ops import Weight
+from llamajax.ops import Weight, native
 from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs, mask_len
 
@@ -63,6 +63,7 @@ class Runner:
       turn: held by the thread that uses the cache: for a step of a stream, or for all of a request that nobody reads
         along with.
       step_counts: the numbers from 0 to BLOCK_LEN, on the device.
+      can_ask: whether steps can ask the host for masks.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Runner:
         self.model = FlatModel.of(config, weights, device)
         # To bring a number there takes 0.05 ms of each call.
         self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], device)
+        self.can_ask = device.platform == "cpu" and native.available()
         self.cache_dtype = cache_dtype
         self._programs = Programs(self.model, device, cache_dtype)
         self._cache: Cache = ()
@@ -170,18 +172,21 @@ class Runner:
         max_new_tokens = min(request.max_new_tokens, self.max_seq_len - num_tokens, RESERVED_LEN)
         return reused, chunks, max(num_tokens + max_new_tokens, reused + sum(chunks))
 
-    def decode(self, num_steps: int, mask: Int32[np.ndarray, "1 W"] | None = None) -> Drawn:
-        """Draws up to `num_steps` more tokens, at most BLOCK_LEN, all of the mask. Returns at once."""
+    def decode(self, num_steps: int, asked: Int32[np.ndarray, "1"] | None = None) -> Drawn:
+        """Draws up to `num_steps` more tokens, at most BLOCK_LEN. Returns at once.
+
+        Each step asks for its mask if somebody is to be asked (`native.asked`).
+        """
         self._drawn_len += num_steps
         self.reserve(self._drawn_len)
-        step: Literal["decode", "decode_masked"] = "decode" if mask is None else "decode_masked"
+        step: Literal["decode", "decode_asking"] = "decode" if asked is None else "decode_asking"
         drawn, self._cache, self._slots = self.compile(Program(step, self.cache_len))(
             self.model.arrays,
             self._take_cache(),
             self._slots,
             self.step_counts[num_steps],
             self._requests,
-            *([] if mask is None else [mask]),
+            *([] if asked is None else [asked]),
         )
         self.copy_ahead(drawn)
         return drawn
@@ -199,13 +204,6 @@ class Runner:
         drawn, self._slots = draw(self._scores, self._slots, self._requests, mask)
         self.copy_ahead(drawn)
         return drawn
-
-    def drop(self, kept: int, dropped: Sequence[int], left: int) -> None:
-        """Goes back to the token `kept`, after which others were drawn. So many tokens are left to draw."""
-        self._drawn_len -= len(dropped)
-        to = Rewind.none(1)
-        to.back[0], to.token[0], to.left[0], to.dropped[0, : len(dropped)] = len(dropped), kept, left, dropped
-        self._rewind(to)
 
     def _rewind(self, to: Rewind) -> None:
         self._slots = self.compile(Program("rewind", self.bucket(1)))(self._slots, to)
@@ -310,8 +308,11 @@ class Runner:
             yield _grow(length)
         yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
         if request.constraint:
-            yield from (Program("rewind", self.bucket(1)), Program("draw", self.bucket(1)))
-            yield from (Program("forward", length), Program("decode_masked", length))
+            yield Program("rewind", self.bucket(1))
+            if self.can_ask:
+                yield Program("decode_asking", length)
+            else:
+                yield from (Program("draw", self.bucket(1)), Program("forward", length))
         else:
             yield Program("decode", length)
 

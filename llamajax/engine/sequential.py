@@ -1,11 +1,16 @@
 """The sequential strategy: one request at a time, with the lowest latency."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Int32
 
 from llamajax.engine.runner import Runner
 from llamajax.engine.steps import BLOCK_LEN, Drawn
 from llamajax.errors import RequestError
+from llamajax.ops import native
 from llamajax.types import Matcher, Request, Token
 
 # A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
@@ -46,7 +51,7 @@ class Sequential:
                 yield token
 
     def _blocks(self) -> Iterator[list[Token]]:
-        """The first token alone, then blocks, each computed while the one before it is read."""
+        """The first token alone, then blocks."""
         runner, request = self._runner, self.request
         num_logprobs = request.sampling.logprobs
         with runner.turn:
@@ -55,66 +60,64 @@ class Sequential:
             return
         left = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids))
         if request.constraint:
-            yield from self._constrained_blocks(request.constraint.matcher(), left)
-            return
-        yield runner.read(drawn, num_logprobs)
-        left -= 1
-        num_steps = 1
-        pending: list[Drawn] = []
+            constrained = self._asking_blocks if runner.can_ask else self._masked_blocks
+            yield from constrained(request.constraint.matcher(), left)
+        else:
+            yield runner.read(drawn, num_logprobs)
+            yield from self._decoded(left - 1)
+
+    def _decoded(self, left: int, asked: Int32[np.ndarray, "1"] | None = None) -> Iterator[list[Token]]:
+        """Blocks, each computed while the one before it is read, until one ends early."""
+        runner, num_steps = self._runner, 1
+        pending: deque[tuple[Drawn, int]] = deque()
         while pending or left > 0:
             with runner.turn:
                 self._check_turn()
                 if left > 0:
                     num_steps = min(num_steps, left)
-                    pending.append(runner.decode(num_steps))
+                    pending.append((runner.decode(num_steps, asked), num_steps))
                     left -= num_steps
             if len(pending) > 1 or left <= 0:
-                began = time.perf_counter()
-                block = runner.read(pending.pop(0), num_logprobs)
+                began, (drawn, expected) = time.perf_counter(), pending.popleft()
+                block = runner.read(drawn, self.request.sampling.logprobs)
                 seconds = (time.perf_counter() - began) / max(len(block), 1)
-                num_steps = _block_len(seconds, BLOCK_LEN)
+                num_steps = _block_len(seconds)
                 yield block
+                if len(block) < expected:
+                    return
 
-    def _constrained_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
-        """Tokens one by one, since what may come next depends on each: their scores are computed meanwhile.
+    def _asking_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
+        """Blocks whose steps ask the matcher themselves: a call for each token takes 1 ms longer."""
+        asked = _Asked(matcher, self._runner.free_mask(1)[0])
+        block: list[Token] = []
+        with native.asked(asked) as number:
+            for block in self._decoded(left, number):
+                yield block
+        if asked.error:
+            raise asked.error
+        if not matcher.ended:  # the last token came without a question after it
+            matcher.advance(block[-1].id)
+        self.stopped = matcher.ended
 
-        Inside of a string it stays the same. After some tokens for which it did, a block of a quarter as many is drawn
-        at once, and what the block has after a change is drawn again.
-        """
-        runner, request = self._runner, self.request
-        mask, same, seconds, scored = runner.free_mask(1), 0, 0.0, False
-        matcher.fill(mask[0])
-        while left > 0:
-            began, num_steps = time.perf_counter(), _block_len(seconds, min(same // 4, left))
+    def _masked_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
+        """Tokens one by one, since what may come next depends on each: their scores are computed meanwhile."""
+        runner, mask = self._runner, self._runner.free_mask(1)
+        with runner.turn:
+            self._check_turn()
+            runner.forward()
+        while left > 0 and not matcher.ended:
+            matcher.fill(mask[0])
+            left -= 1
             with runner.turn:
                 self._check_turn()
-                if num_steps == 1 and not scored:
+                drawn = runner.draw(mask)
+                if left > 0:
                     runner.forward()
-                drawn = runner.draw(mask) if num_steps == 1 else runner.decode(num_steps, mask)
-                scored = num_steps == 1 and left > 1 and _block_len(seconds, (same + 1) // 4) == 1
-                if scored:
-                    runner.forward()
-            block = runner.read(drawn, request.sampling.logprobs)
-            seconds = (time.perf_counter() - began) / num_steps
-            for number, token in enumerate(block, 1):
-                left -= 1
-                if token.id not in request.stop_ids:
+            for token in runner.read(drawn, self.request.sampling.logprobs):
+                if token.id not in self.request.stop_ids:
                     matcher.advance(token.id)
                 yield [token]
-                if matcher.ended:
-                    self.stopped = True
-                    return
-                if left == 0:
-                    return
-                before = mask.copy()
-                matcher.fill(mask[0])
-                same = same + 1 if (mask == before).all() else 0
-                if not same:
-                    if number < len(block):
-                        with runner.turn:
-                            self._check_turn()
-                            runner.drop(token.id, [it.id for it in block[number:]], left)
-                    break
+        self.stopped = matcher.ended
 
     def _check_turn(self) -> None:
         if self._runner.current is not self.request:
@@ -124,6 +127,34 @@ class Sequential:
             )
 
 
-def _block_len(seconds: float, longest: int) -> int:
+class _Asked:
+    """A matcher that a program asks at each step, for what may follow the last token.
+
+    Attributes:
+      error: why it could not answer.
+    """
+
+    def __init__(self, matcher: Matcher, mask: Int32[np.ndarray, "W"]) -> None:
+        self.error: Exception | None = None
+        self._matcher = matcher
+        self._mask = mask
+        self._has_begun = False
+
+    def __call__(self, token: int) -> Int32[np.ndarray, "W"] | None:
+        """The mask, or None if the answer has ended or cannot go on."""
+        try:
+            if self._has_begun:
+                self._matcher.advance(token)
+            self._has_begun = True  # the first token is the prompt's last one
+            if self._matcher.ended:
+                return None
+            self._matcher.fill(self._mask)
+        except Exception as error:
+            self.error = error
+            return None
+        return self._mask
+
+
+def _block_len(seconds: float) -> int:
     """Tokens to draw at once, at least one, if each takes so many seconds."""
-    return max(1, min(longest, BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))
+    return max(1, min(BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))

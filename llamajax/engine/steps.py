@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from llamajax.config import LlamaConfig
 from llamajax.model.cache import Cache, empty_cache
-from llamajax.ops import Weight
+from llamajax.ops import Weight, native
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs, wanted_logprobs
 from llamajax.types import SamplingParams
 
@@ -143,7 +143,7 @@ def prefill(
         left=max_new_tokens,
         counts=jnp.zeros(logits.shape, jnp.int32),
     )
-    drawn, slots = _draw(logits, slots, requests)
+    drawn, slots = _draw(logits, logits, slots, requests)
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
@@ -154,22 +154,26 @@ def decode(
     slots: Slots,
     steps: Int32[Array, ""],
     requests: Requests,
-    mask: Int32[Array, "B W"] | None = None,
+    asked: Int32[Array, "1"] | None = None,
     *,
     structure: Structure,
 ) -> tuple[Drawn, Cache, Slots]:
-    """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left, all of them of the mask.
+    """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
 
-    The loop ends early when no slot has: a stop token takes what its slot had left.
+    The loop ends early when no slot has: a stop token takes what its slot had left. If there is somebody to ask
+    (`native.asked`), each step of the only slot asks for its mask.
     """
     model = FlatModel(arrays, structure).llama()
-    allowed = None if mask is None else _allowed(mask, slots)
 
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
         x, cache = _over_slots(model, slots.token[:, None], cache, slots.position)
+        logits = scores = jax.vmap(model.logits)(x)[:, 0]
+        if asked is not None:
+            scores, ended = native.ask(asked, slots.token, logits)
+            slots = replace(slots, left=jnp.where(ended, 0, slots.left))
         slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
-        drawn, slots = _draw(jax.vmap(model.logits)(x)[:, 0], slots, requests, allowed)
+        drawn, slots = _draw(logits, scores, slots, requests)
         block = jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, t, axis=1), block, drawn)
         return t + 1, block, cache, slots
 
@@ -199,7 +203,7 @@ def draw(
 ) -> tuple[Drawn, Slots]:
     """Draws a token of the mask for each slot that has any left."""
     slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
-    drawn, slots = _draw(logits, slots, requests, _allowed(mask, slots))
+    drawn, slots = _draw(logits, _masked(logits, mask), slots, requests)
     return jax.tree.map(lambda x: x[:, None], drawn), slots
 
 
@@ -210,19 +214,16 @@ class Rewind(NamedTuple):
       back: by how many positions; 0 leaves a slot as it is.
       token: the last one that stays.
       left: tokens still to draw.
-      dropped: those of the answer that do not stay, padded with -1.
     """
 
     back: Int32[np.ndarray, "B"]
     token: Int32[np.ndarray, "B"]
     left: Int32[np.ndarray, "B"]
-    dropped: Int32[np.ndarray, "B N"]
 
     @classmethod
     def none(cls, num_rows: int) -> "Rewind":
         """Leaves all slots as they are."""
-        back, token, left = np.zeros((3, num_rows), np.int32)
-        return cls(back, token, left, np.full((num_rows, BLOCK_LEN), -1, np.int32))
+        return cls(*np.zeros((3, num_rows), np.int32))
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -232,13 +233,11 @@ def rewind(slots: Slots, to: Rewind) -> Slots:
     After a prompt, that is its last one: what comes next is drawn by `draw`, since prefill knows no masks, which spares
     twice as many programs.
     """
-    rows, vocab_size = jnp.arange(len(to.back))[:, None], slots.counts.shape[1]
-    dropped = jnp.where(to.dropped < 0, vocab_size, to.dropped)  # those are none
-    return Slots(
+    return replace(
+        slots,
         token=jnp.where(to.back > 0, to.token, slots.token),
         position=slots.position - to.back,
         left=jnp.where(to.back > 0, to.left, slots.left),
-        counts=slots.counts.at[rows, dropped].add(-1, mode="drop"),
     )
 
 
@@ -369,19 +368,21 @@ def _over_slots(
     return x[None], cache
 
 
-def _allowed(mask: Int32[Array, "B W"], slots: Slots) -> Bool[Array, "B V"]:
-    """Bit i % 32 of integer i // 32 allows token i."""
+def _masked(logits: Float32[Array, "B V"], mask: Int32[Array, "B W"]) -> Float32[Array, "B V"]:
+    """Bit i % 32 of integer i // 32 allows token i; the others get -inf."""
     bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None] & 1
-    return bits.reshape(mask.shape[0], -1)[:, : slots.counts.shape[1]] > 0
+    return jnp.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
 def _draw(
-    logits: Float32[Array, "B V"], slots: Slots, requests: Requests, allowed: Bool[Array, "B V"] | None = None
+    logits: Float32[Array, "B V"], scores: Float32[Array, "B V"], slots: Slots, requests: Requests
 ) -> tuple[Drawn, Slots]:
-    """Draws a token for each slot that has any left; `slots.position` is where it will stand."""
+    """Draws a token for each slot that has any left; `slots.position` is where it will stand.
+
+    The scores are the logits, or -inf where a token may not come.
+    """
     too_early = (slots.position < requests.first_stop)[:, None]
     sampling = requests.sampling.forbidding(jnp.where(too_early, requests.stop_ids, -1))
-    scores = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
     token = sample(scores, sampling, slots.position, requests.prompt_mask, slots.counts)
     active = slots.left > 0
     stops = (token[:, None] == requests.stop_ids).any(axis=1)

@@ -3,9 +3,12 @@
 Knows their arguments, not when to take them. `kernels` finds the library.
 """
 
+import atexit
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from typing import TypeVar
 
 import jax
@@ -44,8 +47,10 @@ def _library() -> ctypes.CDLL | str:
     library = kernels.library()
     if isinstance(library, ctypes.CDLL):
         try:
-            for name in ("llamajax_linear", "llamajax_attention", "llamajax_sample"):
+            for name in ("llamajax_linear", "llamajax_attention", "llamajax_sample", "llamajax_ask"):
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            library.llamajax_answer(_answer)
+            atexit.register(library.llamajax_answer, None)  # XLA's threads go on, and must not call Python then
         except Exception as e:  # built for another jax
             return kernels.not_loaded(e)
     return library
@@ -145,3 +150,44 @@ def sample(
     """
     shape = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
     return jax.ffi.ffi_call("llamajax_sample", shape)(logits, prompt_mask, counts, bias_ids, bias, options)
+
+
+@contextmanager
+def asked(function: Callable[[int], Int32[np.ndarray, "W"] | None]) -> Iterator[Int32[np.ndarray, "1"]]:
+    """The number by which `ask` asks this function, as long as the context lasts: after that all answers have ended.
+
+    The function is given a token, and returns a mask of the tokens that may follow it, or None if the answer has ended.
+    XLA's threads call it, and it must not raise.
+    """
+    number = next(_numbers)
+    _asked[number] = function
+    try:
+        yield np.array([number], np.int32)
+    finally:
+        del _asked[number]
+
+
+def ask(
+    number: Int32[Array, "1"], token: Int32[Array, "1"], logits: Float32[Array, "1 V"]
+) -> tuple[Float32[Array, "1 V"], Bool[Array, "1"]]:
+    """Asks the host, as the program runs, which tokens may follow one.
+
+    Returns their logits, with -inf for the others, and whether the answer has ended.
+    """
+    shapes = jax.ShapeDtypeStruct(logits.shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.bool_)
+    allowed, ended = jax.ffi.ffi_call("llamajax_ask", shapes, has_side_effect=True)(number, token, logits)
+    return allowed, ended
+
+
+_asked: dict[int, Callable[[int], Int32[np.ndarray, "W"] | None]] = {}
+_numbers = count()
+
+
+@ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+def _answer(number: int, token: int, address: int) -> bool:
+    """Copies the mask to this address. Returns whether there is one."""
+    function = _asked.get(number)
+    mask = function(token) if function else None
+    if mask is not None:
+        ctypes.memmove(address, mask.ctypes.data, mask.nbytes)
+    return mask is not None

@@ -45,7 +45,6 @@ CONSTRAINTS: tuple[dict[str, Any], ...] = (
     {"regex": "[a-z ]{5,60}"},
     {"regex": "(very )*good", "ignore_eos": True, "logprobs": 3},
     {"grammar": 'start: "(" start ")" | /[0-9]+/', "min_tokens": 3, "stop": "7"},
-    # Blocks are drawn, and what comes after a digit is drawn again.
     {"regex": "([a-z ]|[0-9]{2})*", "temperature": 1, "frequency_penalty": 0.1, "logprobs": 1, "max_new_tokens": 120},
     {},
     {},
@@ -65,6 +64,24 @@ def test_the_strategies_agree_under_constraints(smollm2_gguf: Path) -> None:
         for number, (prompt, options) in enumerate(mixed_requests()[:14])
     ]
     agree(load(smollm2_gguf, max_seq_len=256), [*requests, ([1], {"regex": "a*", "max_new_tokens": 9})])
+
+
+def test_masks_from_the_host_and_masks_that_steps_ask_for_agree(smollm2_gguf: Path) -> None:
+    if not native.available():
+        pytest.skip("only steps of the native kernels ask")
+    llama = load(smollm2_gguf, max_seq_len=256)
+    for limit in (3, 17, 60):
+        for options in CONSTRAINTS:
+            options = {"seed": limit, "max_new_tokens": limit, **options}
+            asking = llama.generate("Llamas are", **options)
+            llama._runner.can_ask = False
+            masked = llama.generate("Llamas are", **options)
+            llama._runner.can_ask = True
+            assert (asking.token_ids, asking.finish_reason, asking.logprobs) == (
+                masked.token_ids,
+                masked.finish_reason,
+                masked.logprobs,
+            )
 
 
 def agree(llama: LLM, requests: list[tuple[Any, dict[str, Any]]]) -> None:

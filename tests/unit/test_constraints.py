@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamajax import RequestError
-from llamajax.constraints import CompiledGrammar, GrammarCompiler
+from llamajax import RequestError, load
+from llamajax.constraints import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from llamajax.options import Options, read_grammar
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.gguf import from_gguf
@@ -247,3 +249,36 @@ def test_hostile_grammars(name: str) -> None:
         compiled(hostile()[name])
     assert len(str(refused.value)) < 500
     assert fits({"regex": "a"}, "a")
+
+
+@pytest.mark.parametrize("last", ["", "del llm", "raise SystemExit"])
+def test_a_program_ends_while_its_model_asks_for_masks(smollm2_gguf: Path, last: str) -> None:
+    program = f"""
+import llamajax
+llm = llamajax.load({str(smollm2_gguf)!r})
+streams = [llm.stream("List", max_new_tokens=200, regex="(?s:.*)") for _ in range(3)]
+print([next(stream) != "" for stream in streams])
+{last}
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "[True, True, True]\n", "")
+
+
+def test_an_error_of_a_grammar_comes_after_the_tokens_before_it(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = load(smollm2_gguf)
+    stream = llama.stream("List", max_new_tokens=40, regex="(?s:.*)", seed=1)
+    expected = llama.generate("List", max_new_tokens=20, seed=1, regex="(?s:.*)").token_ids
+    fill = GrammarMatcher.fill
+
+    def failing(self: GrammarMatcher, mask: Any) -> None:
+        if self._num_tokens == 20:
+            raise RequestError("too complex")
+        fill(self, mask)
+
+    monkeypatch.setattr(GrammarMatcher, "fill", failing)
+    with pytest.raises(RequestError, match="too complex"):
+        for _ in stream:
+            pass
+    assert stream.completion.token_ids == expected

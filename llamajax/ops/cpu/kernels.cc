@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -463,6 +465,35 @@ ffi::Error sample(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, ffi::Buf
   return ffi::Error::Success();
 }
 
+std::shared_mutex answering;
+bool (*answer)(int32_t, int32_t, uint32_t*) = nullptr;
+
+ffi::Error ask(ffi::BufferR1<ffi::S32> asked, ffi::BufferR1<ffi::S32> token, ffi::BufferR2<ffi::F32> logits,
+               ffi::ResultBufferR2<ffi::F32> allowed, ffi::ResultBufferR1<ffi::PRED> ended) {
+  const int64_t V = logits.element_count();
+  if (asked.element_count() != 1 || token.element_count() != 1 || logits.dimensions()[0] != 1 ||
+      int64_t(allowed->element_count()) != V || ended->element_count() != 1) {
+    return wrong("ask");
+  }
+  std::vector<uint32_t> mask(V / 32 + 1);
+  {
+    const std::shared_lock lock(answering);
+    ended->typed_data()[0] = !answer || !answer(asked.typed_data()[0], token.typed_data()[0], mask.data());
+  }
+  const float *from = logits.typed_data();
+  float *to = allowed->typed_data();
+  for (int64_t i = 0; i < V; i += 32) {
+    const uint32_t word = mask[i / 32];
+    const int64_t count = std::min<int64_t>(32, V - i);
+    if (word == 0) {
+      std::fill_n(to + i, count, -INFINITY);
+    } else {
+      for (int64_t j = 0; j < count; ++j) to[i + j] = word >> j & 1 ? from[i + j] : -INFINITY;
+    }
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_linear, linear,
@@ -506,6 +537,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_sample, sample,
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::BufferR1<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_ask, ask,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR1<ffi::PRED>>());
+
+// Sets what `ask` calls with the number of who is asked, a token, and the mask of those that may follow, to be written.
+// It returns whether any may. Without a function all answers end. What the old one is asked it has answered when this
+// returns.
+extern "C" void llamajax_answer(bool (*function)(int32_t, int32_t, uint32_t*)) {
+  const std::unique_lock lock(answering);
+  answer = function;
+}
 
 // The name of the instruction set that is used.
 extern "C" const char* llamajax_instruction_set() { return kNames[int(isa.load())]; }
