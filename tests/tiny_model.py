@@ -105,14 +105,14 @@ def forget_programs() -> None:
 
 @contextmanager
 def no_programs() -> Iterator[None]:
-    """As `forget_programs`; inside, nothing is read from disk or kept there."""
+    """As `forget_programs`; runners that are made inside read nothing from disk and keep nothing there."""
     forget_programs()
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @contextmanager

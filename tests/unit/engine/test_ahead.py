@@ -33,8 +33,8 @@ def compile_all(compiler: AheadCompiler) -> None:
 
 
 def test_after_it_nothing_compiles() -> None:
-    runner = tiny_runner(256)
     with no_programs():
+        runner = tiny_runner(256)
         compiler = AheadCompiler(runner, 256)
         compiler.expect(Request(random_ids(20), 5, GREEDY))
         compile_all(compiler)

@@ -35,8 +35,8 @@ GREEDY = SamplingParams(temperature=0)
 
 # The first of all, since what it compiles serves the other tests.
 def test_nothing_compiles_in_the_steady_state() -> None:
-    runner = tiny_runner(1024)
     with no_programs(), count_compilations() as compiled:
+        runner = tiny_runner(1024)
         runner.warm_up(512)
     assert runner.cache_len == 512
     assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1)

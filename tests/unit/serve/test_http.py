@@ -22,6 +22,7 @@ from llamajax import LLM, RequestError, ServedStream, UnavailableError, load
 from llamajax.serve import generation, middleware, openapi, protocol
 from llamajax.serve.connection import Connection
 from llamajax.serve.requests import READERS
+from llamajax.serve.service import Service
 
 QUESTION = [{"role": "user", "content": "Say hello."}]
 NAMES = ("tokens", "token_logprobs", "top_logprobs")
@@ -251,11 +252,20 @@ print(service.state)
     assert (done.returncode, done.stdout, done.stderr) == (0, "compiling\n", "")
 
 
-def test_an_app_that_is_closed_compiles_no_more(llama: LLM) -> None:
+def test_an_app_that_is_closed_compiles_no_more(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_compiling, is_closed = threading.Event(), threading.Event()
+    note_progress = Service._note_progress
+
+    def wait(self: Service, done: int, total: int) -> None:
+        is_compiling.set()
+        assert is_closed.wait(30)
+        note_progress(self, done, total)
+
+    monkeypatch.setattr(Service, "_note_progress", wait)
     service = llamajax.serve.app(llama, slots=3).state.service
-    while service.state == "loading":
-        time.sleep(0.01)
+    assert is_compiling.wait(30)
     service.close()
+    is_closed.set()
     service._starting.join(30)
     done, total = service._progress
     assert not service._starting.is_alive() and done < total
