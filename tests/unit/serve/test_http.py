@@ -113,6 +113,12 @@ def test_a_stream_says_what_the_whole_answer_says(server: Running) -> None:
     assert first != second
 
 
+def test_tokens_that_come_at_once_are_one_event(server: Running) -> None:
+    events = server.events(protocol.CHAT, **{**LONG, "max_tokens": 100, "stream_options": {"include_usage": True}})
+    assert events[-2]["usage"]["completion_tokens"] == 100
+    assert len(events) < 60
+
+
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 30}}, "required": ["name"]}
 SCHEMA["additionalProperties"] = False
 TOOL = {"type": "function", "function": {"name": "greet", "parameters": SCHEMA}}
