@@ -126,12 +126,8 @@ class Batch:
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
         """Puts these of the prompts, which were read, into the rows `at`."""
-        assert self._rows is not None and _length(prompts.rows) <= self.length
-        group = len(prompts.rows.slots.left)
-        sources, places = (np.array([*x, *[x[0]] * (group - len(at))], np.int32) for x in (which, at))
-        program = Program("insert", self.length, num_rows=self.num_rows, source=(group, _length(prompts.rows)))
-        self._rows = self._runner.compile(program)(self._rows, prompts.rows, sources, places)
-        self._spare[group] = prompts.rows
+        self._insert(prompts.rows, which, at)
+        self._spare[len(prompts.rows.slots.left)] = prompts.rows
 
     def decode(self, num_steps: int) -> Drawn:
         """Draws up to `num_steps` tokens for each row that has any left. Returns at once: the device works on."""
@@ -186,15 +182,23 @@ class Batch:
 
     def start(self, num_rows: int, length: int) -> None:
         """Idle rows in place of those there are."""
+        self._rows = None  # their memory comes first
         self._rows = self._runner.empty_rows(num_rows, length)
 
     def next_size(self, num_rows: int) -> int:
         """The number of rows that comes after the present one on the way to this one."""
+        if self.num_rows == GROUP_LEN < num_rows:  # a group goes into any batch
+            return num_rows
         return self._sizes[self._sizes.index(self.num_rows) + (1 if num_rows > self.num_rows else -1)]
 
     def take(self, keep: Sequence[int]) -> None:
-        """Keeps these rows in this order (-1: an idle one): as many as the next size up or down has."""
-        self._resize(keep, self.length)
+        """Keeps these rows in this order (-1: an idle one, at the end): as many as `next_size` says."""
+        if self._rows and self.num_rows == GROUP_LEN < len(keep):
+            group = self._rows
+            self.start(len(keep), self.length)
+            self._insert(group, keep[:GROUP_LEN], range(GROUP_LEN))
+        else:
+            self._resize(keep, self.length)
 
     def approach(self, length: int) -> None:
         """Gives the rows the next longer or shorter length on the way to this one."""
@@ -234,6 +238,7 @@ class Batch:
             programs += [
                 Program("resize", length, num_rows=num_rows, source=source)
                 for source, (num_rows, length) in permutations((small, large))
+                if not source[0] == GROUP_LEN < num_rows
             ]
         # Few requests have a constraint.
         constrained = [Program("rewind", lengths[0], num_rows=group) for group in groups]
@@ -241,6 +246,14 @@ class Batch:
             constrained.append(Program("draw", lengths[0], num_rows=num_rows))
             constrained += [Program("forward", length, num_rows=num_rows) for length in lengths]
         return [*sorted(programs, key=_size), *sorted(constrained, key=_size)]
+
+    def _insert(self, rows: Rows, which: Sequence[int], at: Sequence[int]) -> None:
+        """Puts these of a group's rows into the rows `at`."""
+        assert self._rows is not None and _length(rows) <= self.length
+        group = len(rows.slots.left)
+        sources, places = (np.array([*x, *[x[0]] * (group - len(at))], np.int32) for x in (which, at))
+        program = Program("insert", self.length, num_rows=self.num_rows, source=(group, _length(rows)))
+        self._rows = self._runner.compile(program)(self._rows, rows, sources, places)
 
     def _resize(self, keep: Sequence[int], length: int) -> None:
         assert self._rows is not None

@@ -209,7 +209,7 @@ class Engine:
         scheduler, batch = self.scheduler, self._batch
         num_jobs = min(scheduler.num_jobs, scheduler.num_slots)
         num_rows, length = batch.fitting(num_jobs, max([num_positions, *(job.position for job in scheduler.running)]))
-        if batch.num_rows == 0:
+        if not scheduler.running and (num_rows, length) != (batch.num_rows, batch.length):
             batch.start(num_rows, length)
             scheduler.resize(num_rows)
         while batch.length != length:

@@ -152,6 +152,24 @@ def test_once_all_is_compiled_nothing_compiles_whatever_is_asked() -> None:
     assert compiled == []
 
 
+def test_idle_rows_are_not_copied_to_have_fewer_or_more(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(runner, num_slots=8, max_waiting=50)
+    sizes = []
+
+    def refuse(self: Batch, keep: Sequence[int]) -> None:
+        raise AssertionError("rows were copied")
+
+    monkeypatch.setattr(Batch, "take", refuse)
+    for num_jobs in (8, 1, 6):
+        requests = [Request(random_ids(5, number), 20, KINDS[1]) for number in range(num_jobs)]
+        collected = [submit(engine, it)[1] for it in requests]
+        for _ in run(engine):
+            pass
+        assert [c.tokens for c in collected] == [list(Sequential(runner, it)) for it in requests]
+        sizes.append(engine._batch.num_rows)
+    assert sizes == [8, 2, 8]
+
+
 def test_a_few_slots_need_few_programs(runner: Runner) -> None:
     def programs(slots: int) -> set[Program]:
         return set(Batch(runner, slots).programs(1024))
