@@ -1,5 +1,6 @@
 """Compiles a runner's programs before they are needed, in a thread of its own. Knows nothing of text."""
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Condition, Thread
@@ -20,7 +21,10 @@ class AheadCompiler:
         self._closed = False
         self._compiled: set[Program] = set()
         self._changed = Condition()
-        Thread(target=self._run, name="llamajax compiler", daemon=True).start()
+        self._thread = Thread(target=self._run, name="llamajax compiler", daemon=True)
+        self._thread.start()
+        # A program that ends while XLA compiles would crash.
+        atexit.register(self._join)
 
     def expect(self, request: Request) -> None:
         """Compiles what this request would need before all else."""
@@ -61,16 +65,22 @@ class AheadCompiler:
             programs += self._runner.programs(1, length)
         return next((program for program in programs if program not in self._compiled), None)
 
+    def _join(self) -> None:
+        self.close()
+        self._thread.join()
+
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next() is not None)
-                program = self._next()
-            if self._closed or program is None:
-                return
+        while program := self._wait_for_program():
             # What fails here fails again where the program is needed, and is reported there.
             with suppress(Exception):
                 self._runner.compile(program)
             with self._changed:
                 self._compiled.add(program)
                 self._changed.notify_all()
+        atexit.unregister(self._join)
+
+    def _wait_for_program(self) -> Program | None:
+        """What is to be compiled next; None once it is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._next() is not None)
+            return None if self._closed else self._next()

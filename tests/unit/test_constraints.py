@@ -260,7 +260,7 @@ streams = [llm.stream("List", max_new_tokens=200, regex="(?s:.*)") for _ in rang
 print([next(stream) != "" for stream in streams])
 {last}
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (0, "[True, True, True]\n", "")
 
 

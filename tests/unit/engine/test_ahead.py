@@ -1,5 +1,7 @@
 """What is compiled ahead, and in which order."""
 
+import subprocess
+import sys
 import time
 from threading import current_thread
 
@@ -91,3 +93,18 @@ def test_a_program_that_fails_to_compile_does_not_keep_a_request_waiting(monkeyp
     compiler.expect(Request([1], 1))
     assert compiler.wait(10)
     compiler.close()  # other tests count what compiles
+
+
+def test_a_program_ends_while_it_compiles(default_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    program = """
+import sys, time, llamajax
+llm = llamajax.load(max_seq_len=512)
+llm.compile_ahead(512).expect(llm.prepare("Hi")[0])
+time.sleep(float(sys.argv[1]))
+"""
+    for seconds in ("0.05", "0.1", "1.5"):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program, seconds], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -254,7 +254,7 @@ while service.state == "loading":
     time.sleep(0.01)
 print(service.state)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "compiling\n", "")
 
 
