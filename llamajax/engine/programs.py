@@ -88,7 +88,7 @@ class Programs:
         if found is not None:
             return found.result()
         try:
-            made.set_result(self._on_disk.get(_name(program), lambda: self._lowered(program), _compiler_options))
+            made.set_result(self._on_disk.get(_name(program), lambda: self.lowered(program), _compiler_options))
         except BaseException as error:
             del _programs[key]
             made.set_exception(error)
@@ -115,7 +115,8 @@ class Programs:
             jax.eval_shape(partial(steps.empty_rows, **self._rows_settings(num_rows, length))),
         )
 
-    def _lowered(self, program: Program) -> Lowered:
+    def lowered(self, program: Program) -> Lowered:
+        """A program for the compiler. Arrays may be shapes: no device need be there."""
         step, length, chunk_len, num_rows, source = program
         arrays, structure = self._model
         cache, slots, requests = rows = self.shapes(num_rows, length)

@@ -1,0 +1,204 @@
+"""What an accelerator would run: the product's own decode and prefill, compiled for one that need not be there.
+
+Two layers stand for all: they are alike, and compile in seconds. Without the wheels (`scripts/compiled.py` names them)
+these tests are skipped.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import Array
+from jax.stages import Lowered
+
+from llamajax import sampling
+from llamajax.config import CONFIGS
+from llamajax.engine import steps
+from llamajax.engine.programs import Program
+from llamajax.ops import native
+from llamajax.types import DType
+from scripts.compiled import Cost, Target, missing, native_calls, report, shapes
+
+# The package has functions of these names.
+attention, linear = (sys.modules[f"llamajax.ops.{name}"] for name in ("attention", "linear"))
+
+CACHE_LEN = 2048
+# Versions of XLA differ in what they fuse.
+MARGIN = 1.02
+
+
+class Case(NamedTuple):
+    """A program: `size` is how many rows are decoded, or how many tokens are read."""
+
+    target: Target
+    model: str
+    dtype: DType
+    step: Literal["decode", "prefill"]
+    size: int
+
+
+class Limits(NamedTuple):
+    """As measured when this was written or last made tighter: for a greedy token and for a sampled one where two.
+
+    Attributes:
+      ratio: bytes moved over the least there are.
+      kernels, reads, launches: as in `Cost`.
+      temp_mb: memory beside arguments and results, in MB.
+      num_moves: copies and conversions of a MiB or more that are kernels of their own.
+    """
+
+    ratio: tuple[float, float]
+    kernels: tuple[int, int]
+    reads: tuple[int, int]
+    launches: int
+    temp_mb: float
+    num_moves: int = 0
+
+
+LIMITS = {
+    Case("h100", "llama3.2-1b", "auto", "decode", 1): Limits((1.009, 1.154), (71, 1025), (4, 12), 10, 3.3, 0),
+    Case("h100", "llama3.2-1b", "auto", "decode", 8): Limits((1.067, 2.122), (64, 766), (4, 12), 14, 23.1, 2),
+    Case("h100", "llama3.2-1b", "auto", "decode", 32): Limits((1.220, 4.612), (64, 900), (4, 12), 14, 90.9, 4),
+    Case("h100", "llama3.2-1b", "int8", "decode", 1): Limits((1.017, 1.304), (70, 1024), (4, 12), 10, 3.3, 0),
+    Case("h100", "llama3.2-1b", "int8", "decode", 32): Limits((1.345, 6.729), (66, 902), (4, 12), 14, 90.9, 4),
+    Case("h100", "llama3.2-1b", "auto", "prefill", 16): Limits((1.065, 1.211), (64, 1018), (3, 11), 8, 6.4, 0),
+    Case("h100", "llama3.2-1b", "auto", "prefill", 512): Limits((2.407, 2.552), (63, 1017), (3, 11), 8, 222.4, 1),
+    Case("h100", "llama3.2-1b", "int8", "prefill", 512): Limits((3.630, 3.917), (65, 1019), (3, 11), 8, 219.3, 1),
+    Case("h100", "llama3.1-8b", "auto", "decode", 1): Limits((1.004, 1.063), (72, 1026), (4, 12), 10, 3.3, 0),
+    Case("h100", "llama3.1-8b", "auto", "decode", 8): Limits((1.032, 1.460), (64, 766), (4, 12), 14, 23.1, 2),
+    Case("h100", "llama3.1-8b", "auto", "decode", 32): Limits((1.106, 2.536), (66, 902), (4, 12), 14, 90.9, 4),
+    Case("h100", "llama3.1-8b", "int8", "decode", 1): Limits((1.009, 1.124), (72, 1026), (4, 12), 10, 3.3, 0),
+    Case("h100", "llama3.1-8b", "int8", "decode", 32): Limits((1.172, 3.519), (67, 903), (4, 12), 14, 90.9, 4),
+    Case("h100", "llama3.1-8b", "auto", "prefill", 16): Limits((1.035, 1.093), (65, 1019), (3, 11), 8, 6.6, 0),
+    Case("h100", "llama3.1-8b", "auto", "prefill", 512): Limits((1.626, 1.684), (64, 1018), (3, 11), 8, 226.8, 1),
+    Case("v5e", "llama3.2-1b", "auto", "decode", 1): Limits((0.857, 0.869), (133, 541), (0, 0), 0, 529.8, 1),
+    Case("v5e", "llama3.2-1b", "auto", "decode", 8): Limits((1.015, 1.090), (116, 218), (0, 0), 0, 664.2, 6),
+    Case("v5e", "llama3.2-1b", "auto", "decode", 32): Limits((1.131, 1.373), (107, 218), (0, 0), 0, 1066.4, 8),
+    Case("v5e", "llama3.2-1b", "int8", "decode", 1): Limits((2.365, 2.389), (204, 612), (0, 0), 0, 266.6, 1),
+    Case("v5e", "llama3.2-1b", "int8", "decode", 32): Limits((1.208, 1.591), (108, 219), (0, 0), 0, 540.7, 9),
+    Case("v5e", "llama3.2-1b", "auto", "prefill", 16): Limits((2.453, 2.465), (176, 591), (0, 0), 0, 528.8, 1),
+    Case("v5e", "llama3.2-1b", "auto", "prefill", 512): Limits((3.233, 3.245), (172, 587), (0, 0), 0, 528.8, 1),
+    Case("v5e", "llama3.1-8b", "auto", "decode", 1): Limits((1.002, 1.007), (137, 544), (0, 0), 0, 1055.9, 1),
+    Case("v5e", "llama3.1-8b", "auto", "decode", 8): Limits((1.015, 1.045), (106, 208), (0, 0), 0, 1062.1, 2),
+    Case("v5e", "llama3.1-8b", "auto", "decode", 32): Limits((1.059, 1.161), (117, 228), (0, 0), 0, 1116.3, 2),
+    Case("v5e", "llama3.1-8b", "int8", "decode", 1): Limits((2.086, 2.096), (174, 581), (0, 0), 0, 528.1, 1),
+    Case("v5e", "llama3.1-8b", "int8", "decode", 32): Limits((1.127, 1.294), (138, 250), (0, 0), 0, 66.7, 1),
+    Case("v5e", "llama3.1-8b", "auto", "prefill", 16): Limits((2.102, 2.110), (127, 534), (0, 0), 0, 1052.0, 1),
+    Case("v5e", "llama3.1-8b", "auto", "prefill", 512): Limits((2.595, 2.602), (126, 533), (0, 0), 0, 1056.0, 13),
+}
+
+
+def measured(case: Case) -> dict[str, tuple[float, float]]:
+    """What is counted of a program, beside the most that it may be."""
+    rows, chunk_len = (case.size, 0) if case.step == "decode" else (1, case.size)
+    program = Program(case.step, CACHE_LEN, chunk_len, rows)
+    model = shapes(case.target, replace(CONFIGS[case.model], num_hidden_layers=2), case.dtype)
+    if calls := native_calls(model.programs.lowered(program)):
+        return {f"native calls: {calls}": (len(calls), 0)}
+    found, limits = report(model, program), LIMITS[case]
+    figures: dict[str, tuple[float, float]] = {
+        "bytes of the cache that are copied": (found.cache_bytes - found.aliased_bytes, 0),
+        f"large moves: {found.moves}": (len(found.moves), limits.num_moves),
+        f"sorts: {found.sorts}": (len(found.sorts), 0),
+        "temporary MB": (found.temp_bytes / 1e6, limits.temp_mb * MARGIN),
+        "launches": (found.greedy.launches, limits.launches),
+    }
+    for path, place in ("greedy", 0), ("sampled", 1):
+        cost: Cost = getattr(found, path)
+        figures |= {
+            f"bytes over ideal, {path}": (cost.num_bytes / found.ideal_bytes, limits.ratio[place] * MARGIN),
+            f"kernels, {path}": (cost.kernels, limits.kernels[place] * MARGIN),
+            f"reads, {path}": (cost.reads, limits.reads[place]),
+        }
+    return figures
+
+
+def faults(case: Case) -> dict[str, tuple[float, float]]:
+    return {name: (figure, most) for name, (figure, most) in measured(case).items() if figure > most}
+
+
+def needs(target: Target) -> pytest.MarkDecorator:
+    wheels = missing(target)
+    return pytest.mark.skipif(wheels is not None, reason=f"programs for a {target} are not compiled without {wheels}")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=needs(case.target), id="-".join(map(str, case))) for case in LIMITS]
+)
+def test_a_program_is_as_good_as_it_was(case: Case) -> None:
+    assert faults(case) == {}
+
+
+@pytest.fixture
+def planting(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Steps are traced anew, before the test and after it."""
+    jax.clear_caches()
+    yield monkeypatch
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def native_attention(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention, "_either", lambda xla, *arguments: native.attention(*arguments))
+
+
+def a_cache_that_is_not_donated(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(steps, "decode", jax.jit(steps.decode.__wrapped__, static_argnames="structure"))
+
+
+def weights_made_f32(patch: pytest.MonkeyPatch) -> None:
+    dense = linear._dense
+    patch.setattr(linear, "_dense", lambda x, w: dense(x, jax.lax.optimization_barrier(w.astype(jnp.float32))))
+
+
+def a_sorted_vocabulary(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sampling, "_argmax", lambda x: jnp.argsort(x, descending=True)[:, 0].astype(jnp.int32))
+
+
+def a_norm_in_two_kernels(patch: pytest.MonkeyPatch) -> None:
+    norm = linear.Norm.__call__
+    patch.setattr(linear.Norm, "__call__", lambda self, x: jax.lax.optimization_barrier(norm(self, x)))
+
+
+def a_loop_that_the_host_reads(patch: pytest.MonkeyPatch) -> None:
+    adjusted = sampling._adjusted
+
+    def looped(logits: Array, *rest: Any) -> Array:
+        turns = (logits > 0).any().astype(jnp.int32)
+        return jax.lax.fori_loop(0, turns, lambda _, x: 2 * x, adjusted(logits, *rest))
+
+    patch.setattr(sampling, "_adjusted", looped)
+
+
+def no_graphs(patch: pytest.MonkeyPatch) -> None:
+    compile = Lowered.compile
+    patch.setattr(
+        Lowered,
+        "compile",
+        lambda self, options: compile(self, {**options, "xla_gpu_graph_min_graph_size": 1_000_000}),
+    )
+
+
+@needs("h100")
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (native_attention, ["native calls"]),
+        (a_cache_that_is_not_donated, ["bytes of the cache"]),
+        (weights_made_f32, ["large moves", "bytes over ideal, greedy", "bytes over ideal, sampled", "temporary"]),
+        (a_sorted_vocabulary, ["sorts"]),
+        (a_norm_in_two_kernels, ["kernels, greedy"]),
+        (a_loop_that_the_host_reads, ["reads, greedy", "reads, sampled"]),
+        (no_graphs, ["launches"]),
+    ],
+)
+def test_a_planted_fault_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None], found: list[str], planting: pytest.MonkeyPatch
+) -> None:
+    plant(planting)
+    names = faults(Case("h100", "llama3.2-1b", "auto", "decode", 1))
+    assert [name for name in found if not any(fault.startswith(name) for fault in names)] == []
