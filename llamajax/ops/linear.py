@@ -131,12 +131,32 @@ def embed(token_ids: Int[Array, "T"], weight: jax.Array | Int8Weight | PackedWei
     if isinstance(weight, PackedWeight):
         return unpack_rows(weight, token_ids)
     if isinstance(weight, Int8Weight):
-        return weight.values[token_ids].astype(jnp.float32) * weight.scale[token_ids, None]
+        return jax.lax.platform_dependent(token_ids, weight, tpu=_embed_int8_tpu, default=_embed_int8)
     if weight.dtype.itemsize == 2:
-        # As integers: XLA's CPU compiler makes a bf16 table f32, all of it at each call, before it takes rows of it.
-        rows = jax.lax.bitcast_convert_type(weight, jnp.uint16)[token_ids]
-        return jax.lax.bitcast_convert_type(rows, weight.dtype).astype(jnp.float32)
+        return jax.lax.platform_dependent(token_ids, weight, cpu=_embed_cpu, default=_embed)
+    return _embed(token_ids, weight)
+
+
+def _embed(token_ids: Int[Array, "T"], weight: Float[Array, "V D"]) -> Float32[Array, "T D"]:
     return weight[token_ids].astype(jnp.float32)
+
+
+def _embed_cpu(token_ids: Int[Array, "T"], weight: Float[Array, "V D"]) -> Float32[Array, "T D"]:
+    # As integers: XLA's CPU compiler makes a bf16 table f32, all of it at each call, before it takes rows of it. Only
+    # there: a TPU would copy the table.
+    rows = jax.lax.bitcast_convert_type(weight, jnp.uint16)[token_ids]
+    return jax.lax.bitcast_convert_type(rows, weight.dtype).astype(jnp.float32)
+
+
+def _embed_int8(token_ids: Int[Array, "T"], weight: Int8Weight) -> Float32[Array, "T D"]:
+    return weight.values[token_ids].astype(jnp.float32) * weight.scale[token_ids, None]
+
+
+def _embed_int8_tpu(token_ids: Int[Array, "T"], weight: Int8Weight) -> Float32[Array, "T D"]:
+    # XLA's TPU compiler takes one row as a slice, and copies all of the table into a layout for that; it gathers two.
+    if token_ids.shape[0] == 1:
+        return _embed_int8(jnp.concatenate([token_ids, token_ids]), weight)[:1]
+    return _embed_int8(token_ids, weight)
 
 
 def _dense(x: Float[Array, "T K"], weight: Float[Array, "N K"]) -> Float32[Array, "T N"]:

@@ -87,7 +87,9 @@ def test_dense(weight: np.ndarray, rows: int, dtype: jnp.dtype, precision: float
 
 def test_embed(weight: np.ndarray) -> None:
     ids = jnp.array([3, 0, 47, 3])
-    np.testing.assert_array_equal(ops.embed(ids, jnp.asarray(weight)), weight[np.asarray(ids)])
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        table = jnp.asarray(weight, dtype)
+        np.testing.assert_array_equal(ops.embed(ids, table), np.asarray(table)[np.asarray(ids)].astype(np.float32))
     quantized = ops.quantize_int8(jnp.asarray(weight))
     rows = np.asarray(quantized.values)[ids] * np.asarray(quantized.scale)[ids, None]
     np.testing.assert_array_equal(ops.embed(ids, quantized), rows)
