@@ -21,6 +21,7 @@ from llamajax.engine import steps
 from llamajax.engine.programs import Program
 from llamajax.ops import native
 from llamajax.types import DType
+from scripts import program_report
 from scripts.compiled import Cost, Target, missing, native_calls, report, shapes
 
 # The package has functions of these names.
@@ -208,3 +209,16 @@ def test_a_planted_fault_is_found(
     plant(planting)
     names = faults(Case(target, "llama3.2-1b", "auto", "decode", 1))
     assert [name for name in found if not any(fault.startswith(name) for fault in names)] == []
+
+
+@needs("h100")
+def test_a_report_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(CONFIGS, "llama3.2-1b", replace(CONFIGS["llama3.2-1b"], num_hidden_layers=2))
+    monkeypatch.setattr(sys, "argv", ["program_report", "llama3.2-1b", "--rows", "1", "--chunks"])
+    program_report.main()
+    title, _, heads, _, row = capsys.readouterr().out.splitlines()
+    assert "llama3.2-1b, auto, cache 2,048, h100" in title
+    cells = dict(zip(heads.split(" | "), row.split(" | "), strict=True))
+    assert cells["| program"] == "| decode 1"
+    ratios = LIMITS[Case("h100", "llama3.2-1b", "auto", "decode", 1)].ratio
+    assert [float(ratio) for ratio in cells["bytes over ideal"].split(" / ")] == pytest.approx(ratios, rel=0.02)
