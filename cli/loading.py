@@ -39,7 +39,6 @@ def resolve(model: str) -> Path:
 def prepare_jax(device: Device | None) -> None:
     """Settings that jax reads when it is imported: it must not have been yet."""
     assert "jax" not in sys.modules
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     # XLA's own notes (missing accelerators, features of the processor) are for developers.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if device == "cpu":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, get_args
 from llamajax import checks, hub, kernels
 from llamajax.errors import PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
-from llamajax.placement import find_cache_dtype, is_cpu, limit_threads
+from llamajax.placement import find_cache_dtype, is_cpu, limit_threads, take_most_memory
 from llamajax.tokenizers import sandbox
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, find_template
 from llamajax.tokenizers.gguf import from_gguf
@@ -135,6 +135,7 @@ def find_device(kind: Device | None) -> "jax.Device":
     import jax
 
     limit_threads()
+    take_most_memory()
     try:
         return jax.devices(kind)[0]
     except (RuntimeError, AssertionError) as e:  # jax asserts that it has found any of JAX_PLATFORMS
