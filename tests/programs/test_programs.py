@@ -22,7 +22,8 @@ from llamajax.engine.programs import Program
 from llamajax.ops import native
 from llamajax.types import DType
 from scripts import program_report
-from scripts.compiled import Cost, Target, missing, native_calls, report, shapes
+from scripts.compiled import Target, missing, native_calls, report, shapes
+from scripts.hlo import Cost
 
 # The package has functions of these names.
 attention, linear = (sys.modules[f"llamajax.ops.{name}"] for name in ("attention", "linear"))
