@@ -202,7 +202,7 @@ def _environment(device: jax.Device) -> str:
 def _processor() -> str:
     """What the host's processor is and can do."""
     parts = [platform.machine(), platform.processor()]
-    with suppress(OSError), open("/proc/cpuinfo", "rb", buffering=0) as file:  # noqa: PTH123
+    with suppress(OSError), Path("/proc/cpuinfo").open("rb", buffering=0) as file:
         names = (b"vendor_id", b"cpu family", b"model", b"stepping", b"flags", b"Features", b"CPU ")
         lines = file.read(1 << 14).partition(b"\n\n")[0].splitlines()  # of the first one only
         parts += sorted(line.decode(errors="replace") for line in lines if line.startswith(names))

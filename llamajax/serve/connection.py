@@ -21,7 +21,7 @@ class Connection(HttpToolsProtocol):
     _head_bytes = 0
     _running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last one, of several that came at once
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self._look(None)
 

@@ -128,7 +128,7 @@ def _property(name: str) -> dict[str, str]:
 
 def _meanings(source: type) -> dict[str, str]:
     """What a class says of its attributes."""
-    _, _, attributes = inspect.getdoc(source).partition("Attributes:\n")  # type: ignore[union-attr]
+    _, _, attributes = (inspect.getdoc(source) or "").partition("Attributes:\n")
     found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
     return {name: " ".join(meaning.split()) for name, meaning in found}
 
