@@ -106,6 +106,8 @@ class Engine:
     def _read_prompts(self) -> None:
         """A chunk of the group that is being read, or of the next one. Those that are read begin to run."""
         scheduler = self.scheduler
+        if self._prompts and not self._prompts.left:
+            self._run_group()
         if not scheduler.reading:  # or all that were being read were given up
             self._prompts = None
             self._group = list(scheduler.admit(GROUP_LEN))
@@ -117,15 +119,26 @@ class Engine:
         drawn = self._batch.read(self._prompts)
         if self._prompts.left:
             return
+        self._pending.append((drawn, self._readers()))
+        if scheduler.running:  # else whoever comes while the prompts are read has a row from the start
+            self._run_group()
+
+    def _readers(self) -> dict[int, Job]:
+        """Whose prompts are being read, by their place in the group."""
+        return {place: job for place, job in enumerate(self._group) if job.state == "reading"}
+
+    def _run_group(self) -> None:
+        """Those whose prompts are read begin to run."""
+        scheduler, prompts, self._prompts = self.scheduler, self._prompts, None
+        if not scheduler.reading:
+            return
+        assert prompts is not None
         for job in scheduler.reading:
             job.position, job.left = len(job.request.token_ids), job.limit - 1
             if job.matcher:  # its first token is not drawn yet
                 job.position, job.left = job.position - 1, job.limit
         self._fit(max(sum(job.plan) for job in scheduler.reading))
-        owners = {i: job for i, job in enumerate(self._group) if job.state == "reading"}
-        self._batch.insert(self._prompts, list(owners), scheduler.place())
-        self._pending.append((drawn, owners))
-        self._prompts = None
+        self._batch.insert(prompts, list(self._readers()), scheduler.place())
 
     def _decode(self) -> bool:
         """Dispatches a block, unless nothing is left to draw."""

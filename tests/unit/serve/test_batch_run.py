@@ -85,7 +85,8 @@ def test_a_pipe_is_answered_line_by_line_whoever_waits_for_whom(llama: LLM, whol
 
 def test_what_runs_is_not_held_up_by_a_line_that_has_not_come(llama: LLM) -> None:
     reading, writing = os.pipe()
-    os.write(writing, b'{"prompt": "Hi", "max_tokens": 50}\n{"prompt": 7}\n{"prompt": "Hi", "max_tokens": 2}\n{"pro')
+    lines = [{"prompt": "Hi", "max_tokens": 50, "ignore_eos": True}, {"prompt": 7}, {"prompt": "Hi", "max_tokens": 2}]
+    os.write(writing, "\n".join([*map(json.dumps, lines), '{"pro']).encode())
     outcome = Outcome(on_result=lambda: os.close(writing) if len(outcome.results) == 2 else None)
     outcome.run(reading).run(llama, slots=2, keep_order=False)
     assert [result["line"] for result in outcome.results] == [3, 1]
