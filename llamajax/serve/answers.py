@@ -58,7 +58,7 @@ def with_calls(choices: Sequence[Choice], tool_format: ToolFormat, tools: Tools,
 
 def call_ids(answer_id: str, choice: int) -> Iterator[str]:
     """Of the calls of one choice of an answer."""
-    return (f"call_{answer_id.partition('-')[2]}_{choice}_{number}" for number in count())
+    return (f"call_{re.split('[-_]', answer_id)[-1]}_{choice}_{number}" for number in count())
 
 
 def token_counts(completions: Sequence[Completion], num_choices: int | None = None) -> dict[str, int]:

@@ -103,41 +103,80 @@ class ResponseEvents:
     info: AnswerInfo
     body: Mapping[str, Any]
     _number: int = 0
+    _output: list[dict[str, Any]] = field(default_factory=list)
+    _text: list[str] = field(default_factory=list)
+    _where: dict[str, Any] = field(default_factory=dict)  # the message's text stands, once there is any
 
     def begin(self) -> Iterator[bytes]:
-        response = response_body(self.info, self.body, None)
-        item = _message(self.info, None)
+        response = response_body(self.info, self.body)
         yield self._event("response.created", response=response)
         yield self._event("response.in_progress", response=response)
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._event("response.content_part.added", **self._where(), part=_part(""))
 
     def piece(self, index: int, choice: Choice) -> Iterator[bytes]:
         if choice.text:
-            yield self._event("response.output_text.delta", **self._where(), delta=choice.text, logprobs=[])
+            yield from self._begin_message()
+            self._text.append(choice.text)
+            yield self._event("response.output_text.delta", **self._where, delta=choice.text, logprobs=[])
+        for call in choice.tool_calls:
+            yield from self._call(_call(call))
 
     def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
         [completion] = completions
-        response = response_body(self.info, self.body, completion)
-        yield self._event("response.output_text.done", **self._where(), text=completion.text, logprobs=[])
-        yield self._event("response.content_part.done", **self._where(), part=_part(completion.text))
-        yield self._event("response.output_item.done", output_index=0, item=_message(self.info, completion))
+        if not self._output:
+            yield from self._begin_message()
+        if self._where:
+            text = "".join(self._text)
+            item = _message(self.info, [_part(text)], _status(completion.finish_reason))
+            at = self._where["output_index"]
+            self._output[at] = item
+            yield self._event("response.output_text.done", **self._where, text=text, logprobs=[])
+            yield self._event("response.content_part.done", **self._where, part=_part(text))
+            yield self._event("response.output_item.done", output_index=at, item=item)
+        response = response_body(self.info, self.body, completion, self._output)
         yield self._event(f"response.{response['status']}", response=response)
 
     def error(self, error: Mapping[str, Any]) -> bytes:
         return self._event("error", **{name: error[name] for name in ("code", "message", "param")})
 
-    def _where(self) -> dict[str, Any]:
-        return {"item_id": _message_id(self.info), "output_index": 0, "content_index": 0}
+    def _begin_message(self) -> Iterator[bytes]:
+        if not self._where:
+            item, at = _message(self.info, [], "in_progress"), len(self._output)
+            self._output.append(item)
+            self._where = {"item_id": item["id"], "output_index": at, "content_index": 0}
+            yield self._event("response.output_item.added", output_index=at, item=item)
+            yield self._event("response.content_part.added", **self._where, part=_part(""))
+
+    def _call(self, item: dict[str, Any]) -> Iterator[bytes]:
+        where = {"item_id": item["id"], "output_index": len(self._output)}
+        self._output.append(item)
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=where["output_index"], item=begun)
+        yield self._event("response.function_call_arguments.delta", **where, delta=item["arguments"])
+        done = {name: item[name] for name in ("name", "arguments")}
+        yield self._event("response.function_call_arguments.done", **where, **done)
+        yield self._event("response.output_item.done", output_index=where["output_index"], item=item)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         return f"event: {kind}\n".encode() + data_event({"type": kind, "sequence_number": number, **fields})
 
 
-def response_body(info: AnswerInfo, body: Mapping[str, Any], completion: Completion | None) -> dict[str, Any]:
+def response_output(info: AnswerInfo, choice: Choice) -> list[dict[str, Any]]:
+    """What a whole choice says and calls, as items of `/v1/responses`."""
+    calls = [_call(call) for call in choice.tool_calls]
+    if calls and not choice.text:
+        return calls
+    return [_message(info, [_part(choice.text)], _status(choice.finish_reason)), *calls]
+
+
+def response_body(
+    info: AnswerInfo,
+    body: Mapping[str, Any],
+    completion: Completion | None = None,
+    output: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The object that `/v1/responses` answers with; of an answer that is still to come if there is no completion."""
-    is_cut = completion is not None and completion.finish_reason == "length"
+    status = _status(completion.finish_reason) if completion else "in_progress"
     took = completion and usage([completion])
     return {
         "id": info.id,
@@ -145,20 +184,20 @@ def response_body(info: AnswerInfo, body: Mapping[str, Any], completion: Complet
         "created_at": info.created,
         "model": info.model,
         **info.others,
-        "status": "in_progress" if completion is None else "incomplete" if is_cut else "completed",
+        "status": status,
         "error": None,
-        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
-        "output": [_message(info, completion)] if completion else [],
-        "parallel_tool_calls": True,
+        "output": output,
+        "parallel_tool_calls": body.get("parallel_tool_calls", True),
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
         "store": False,
         "temperature": body.get("temperature"),
         "text": body.get("text") or {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.get("tools") or [],
         "top_p": body.get("top_p"),
         "truncation": "disabled",
         "usage": took
@@ -196,21 +235,20 @@ def encode_json(value: Any) -> bytes:
 _encode: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def _message(info: AnswerInfo, completion: Completion | None) -> dict[str, Any]:
-    status = (
-        "in_progress" if completion is None else "incomplete" if completion.finish_reason == "length" else "completed"
-    )
-    return {
-        "type": "message",
-        "id": _message_id(info),
-        "status": status,
-        "role": "assistant",
-        "content": [_part(completion.text)] if completion else [],
-    }
+def _status(finish_reason: str | None) -> str:
+    return "incomplete" if finish_reason == "length" else "completed"
 
 
-def _message_id(info: AnswerInfo) -> str:
-    return info.id.replace("resp_", "msg_")
+def _message(info: AnswerInfo, content: Sequence[Mapping[str, Any]], status: str) -> dict[str, Any]:
+    id = info.id.replace("resp_", "msg_")
+    return {"type": "message", "id": id, "status": status, "role": "assistant", "content": content}
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as an item of its own, from a chat's form."""
+    id, function = call["id"], call["function"]
+    said = {"call_id": id, "name": function["name"], "arguments": function["arguments"]}
+    return {"type": "function_call", "id": id.replace("call_", "fc_"), "status": "completed", **said}
 
 
 def _part(text: str) -> dict[str, Any]:

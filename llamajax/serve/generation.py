@@ -18,7 +18,7 @@ from llamajax.types import Completion, FinishReason, TokenLogprobs
 from . import answers, protocol
 from .answers import Choice
 from .bell import Bell, Wakeup
-from .events import AnswerInfo, Events, encode_json, make_events, response_body
+from .events import AnswerInfo, Events, encode_json, make_events, response_body, response_output
 from .requests import GenerationRequest
 from .service import Service
 
@@ -107,11 +107,12 @@ class Generation:
         return await run_in_threadpool(self._whole, [self._completion(stream) for stream in self._streams], echoes)
 
     def _whole(self, completions: list[Completion], echoes: list[Choice] | None) -> bytes:
-        if self.url == protocol.RESPONSES:
-            return encode_json(response_body(self._info, self.body, completions[0]))
         choices = [Choice.of(completion) for completion in completions]
         if tools := self.request.tools:
             choices = answers.with_calls(choices, self._format, tools, self._info.id)
+        if self.url == protocol.RESPONSES:
+            output = response_output(self._info, choices[0])
+            return encode_json(response_body(self._info, self.body, completions[0], output))
         if echoes is not None:
             choices = [_joined(echo, choice) for echo, choice in zip(echoes, choices, strict=True)]
         answer = answers.answer_body(

@@ -1,7 +1,7 @@
 """The body of each endpoint that generates -> prompts, options and how the answer is to be sent. Knows no HTTP."""
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,9 +51,7 @@ class GenerationRequest:
 
 def read_chat(body: Mapping[str, Any]) -> GenerationRequest:
     """A request to `/v1/chat/completions`. Raises RequestError."""
-    request = _read(body, [protocol.read_messages(body)], None, "messages", *protocol.TOOLS)
-    given = protocol.read_tool_options(body)
-    return replace(request, options={**request.options, **given}, tools=read_tools(*map(given.get, protocol.TOOLS)))
+    return _offering(_read(body, [protocol.read_messages(body)], None, "messages", *protocol.TOOLS), body)
 
 
 def read_completion(body: Mapping[str, Any]) -> GenerationRequest:
@@ -71,22 +69,47 @@ def read_response(body: Mapping[str, Any]) -> GenerationRequest:
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise RequestError("input must be a text, or a list of messages with a role and a content")
-    for item in items:
-        if item.get("type") not in (None, "message"):
-            raise RequestError(f"input of type {checks.shown(item['type'])} is not supported: only messages are")
-    messages: list[Message] = protocol.read_messages(
-        {
-            "messages": [
-                {name: item.get(name) for name in item if name not in ("type", "id", "status")} for item in items
-            ]
-        }
-    )
+    messages: list[Message] = protocol.read_messages({"messages": _as_messages(items)})
     if (instructions := body.get("instructions")) is not None:
         messages.insert(0, {"role": "system", "content": protocol.text(instructions)})
     for name, neutral in (("n", (None, 1)), ("logprobs", (None, False)), ("top_logprobs", (None, 0))):
         if body.get(name) not in neutral:
             raise RequestError(f"{name} is not supported in responses: leave it out")
-    return _read(body, [messages], None, "input", "instructions")
+    if isinstance(tools := body.get("tools"), list):
+        body = {**body, "tools": [_as_definition(tool) for tool in tools]}
+    return _offering(_read(body, [messages], None, "input", "instructions", *protocol.TOOLS), body)
+
+
+def _as_messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was said, called and returned, as a chat has it, where calls belong to the assistant's message."""
+    messages: list[dict[str, Any]] = []
+    for item in items:
+        match item.get("type"):
+            case None | "message":
+                messages.append({name: item[name] for name in item if name not in ("type", "id", "status")})
+            case "function_call":
+                if not all(isinstance(item.get(name), str) for name in ("call_id", "name", "arguments")):
+                    raise RequestError("a function_call of input needs a call_id, a name and arguments: texts")
+                if not messages or messages[-1].get("role") != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                function = {name: item[name] for name in ("name", "arguments")}
+                call = {"id": item["call_id"], "type": "function", "function": function}
+                messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), call]
+            case "function_call_output":
+                messages.append({"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")})
+            case kind:
+                raise RequestError(
+                    f"input of type {checks.shown(kind)} is not supported: only messages, function_call and "
+                    "function_call_output are"
+                )
+    return messages
+
+
+def _as_definition(tool: Any) -> Any:
+    """A function as a chat offers it, which has what says what it is in a member of its own."""
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        return tool
+    return {"type": "function", "function": {name: tool[name] for name in _given(tool) if name != "type"}}
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], GenerationRequest]] = {
@@ -117,6 +140,12 @@ def _read(
         _flag(stream_options, "include_usage"),
         echo=_flag(given, "echo"),
     )
+
+
+def _offering(request: GenerationRequest, body: Mapping[str, Any]) -> GenerationRequest:
+    """With the tools that a chat's body names."""
+    given = protocol.read_tool_options(body)
+    return replace(request, options={**request.options, **given}, tools=read_tools(*map(given.get, protocol.TOOLS)))
 
 
 def _given(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -212,6 +212,23 @@ def test_responses(client: openai.OpenAI, model: str) -> None:
     assert later.usage and later.usage.input_tokens > answer.usage.input_tokens + 20
 
 
+def test_responses_with_tools(client: openai.OpenAI, model: str) -> None:
+    parameters: Any = {"type": "object", "properties": {"city": {"enum": ["Lima", "Cusco"]}}, "required": ["city"]}
+    parameters["additionalProperties"] = False
+    tools: Any = [{"type": "function", "name": "weather", "parameters": parameters, "strict": True}]
+    said: list[Any] = [{"role": "user", "content": "What is the weather in Lima?"}]
+    asked: Any = {"model": model, "tools": tools, "max_output_tokens": 300, "extra_body": {"seed": 1}}
+    must_call: Any = asked | {"input": said, "tool_choice": "required", "parallel_tool_calls": False}
+    [call] = client.responses.create(**must_call).output
+    assert call.type == "function_call" and call.name == "weather"
+    assert json.loads(call.arguments)["city"] in ("Lima", "Cusco")
+    with client.responses.stream(**must_call) as stream:
+        [streamed] = stream.get_final_response().output
+    assert streamed.type == "function_call" and streamed.arguments == call.arguments
+    said += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny, 20 degrees."}]
+    assert client.responses.create(**asked | {"max_output_tokens": 3}, input=said).output_text
+
+
 def test_logprobs_of_a_chat(client: openai.OpenAI, model: str) -> None:
     asked: Any = {"model": model, "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **OPTIONS}
     [choice] = client.chat.completions.create(**asked).choices

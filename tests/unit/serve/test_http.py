@@ -297,6 +297,42 @@ def test_responses(server: Running) -> None:
     assert events[-1]["response"]["usage"] == body["usage"]
 
 
+def test_responses_call_tools(server: Running) -> None:
+    """The same answers as a chat's, in another form."""
+    asked: Any = {"temperature": 1, "seed": 1, "parallel_tool_calls": False}
+    in_chat: Any = asked | {"messages": QUESTION, "tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
+    message = server.post(protocol.CHAT, **in_chat)["choices"][0]["message"]
+    tool = {"type": "function", "description": None, "strict": None} | TOOL["function"]
+    asked |= {"input": QUESTION, "tools": [tool], "tool_choice": "required", "max_output_tokens": 100}
+    body = server.post(protocol.RESPONSES, **asked)
+    [call] = body["output"]
+    assert (body["status"], body["tools"], body["tool_choice"]) == ("completed", [tool], "required")
+    assert {name: call[name] for name in ("type", "name", "arguments")} == {
+        "type": "function_call",
+        **message["tool_calls"][0]["function"],
+    }
+    events = server.events(protocol.RESPONSES, **asked)
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+    [streamed] = events[-1]["response"]["output"]
+    assert streamed == events[-2]["item"] == call | {name: streamed[name] for name in ("id", "call_id")}
+    assert {event["item_id"] for event in events if "item_id" in event} == {streamed["id"]}
+
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "Done."}
+    in_chat |= {"messages": [*QUESTION, message, result], "tool_choice": "auto"}
+    done = {"type": "function_call_output", "call_id": call["call_id"], "output": "Done."}
+    asked |= {"input": [*QUESTION, call, done], "tool_choice": "auto"}
+    [said] = server.post(protocol.RESPONSES, **asked)["output"]
+    assert said["content"][0]["text"] == server.post(protocol.CHAT, **in_chat)["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize(
     ("url", "body", "status", "says"),
     [
@@ -316,7 +352,10 @@ def test_responses(server: Running) -> None:
         (protocol.COMPLETIONS, {}, 400, "expected a prompt"),
         (protocol.COMPLETIONS, {"prompt": ["x"] * 13}, 400, "may ask for 12 answers, not 13"),
         (protocol.COMPLETIONS, {"prompt": [999999]}, 400, "token ids must be from 0"),
-        (protocol.RESPONSES, {"input": [{"type": "function_call_output"}]}, 400, "only messages are"),
+        (protocol.RESPONSES, {"input": [{"type": "reasoning"}]}, 400, "'reasoning' is not supported: only messages"),
+        (protocol.RESPONSES, {"input": [{"type": "function_call"}]}, 400, "a function_call of input needs a call_id"),
+        (protocol.RESPONSES, {"input": [{"type": "function_call_output"}]}, 400, "content must be a string"),
+        (protocol.RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, 400, "each of tools must be of type"),
         (protocol.RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, 400, "previous_response_id is not"),
         (protocol.RESPONSES, {"input": "x", "top_logprobs": 3}, 400, "top_logprobs is not supported in responses"),
         (protocol.CHAT, {"messages": QUESTION, "stream_options": {"continuous_usage_stats": True}}, 400, "continuous"),
