@@ -17,7 +17,7 @@ _FIELDS = {
     "model": ("string", "The name that the model is served under; it may be left out."),
     "messages": ("array", "The conversation: objects with a role and a content, which is a text or text parts."),
     "prompt": ("string", "A text, or a list of token ids, or a list of several of these."),
-    "input": ("string", "A text, or a list of messages."),
+    "input": ("string", "A text, or a list of messages, calls and their results."),
     "instructions": ("string", "A system message in front of the input."),
     "tokens": ("array", "Token ids."),
     "max_tokens": ("integer", "The longest answer, in tokens; the context may end it sooner."),
@@ -48,10 +48,14 @@ _FIELDS = {
     "return_token_strs": ("boolean", "Give the text of each token, too."),
 }
 _SENT = "model stream stream_options"
+_TOOLS = " ".join(protocol.TOOLS)
 _GENERATED = {
-    protocol.CHAT: ("Answer a conversation.", "messages tools tool_choice parallel_tool_calls"),
+    protocol.CHAT: ("Answer a conversation.", f"messages {_TOOLS}"),
     protocol.COMPLETIONS: ("Continue a text.", "prompt echo"),
-    protocol.RESPONSES: ("Answer in the form of the Responses API; nothing is stored.", "input instructions"),
+    protocol.RESPONSES: (
+        "Answer in the form of the Responses API; nothing is stored.",
+        f"input instructions {_TOOLS}",
+    ),
 }
 # Supported fields that this endpoint has not.
 _LACKING = {
