@@ -16,11 +16,11 @@ from llamajax.engine.scheduler import Job, Listener, Scheduler
 from llamajax.engine.steps import BLOCK_LEN, Drawn
 from llamajax.types import FinishReason, Request
 
-# A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
+# Of a block: short enough to read along and to cancel, long enough to hide the dispatch of the next.
 BLOCK_SECONDS = 0.1
-# While prompts are read, so that those after them need not wait for long.
+# While prompts are read: short blocks, so that a new request gets its first token soon.
 SHORT_BLOCK_LEN = 2
-# While requests wait for a slot: one that is free early waits for the block's end.
+# While requests wait for a slot: a slot that becomes free early stays empty until the block's end.
 FULL_BLOCK_LEN = 4
 
 

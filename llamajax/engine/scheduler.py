@@ -128,7 +128,7 @@ class Scheduler:
     def admit(self, limit: int) -> list[Job]:
         """The next group to read: the first that wait, as long as their plan is the same and slots are free.
 
-        One alone, if they would fill no more than half of a group: that takes a full one's time.
+        If at most half a group waits, one prompt alone: a padded group costs as much as a full one.
         """
         assert not self.reading
         first = islice(self._waiting, min(limit, self.num_slots - self.num_admitted))

@@ -52,7 +52,7 @@ class RMSNorm(nnx.Module):
 
     @property
     def op(self) -> ops.Norm:
-        """For the operations that take it with what follows."""
+        """This norm, for operations that fuse it with the product after it."""
         return ops.Norm(self.weight.get_value(), self.eps)
 
     def __call__(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:

@@ -120,7 +120,7 @@ class Llama(nnx.Module):
             item = 0 if shared else run.start
             carry = x, written[item]
             x, written[item] = step(0, carry) if len(run) == 1 else jax.lax.fori_loop(0, len(run), step, carry)
-        # Of other tokens, the last layer has only keys and values to compute.
+        # In the last layer only the wanted token needs a query; the others need keys and values.
         place = jnp.int32(len(layers) - 1) if shared else None
         x, written[-1] = _apply(*layers[-1], x, rope, written[-1], place, start, only)
         return self.norm(x), tuple(written)

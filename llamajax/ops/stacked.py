@@ -1,4 +1,4 @@
-"""Arrays of several layers in one: a program's call looks at each of its arrays, which takes 1 to 2 us."""
+"""Arrays of several layers in one, since each array argument costs 1-2 us in every call of a program."""
 
 from dataclasses import dataclass
 
@@ -21,5 +21,5 @@ class Stacked:
 
 
 def alone(array: Array | Stacked) -> Array:
-    """An array, copied out if it is stacked: for what cannot read it in its place."""
+    """This layer's array. Copies it if it is part of a stack."""
     return array.layers[array.layer] if isinstance(array, Stacked) else array

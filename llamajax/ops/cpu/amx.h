@@ -1,7 +1,7 @@
 // AMX: products of bf16 with dense weights, and of bytes in attention.
 //
 // For dense weights: 16 rows of x times a block of 16 rows of weights in one instruction, which reads
-// packed weights as they are. A tile of fewer rows of x takes no less time, and one row waits for memory anyway.
+// packed weights as they are. A tile with fewer rows of x takes the same time.
 
 struct DenseTiles : Dense<BFloat16> {
   static constexpr int kRows = 32, kSideBySide = 16;

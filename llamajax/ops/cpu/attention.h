@@ -1,6 +1,5 @@
 // Causal attention of grouped queries over a KV cache, with an online softmax (Milakov and Gimelshein 2018) over
-// blocks of kKeys positions. A query's sums are in
-// the same order whatever stands beside it.
+// blocks of kKeys positions. A query's sums are in the same order, however many queries are computed with it.
 
 // RoPE: the pairs (x[i], x[i + head_dim / 2]) of a head of query t, turned by its angles, times a factor.
 template <class T>

@@ -12,9 +12,8 @@
 
 #include "xla/ffi/api/ffi.h"
 
-// What is left of [0, count) for each of some threads. Each takes from the front of a range of its own, and half of
-// what another one has left when that is empty: what follows each other in memory stays with one thread, and all end
-// at the same time.
+// [0, count) divided among threads, with work stealing. A thread takes from the front of its own range, so that it reads
+// memory forward; when its range is empty, it takes half of what another thread has left, so that all end together.
 class Ranges {
  public:
   Ranges(int64_t count, int64_t threads) : ranges_(threads) {
