@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner, before_answer, chunk_lens, power_of_two
-from llamajax.engine.steps import Drawn, Rewind, Rows
+from llamajax.engine.steps import Drawn, Rewind, Rows, by_layer
 from llamajax.types import Request
 
 # Prompts are read alone, or so many at once.
@@ -240,6 +240,8 @@ class Batch:
                 for source, (num_rows, length) in permutations((small, large))
                 if not source[0] == GROUP_LEN < num_rows
             ]
+        programs += [self._keep(n, n) for n in self._sizes]
+        programs += [self._keep(*sizes) for pair in pairwise(self._sizes) for sizes in permutations(pair)]
         # Few requests have a constraint.
         constrained = [Program("rewind", lengths[0], num_rows=group) for group in groups]
         for num_rows in self._sizes:
@@ -257,8 +259,16 @@ class Batch:
 
     def _resize(self, keep: Sequence[int], length: int) -> None:
         assert self._rows is not None
-        program = Program("resize", length, num_rows=len(keep), source=(self.num_rows, self.length))
-        self._rows = self._runner.compile(program)(self._rows, np.array(keep, np.int32))
+        rows, kept = self._rows, np.array(keep, np.int32)
+        source = self.num_rows, self.length
+        resize = self._runner.compile(Program("resize", length, num_rows=len(keep), source=source))
+        slots, requests = self._runner.compile(self._keep(source[0], len(keep)))(rows.slots, rows.requests, kept)
+        self._rows = None  # if an error comes meanwhile, nothing is left of the cache
+        self._rows = Rows(by_layer(lambda layer: resize(layer, kept), rows.cache), slots, requests)
+
+    def _keep(self, old: int, new: int) -> Program:
+        shortest = self._runner.bucket(1)
+        return Program("keep", shortest, num_rows=new, source=(old, shortest))
 
 
 def _size(program: Program) -> int:

@@ -52,6 +52,7 @@ class Program(NamedTuple):
         "rewind",
         "insert",
         "resize",
+        "keep",
         "stop",
         "logits",
         "prompt_logprobs",
@@ -126,7 +127,7 @@ class Programs:
                 with jax.default_device(self._device):
                     return steps.empty_rows.lower(**self._rows_settings(num_rows, length))
             case "grow":
-                return steps.grow.lower(self.shapes(*source).cache, length=length)
+                return steps.grow.lower(self.shapes(*source).cache[:1], length=length)
             case "prefill":
                 chunk, ones = np.zeros((num_rows, chunk_len), np.int32), np.ones(num_rows, np.int32)
                 return steps.prefill.lower(arrays, cache, chunk, ones, ones, ones, requests, structure=structure)
@@ -145,7 +146,10 @@ class Programs:
             case "insert":
                 return steps.insert.lower(rows, self.shapes(*source), places, places)
             case "resize":
-                return steps.resize.lower(self.shapes(*source), np.zeros(num_rows, np.int32), length=length)
+                return steps.resize.lower(self.shapes(*source).cache[:1], np.zeros(num_rows, np.int32), length=length)
+            case "keep":
+                _, slots, requests = self.shapes(*source)
+                return steps.keep.lower(slots, requests, np.zeros(num_rows, np.int32))
             case "stop":
                 return steps.stop.lower(slots.left, number)
             case "logits":

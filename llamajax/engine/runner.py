@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32
 from llamajax import checks
 from llamajax.config import LlamaConfig
 from llamajax.engine.programs import Program, Programs
-from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rewind, Rows, Slots
+from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rewind, Rows, Slots, by_layer
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.ops import Weight, native
@@ -252,7 +252,8 @@ class Runner:
         if not self.cached_ids or not self._cache:
             self._cache = self.empty_rows(1, needed).cache
         while self.cache_len < needed:
-            self._cache = self.compile(_grow(self.bucket(self.cache_len + 1)))(self._cache)
+            grow = self.compile(_grow(self.bucket(self.cache_len + 1)))
+            self._cache = by_layer(grow, self._take_cache())
 
     def bucket(self, num_positions: int) -> int:
         """The length of a cache with room for this many positions: a power of two, up to the context."""

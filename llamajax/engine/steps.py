@@ -4,7 +4,7 @@ A model enters as a flat list of arrays: flattening a Flax module at each call t
 slots are donated, so that they are written in place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from llamajax.config import LlamaConfig
-from llamajax.model.cache import Cache, empty_cache
+from llamajax.model.cache import Cache, KeysValues, empty_cache
 from llamajax.ops import Weight, native
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs, wanted_logprobs
 from llamajax.types import SamplingParams
@@ -290,7 +290,7 @@ def prompt_logprobs(
 
 @partial(jax.jit, static_argnames=("length",))
 def grow(cache: Cache, *, length: int) -> Cache:
-    """The same cache with room for `length` positions."""
+    """The same layers with room for `length` positions."""
     return jax.tree.map(lambda x: _of_length(x, length), cache)
 
 
@@ -320,13 +320,30 @@ def insert(rows: Rows, new: Rows, sources: Int32[Array, "P"], places: Int32[Arra
 
 
 @partial(jax.jit, static_argnames=("length",))
-def resize(rows: Rows, keep: Int32[Array, "B"], *, length: int) -> Rows:
-    """The rows `keep`, or an idle one for -1, with caches of `length` positions, longer or shorter."""
-    cache = jax.tree.map(lambda x: _of_length(x[keep, ..., :length, :], length), rows.cache)
-    slots, requests = jax.tree.map(lambda x: x[keep], (rows.slots, rows.requests))
+def resize(cache: Cache, keep: Int32[Array, "B"], *, length: int) -> Cache:
+    """Of these layers, the rows `keep` (-1: any), with room for `length` positions, more or fewer."""
+    return jax.tree.map(lambda x: _of_length(x[keep, ..., :length, :], length), cache)
+
+
+@jax.jit
+def keep(slots: Slots, requests: Requests, keep: Int32[Array, "B"]) -> tuple[Slots, Requests]:
+    """The rows `keep`, or an idle one for -1."""
+    slots, requests = jax.tree.map(lambda x: x[keep], (slots, requests))
     left = jnp.where(keep < 0, 0, slots.left)
     # An idle row stands where any cache has room.
-    return Rows(cache, replace(slots, left=left, position=jnp.where(left > 0, slots.position, 0)), requests)
+    return replace(slots, left=left, position=jnp.where(left > 0, slots.position, 0)), requests
+
+
+def by_layer(step: Callable[[Cache], Cache], cache: Cache) -> Cache:
+    """What a step makes of a cache, one layer after the other: what takes its place is of another size, so that XLA
+    cannot write it there, and all of both would fill the memory. Nothing is left of the old one.
+    """
+    made: list[KeysValues] = []
+    for layer in cache:
+        made += step((layer,))
+        for array in layer:
+            array.delete()
+    return tuple(made)
 
 
 def _of_length(cache: Float[Array, "... S H"], length: int) -> Float[Array, "... length H"]:

@@ -1,0 +1,49 @@
+"""A cache that gets another size is not in memory twice."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.engine import steps
+from llamajax.engine.batch import Batch
+from llamajax.engine.sequential import Sequential
+from llamajax.model.cache import Cache, KeysValues
+from llamajax.types import Request, SamplingParams
+
+from ... import tiny_model
+from ...tiny_model import random_ids, tiny_runner
+
+strict_promotion = tiny_model.strict_promotion
+
+
+def test_a_layer_is_gone_before_the_next_one_is_made() -> None:
+    layers = [KeysValues(*(jnp.full((2, 3, 128, 8), number, jnp.float32) for number in (i, -i))) for i in range(1, 4)]
+
+    def grow(layer: Cache) -> Cache:
+        at = next(i for i, other in enumerate(layers) if other is layer[0])
+        assert all(array.is_deleted() for before in layers[:at] for array in before)
+        return steps.grow(layer, length=256)
+
+    made = steps.by_layer(grow, tuple(layers))
+    assert all(array.is_deleted() for layer in layers for array in layer)
+    for i, layer in enumerate(made, 1):
+        assert layer.key.shape == (2, 3, 256, 8)
+        assert (np.asarray(layer.key[:, :, :128]) == i).all() and (np.asarray(layer.value[:, :, :128]) == -i).all()
+
+
+def test_the_old_cache_of_a_growing_answer_is_gone() -> None:
+    runner = tiny_runner(1024)
+    list(Sequential(runner, Request(random_ids(100), 4, SamplingParams(temperature=0))))
+    old = runner._cache
+    runner.reserve(runner.cache_len + 1)
+    assert all(array.is_deleted() for layer in old for array in layer)
+
+
+def test_the_old_cache_of_rows_is_gone() -> None:
+    batch = Batch(tiny_runner(1024), 4)
+    batch.start(2, 128)
+    for change in (lambda: batch.approach(256), lambda: batch.take([0, 1, -1, -1]), lambda: batch.approach(128)):
+        assert batch._rows
+        old = batch._rows.cache
+        change()
+        assert all(array.is_deleted() for layer in old for array in layer)
+    assert (batch.num_rows, batch.length) == (4, 128)
