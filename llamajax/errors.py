@@ -53,6 +53,10 @@ class QueueFullError(CapacityError):
     """As many requests wait as may. The same request may succeed later."""
 
 
+class DeviceMemoryError(CapacityError):
+    """The memory of the device has no room for a request, even alone."""
+
+
 class UnavailableError(CapacityError):
     """A server loads its model, or stops. The same request may succeed later."""
 

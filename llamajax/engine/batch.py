@@ -4,7 +4,8 @@ Knows rows and cache lengths, both of few sizes, so that programs are few. Knows
 they are.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, permutations
 
@@ -12,13 +13,18 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from llamajax.engine.memory import Footprint
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner, before_answer, chunk_lens, power_of_two
 from llamajax.engine.steps import Drawn, Rewind, Rows, by_layer
+from llamajax.ops import native
 from llamajax.types import Request
 
 # Prompts are read alone, or so many at once.
 GROUP_LEN = 4
+# How many prompts are read at once, the room that each has, and the longest chunk.
+Size = tuple[int, int, int]
+NO_PROMPTS: Size = (0, 0, 0)
 # On a CPU a product with one row takes as long as one with two, or adds up in another order.
 MIN_ROWS = 2
 
@@ -63,6 +69,10 @@ class Prompts:
         return token_ids, start, length, np.where(draws, self._limits, 0)
 
     @property
+    def size(self) -> Size:
+        return len(self._requests), _length(self.rows), self._chunks[0]
+
+    @property
     def rewind(self) -> Rewind | None:
         """Where to go back to when all chunks are read; None if no prompt has a constraint."""
         constrained = any(request.constraint for request in self._requests)
@@ -79,6 +89,9 @@ class Batch:
         self._rows: Rows | None = None
         self._scores: jax.Array
         self._spare: dict[int, Rows] = {}  # of prompts that were read, by how many they are
+        self._footprint = Footprint(runner.config, runner.cache_dtype, runner.device.platform, native.available())
+        self._all_bytes = self._free_bytes = runner.free_bytes()
+        self._tried = 0, 0, NO_PROMPTS  # what `fits` found room for last
 
     @property
     def num_rows(self) -> int:
@@ -126,7 +139,8 @@ class Batch:
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
         """Puts these of the prompts, which were read, into the rows `at`."""
-        self._insert(prompts.rows, which, at)
+        assert self._rows is not None
+        self._rows = self._inserted(self._rows, prompts.rows, which, at)
         self._spare[len(prompts.rows.slots.left)] = prompts.rows
 
     def decode(self, num_steps: int) -> Drawn:
@@ -168,17 +182,58 @@ class Batch:
         left = self._runner.compile(program)(self._rows.slots.left, np.int32(row))
         self._rows = self._rows._replace(slots=replace(self._rows.slots, left=left))
 
-    def fitting(self, num_rows: int, num_positions: int) -> tuple[int, int]:
+    @property
+    def longest(self) -> int:
+        """Positions that the device's memory has room for at most, if only one request is answered."""
+        lengths, num_rows = self._runner.lengths(self._runner.max_seq_len), self._sizes[0] + 1  # one that is read
+        if self._all_bytes == math.inf:
+            return lengths[-1]
+        return max((n for n in lengths if self._footprint.rows(num_rows, n) <= self._all_bytes), default=0)
+
+    def fits(self, num_rows: int, length: int, prompts: Size = NO_PROMPTS) -> bool:
+        """Whether the device's memory has room for such rows while prompts of this size are read."""
+        if self._free_bytes < math.inf:  # the first time takes 10 ms
+            needed = self._footprint.needed(num_rows, length, *prompts)
+            spare = sum(self._footprint.rows(n, _length(rows)) for n, rows in self._spare.items())
+            if needed + spare > self._free_bytes:
+                self._spare.clear()
+            if needed > self._free_bytes:
+                return False
+        self._tried = num_rows, length, prompts
+        return True
+
+    def expect_less_memory(self) -> None:
+        """After the device had no room for what `fits` found room for last: it will not do so again."""
+        self._spare.clear()
+        num_rows, length, prompts = self._tried
+        self._free_bytes = min(self._free_bytes, self._footprint.needed(num_rows, length, *prompts) - 1)
+
+    def expect_all_memory(self) -> None:
+        """As at the beginning: something else may have taken what was missing."""
+        self._free_bytes = self._all_bytes
+
+    def fitting(
+        self, num_rows: int, num_positions: int, *, at_least: int = 1, prompts: Size = NO_PROMPTS
+    ) -> tuple[int, int]:
         """The rows and the length that the batch should have for so many sequences of so many positions.
 
-        It shrinks when a quarter would do: what comes and goes at once must not copy caches back and forth.
+        It shrinks when a quarter would do: what comes and goes at once must not copy caches back and forth. If there
+        is no memory for that while prompts of this size are read, it has fewer rows, but for `at_least` sequences.
         """
         wanted = next(size for size in self._sizes if size >= num_rows), self._runner.bucket(num_positions)
         rows, length = (
             new if new > old or new <= old // 4 else old
             for new, old in zip(wanted, (self.num_rows, self.length), strict=True)
         )
-        return rows, length
+        if self.fits(rows, length, prompts):
+            return rows, length
+        sizes = [size for size in self._sizes if size >= at_least]
+        for size in reversed(sizes):
+            if size < rows and self.fits(size, wanted[1], prompts):
+                return size, wanted[1]
+        # If nothing fits, what is there is better than another size, which would need memory beside it.
+        is_enough = self.num_rows >= at_least and self.length >= wanted[1]
+        return (self.num_rows, self.length) if is_enough else (sizes[0], wanted[1])
 
     def start(self, num_rows: int, length: int) -> None:
         """Idle rows in place of those there are."""
@@ -194,9 +249,8 @@ class Batch:
     def take(self, keep: Sequence[int]) -> None:
         """Keeps these rows in this order (-1: an idle one, at the end): as many as `next_size` says."""
         if self._rows and self.num_rows == GROUP_LEN < len(keep):
-            group = self._rows
-            self.start(len(keep), self.length)
-            self._insert(group, keep[:GROUP_LEN], range(GROUP_LEN))
+            rows = self._runner.empty_rows(len(keep), self.length)
+            self._rows = self._inserted(rows, self._rows, keep[:GROUP_LEN], range(GROUP_LEN))
         else:
             self._resize(keep, self.length)
 
@@ -205,6 +259,36 @@ class Batch:
         longer = length > self.length
         nearest = self._runner.bucket(self.length + 1) if longer else power_of_two(self.length) // 2
         self._resize(range(self.num_rows), nearest)
+
+    @property
+    def can_go_on(self) -> bool:
+        """False after a resize that broke off: some layers have the new size."""
+        return self._rows is None or len({layer.key.shape for layer in self._rows.cache}) == 1
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether there are no rows, or a call that failed has destroyed what it would have written in place."""
+        return self._rows is None or any(x.is_deleted() for x in jax.tree.leaves(self._rows))
+
+    def save(self, rows: Mapping[int, int]) -> list[Rows]:
+        """Copies rows (with so many positions each) to the host. Takes no memory of the device."""
+        assert self._rows is not None
+        saved: list[list[np.ndarray]] = [[] for _ in rows]
+        arrays, structure = jax.tree.flatten(self._rows)
+        num_cached = len(jax.tree.leaves(self._rows.cache))
+        for number, array in enumerate(arrays):
+            whole = np.asarray(array)
+            for parts, (row, num_positions) in zip(saved, rows.items(), strict=True):
+                part = whole[row : row + 1]
+                if number < num_cached:
+                    part = part[..., : self._runner.bucket(num_positions), :]
+                parts.append(part.copy())
+        return [jax.tree.unflatten(structure, parts) for parts in saved]
+
+    def restore(self, saved: Rows, at: int) -> None:
+        """Puts a row that was saved into the row `at`."""
+        assert self._rows is not None
+        self._rows = self._inserted(self._rows, jax.device_put(saved, self._runner.device), [0], [at])
 
     def clear(self) -> None:
         """Forgets all rows."""
@@ -249,13 +333,13 @@ class Batch:
             constrained += [Program("forward", length, num_rows=num_rows) for length in lengths]
         return [*sorted(programs, key=_size), *sorted(constrained, key=_size)]
 
-    def _insert(self, rows: Rows, which: Sequence[int], at: Sequence[int]) -> None:
-        """Puts these of a group's rows into the rows `at`."""
-        assert self._rows is not None and _length(rows) <= self.length
-        group = len(rows.slots.left)
+    def _inserted(self, rows: Rows, new: Rows, which: Sequence[int], at: Sequence[int]) -> Rows:
+        """Rows with these of a group's in the places `at`."""
+        assert _length(new) <= _length(rows)
+        group, num_rows = len(new.slots.left), len(rows.slots.left)
         sources, places = (np.array([*x, *[x[0]] * (group - len(at))], np.int32) for x in (which, at))
-        program = Program("insert", self.length, num_rows=self.num_rows, source=(group, _length(rows)))
-        self._rows = self._runner.compile(program)(self._rows, rows, sources, places)
+        program = Program("insert", _length(rows), num_rows=num_rows, source=(group, _length(new)))
+        return self._runner.compile(program)(rows, new, sources, places)
 
     def _resize(self, keep: Sequence[int], length: int) -> None:
         assert self._rows is not None
@@ -263,8 +347,16 @@ class Batch:
         source = self.num_rows, self.length
         resize = self._runner.compile(Program("resize", length, num_rows=len(keep), source=source))
         slots, requests = self._runner.compile(self._keep(source[0], len(keep)))(rows.slots, rows.requests, kept)
-        self._rows = None  # if an error comes meanwhile, nothing is left of the cache
-        self._rows = Rows(by_layer(lambda layer: resize(layer, kept), rows.cache), slots, requests)
+        layers = list(rows.cache)
+        try:
+            by_layer(lambda layer: resize(layer, kept), layers)
+        except BaseException:
+            if layers[0] is not rows.cache[0]:
+                # Old and new layers are good together, unless rows have moved.
+                stay = all(row in (at, -1) for at, row in enumerate(keep))
+                self._rows = Rows(tuple(layers), slots, requests) if stay else None
+            raise
+        self._rows = Rows(tuple(layers), slots, requests)
 
     def _keep(self, old: int, new: int) -> Program:
         shortest = self._runner.bucket(1)

@@ -7,13 +7,15 @@ threads.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llamajax import checks
-from llamajax.engine.batch import GROUP_LEN, Batch, Prompts
+from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Prompts, Size
+from llamajax.engine.memory import is_out_of_memory
 from llamajax.engine.runner import Runner, chunk_lens
 from llamajax.engine.scheduler import Job, Listener, Scheduler
 from llamajax.engine.steps import BLOCK_LEN, Drawn
+from llamajax.errors import DeviceMemoryError, PromptTooLongError
 from llamajax.types import FinishReason, Request
 
 # Of a block: short enough to read along and to cancel, long enough to hide the dispatch of the next.
@@ -58,23 +60,29 @@ class Engine:
         """
         self._runner.check(request)
         length = len(request.token_ids)
-        limit = min(request.max_new_tokens, self._runner.max_seq_len - length)
+        plan, longest = chunk_lens(length), min(self._runner.max_seq_len, self._batch.longest)
+        if length >= longest or self._runner.bucket(sum(plan)) > self._batch.longest:
+            raise PromptTooLongError(
+                f"the prompt has {length} tokens, and the memory of {self._runner.device} has room for {longest}, with "
+                "the answer: shorten the prompt, or take a smaller model or dtype"
+            )
+        limit = min(request.max_new_tokens, longest - length)
         matcher = request.constraint.matcher() if request.constraint else None
-        return Job(request, listener, chunk_lens(length), limit, deadline, matcher)
+        return Job(request, listener, plan, limit, deadline, matcher)
 
     def step(self) -> bool:
         """One round. False if there is nothing left to do.
 
-        What goes wrong with one request ends that one; what goes wrong on the device ends all there are.
+        What goes wrong with one request ends that one; what goes wrong on the device ends all there are. If its memory
+        runs out, those that came last wait until there is room.
         """
         try:
-            for job in self.scheduler:
-                if reason := job.given_up:
-                    self._end(job, reason)
-            self._read_prompts()
-            dispatched = self._decode()
-            while len(self._pending) > dispatched:
-                self._deliver(*self._pending.popleft())
+            try:
+                self._go_on()
+            except Exception as error:
+                if not is_out_of_memory(error) or (self.scheduler.running and self._batch.is_lost):
+                    raise
+                self._give_way()
         except Exception as error:
             self.abort(error)
         return bool(self._pending) or self.scheduler.num_jobs > 0
@@ -103,15 +111,33 @@ class Engine:
             self._runner.prepare(program)
             progress(number, len(programs))
 
+    def _go_on(self) -> None:
+        for job in self.scheduler:
+            if reason := job.given_up:
+                self._end(job, reason)
+        self._read_prompts()
+        dispatched = self._decode()
+        while len(self._pending) > dispatched:
+            self._deliver(*self._pending.popleft())
+        if not self.scheduler.num_jobs:
+            self._batch.expect_all_memory()
+
     def _read_prompts(self) -> None:
         """A chunk of the group that is being read, or of the next one. Those that are read begin to run."""
         scheduler = self.scheduler
-        if self._prompts and not self._prompts.left:
+        if self._prompts and not self._prompts.left and scheduler.reading:
             self._run_group()
         if not scheduler.reading:  # or all that were being read were given up
             self._prompts = None
-            self._group = list(scheduler.admit(GROUP_LEN))
+            self._group = list(scheduler.admit(self._most_to_admit()))
             if not self._group:
+                return
+            if saved := self._group[0].saved:
+                self._fit(_first_len(self._group[0]))
+                for row in scheduler.free_rows():  # none if the others need the memory
+                    self._batch.restore(saved, row)
+                    self._group[0].saved = None
+                scheduler.place()
                 return
             requests, limits = zip(*((job.request, job.limit) for job in self._group), strict=True)
             self._prompts = self._batch.prompts(requests, limits)
@@ -119,26 +145,30 @@ class Engine:
         drawn = self._batch.read(self._prompts)
         if self._prompts.left:
             return
-        self._pending.append((drawn, self._readers()))
+        # One that was put back after its first token will not get it again.
+        self._pending.append((drawn, {place: job for place, job in self._readers.items() if not job.drawn}))
         if scheduler.running:  # else whoever comes while the prompts are read has a row from the start
             self._run_group()
 
+    @property
     def _readers(self) -> dict[int, Job]:
         """Whose prompts are being read, by their place in the group."""
         return {place: job for place, job in enumerate(self._group) if job.state == "reading"}
 
     def _run_group(self) -> None:
         """Those whose prompts are read begin to run."""
-        scheduler, prompts, self._prompts = self.scheduler, self._prompts, None
-        if not scheduler.reading:
-            return
+        scheduler, prompts = self.scheduler, self._prompts
         assert prompts is not None
+        self._fit(max(sum(job.plan) for job in scheduler.reading))
+        if not scheduler.reading:  # the others need the memory
+            return
         for job in scheduler.reading:
             job.position, job.left = len(job.request.token_ids), job.limit - 1
             if job.matcher:  # its first token is not drawn yet
                 job.position, job.left = job.position - 1, job.limit
-        self._fit(max(sum(job.plan) for job in scheduler.reading))
-        self._batch.insert(prompts, list(self._readers()), scheduler.place())
+        self._batch.insert(prompts, list(self._readers), scheduler.free_rows())
+        scheduler.place()
+        self._prompts = None
 
     def _decode(self) -> bool:
         """Dispatches a block, unless nothing is left to draw."""
@@ -220,12 +250,96 @@ class Engine:
         Jobs that wait count, too: to grow from size to size copies the caches each time, and loads more programs.
         """
         scheduler, batch = self.scheduler, self._batch
-        num_jobs = min(scheduler.num_jobs, scheduler.num_slots)
-        num_rows, length = batch.fitting(num_jobs, max([num_positions, *(job.position for job in scheduler.running)]))
+        num_rows, length = self._fitting(num_positions)
+        while not batch.fits(num_rows, length, self._being_read) and scheduler.num_admitted > 1:
+            for row in self._put_back(scheduler.latest):
+                batch.stop(row)
+            num_rows, length = self._fitting(num_positions)
         if not scheduler.running and (num_rows, length) != (batch.num_rows, batch.length):
             batch.start(num_rows, length)
-            scheduler.resize(num_rows)
+            scheduler.rows = [None] * num_rows
+        while batch.num_rows > num_rows:
+            self._approach_rows(num_rows)
         while batch.length != length:
             batch.approach(length)
         while batch.num_rows != num_rows:
-            batch.take(scheduler.resize(batch.next_size(num_rows)))
+            self._approach_rows(num_rows)
+
+    def _fitting(self, num_positions: int) -> tuple[int, int]:
+        scheduler = self.scheduler
+        num_jobs = min(scheduler.num_jobs, scheduler.num_slots)
+        num_positions = max([num_positions, *(job.position for job in scheduler.running)])
+        prompts = self._being_read
+        if not self._prompts and scheduler.next:  # what waits should find room, too
+            prompts = self._size(scheduler.next)
+        return self._batch.fitting(num_jobs, num_positions, at_least=max(scheduler.num_admitted, 1), prompts=prompts)
+
+    def _approach_rows(self, num_rows: int) -> None:
+        kept = self.scheduler.kept(self._batch.next_size(num_rows))
+        self._batch.take(kept)
+        self.scheduler.resize(kept)
+
+    @property
+    def _being_read(self) -> Size:
+        return self._prompts.size if self._prompts else NO_PROMPTS
+
+    def _most_to_admit(self) -> int:
+        """How many of those that wait there is memory for now: a group, one or none. Ends one that can never run."""
+        scheduler, batch, job = self.scheduler, self._batch, self.scheduler.next
+        if job is None or scheduler.num_admitted == scheduler.num_slots:
+            return 0
+        num_positions = max([_first_len(job), *(job.position for job in scheduler.running)])
+
+        def is_room(number: int) -> bool:
+            admitted, prompts = min(scheduler.num_admitted + number, scheduler.num_slots), self._size(job, number)
+            size = batch.fitting(admitted, num_positions, at_least=admitted, prompts=prompts)
+            return batch.fits(batch.num_rows, batch.length, prompts) and batch.fits(*size, prompts)
+
+        for number in (1,) if job.saved else (GROUP_LEN, 1):
+            if is_room(number):
+                return number
+        if scheduler.running:
+            return 0
+        batch.clear()  # idle rows
+        if not is_room(1):  # what it learned may be too little: the first of them is tried alone
+            if job.tried_at == job.position:
+                message = f"the memory of {self._runner.device} has no room for this request: make it shorter"
+                self._end(job, "cancelled", DeviceMemoryError(message))
+                return 0
+            job.tried_at = job.position
+        return 1
+
+    def _size(self, job: Job, number: int = 1) -> Size:
+        """Of so many prompts like a job's that waits."""
+        return NO_PROMPTS if job.saved else (number, self._runner.bucket(sum(job.plan)), job.plan[0])
+
+    def _put_back(self, jobs: Sequence[Job]) -> list[int]:
+        """Lets jobs wait again: their rows, which are returned, are saved; prompts will be read anew."""
+        running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job in jobs}
+        if running:
+            saved = self._batch.save({row: job.position for row, job in running.items()})
+            for job, rows in zip(running.values(), saved, strict=True):
+                job.saved = rows
+        if len(running) < len(jobs):
+            self._prompts = None
+            for _, owners in self._pending:  # first tokens that are drawn anew
+                for place in [place for place, job in owners.items() if job in jobs and job.state == "reading"]:
+                    del owners[place]
+        self.scheduler.put_back(jobs)
+        return list(running)
+
+    def _give_way(self) -> None:
+        """After the device's memory ran out: prompts that are read, or else all that runs, wait until there is room."""
+        scheduler, batch = self.scheduler, self._batch
+        batch.expect_less_memory()
+        if scheduler.reading and (batch.can_go_on or not scheduler.running):
+            self._put_back(scheduler.reading)
+        else:
+            self._put_back([*scheduler.running, *scheduler.reading])
+            batch.clear()
+            scheduler.rows = []
+
+
+def _first_len(job: Job) -> int:
+    """Positions of a job that waits, when its prompt is read, or after its next block."""
+    return job.position + min(BLOCK_LEN, job.left) if job.saved else sum(job.plan)

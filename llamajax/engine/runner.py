@@ -3,6 +3,7 @@
 Knows token ids and slots; knows nothing of text, queues or strategies.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache as once
@@ -100,6 +101,12 @@ class Runner:
     def cache_len(self) -> int:
         """Positions that the cache has room for at present."""
         return self._cache[0].key.shape[-2] if self._cache else 0
+
+    def free_bytes(self) -> float:
+        """What the device has left; infinite if it does not tell, as a CPU."""
+        statistics = self.device.memory_stats() or {}
+        limit = statistics.get("bytes_limit", math.inf)
+        return limit - statistics.get("bytes_in_use", 0)
 
     def check(self, request: Request) -> None:
         """Raises PromptTooLongError if the prompt leaves no room for an answer, RequestError for what is invalid."""
@@ -252,13 +259,13 @@ class Runner:
         if not self.cached_ids or not self._cache:
             self._cache = self.empty_rows(1, needed).cache
         while self.cache_len < needed:
-            grow = self.compile(_grow(self.bucket(self.cache_len + 1)))
-            self._cache = by_layer(grow, self._take_cache())
+            grow, layers = self.compile(_grow(self.bucket(self.cache_len + 1))), list(self._take_cache())
+            by_layer(grow, layers)
+            self._cache = tuple(layers)
 
     def bucket(self, num_positions: int) -> int:
-        """The length of a cache with room for this many positions: a power of two, up to the context."""
-        longest = min(power_of_two(self.max_seq_len, MIN_CACHE_LEN), _multiple(self.max_seq_len, LAST_CACHE_STEP))
-        return min(power_of_two(num_positions, MIN_CACHE_LEN), longest)
+        """The length of a cache with room for this many positions."""
+        return cache_len(num_positions, self.max_seq_len)
 
     def empty_rows(self, num_rows: int, length: int) -> Rows:
         """Idle rows on the device."""
@@ -404,6 +411,12 @@ class Runner:
         sampling = Sampling.of([request.sampling for request in requests])
         wants_logprobs: Any = np.array([request.sampling.logprobs is not None for request in requests])
         return jax.device_put(Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs), self.device)
+
+
+def cache_len(num_positions: int, max_seq_len: int) -> int:
+    """The length of a cache with room for this many positions: a power of two, up to the context."""
+    longest = min(power_of_two(max_seq_len, MIN_CACHE_LEN), _multiple(max_seq_len, LAST_CACHE_STEP))
+    return min(power_of_two(num_positions, MIN_CACHE_LEN), longest)
 
 
 def before_answer(requests: Sequence[Request], limits: Sequence[int]) -> Rewind:

@@ -3,10 +3,10 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from llamajax.errors import QueueFullError
 from llamajax.types import FinishReason, Matcher, Request, Token
@@ -34,6 +34,8 @@ class Job:
       drawn: tokens that were delivered.
       left: tokens that no block was dispatched for yet.
       position: positions of the cache that the blocks dispatched so far may take.
+      saved: what the device had of it, if it has to wait again.
+      tried_at: where it was when it was last tried alone, for want of memory.
       queue_time: seconds that it has waited to be read.
     """
 
@@ -48,12 +50,14 @@ class Job:
     drawn: int = 0
     left: int = 0
     position: int = 0
+    saved: Any = None
+    tried_at: int | None = None
     _made: float = field(default_factory=time.perf_counter)
     _admitted: float | None = None
 
     def admit(self) -> None:
         """Its prompt is going to be read."""
-        self.state, self._admitted = "reading", time.perf_counter()
+        self.state, self._admitted = "reading", self._admitted or time.perf_counter()
 
     @property
     def queue_time(self) -> float:
@@ -141,21 +145,47 @@ class Scheduler:
         self.reading = group
         return group
 
-    def place(self) -> list[int]:
-        """Gives the jobs that were read rows that are free, of which there must be enough. Returns the rows."""
+    @property
+    def next(self) -> Job | None:
+        """The first that waits."""
+        return self._waiting[0] if self._waiting else None
+
+    @property
+    def latest(self) -> list[Job]:
+        """Those that got a slot last: the group that is being read, or one that runs."""
+        return self.reading or [max(self.running, key=lambda job: job._admitted or 0)]
+
+    def put_back(self, jobs: Iterable[Job]) -> None:
+        """Lets jobs that have a slot wait again, before all others."""
+        for job in sorted(jobs, key=lambda job: job._admitted or 0, reverse=True):
+            if job.state == "running":
+                self.rows[self.rows.index(job)] = None
+            else:
+                self.reading.remove(job)
+            job.state = "waiting"
+            self._waiting.appendleft(job)
+
+    def free_rows(self) -> list[int]:
+        """A row for each job that is being read, of which there must be enough."""
         free = [row for row, job in enumerate(self.rows) if job is None][: len(self.reading)]
-        for row, job in zip(free, self.reading, strict=True):
-            self.rows[row], job.state = job, "running"
-        self.reading = []
+        assert len(free) == len(self.reading)
         return free
 
-    def resize(self, num_rows: int) -> list[int]:
-        """Adds free rows, or moves the running jobs to the first of fewer. Returns the row that each was, -1 if new."""
+    def place(self) -> None:
+        """Gives the jobs that were read the free rows."""
+        for row, job in zip(self.free_rows(), self.reading, strict=True):
+            self.rows[row], job.state = job, "running"
+        self.reading = []
+
+    def kept(self, num_rows: int) -> list[int]:
+        """If there were so many rows: which each was, -1 if it is new. In fewer, running jobs take the first."""
         kept = [row for row, job in enumerate(self.rows) if job is not None or num_rows > len(self.rows)]
         assert len(kept) <= num_rows
-        free = num_rows - len(kept)
-        self.rows = [*(self.rows[row] for row in kept), *[None] * free]
-        return kept + [-1] * free
+        return kept + [-1] * (num_rows - len(kept))
+
+    def resize(self, kept: Sequence[int]) -> None:
+        """Moves the jobs, as `kept` says."""
+        self.rows = [None if row < 0 else self.rows[row] for row in kept]
 
     def end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> int | None:
         """Takes a job out, wherever it is, and tells its listener, whose own errors are logged.

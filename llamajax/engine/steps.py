@@ -334,16 +334,16 @@ def keep(slots: Slots, requests: Requests, keep: Int32[Array, "B"]) -> tuple[Slo
     return replace(slots, left=left, position=jnp.where(left > 0, slots.position, 0)), requests
 
 
-def by_layer(step: Callable[[Cache], Cache], cache: Cache) -> Cache:
-    """What a step makes of a cache, one layer after the other: what takes its place is of another size, so that XLA
-    cannot write it there, and all of both would fill the memory. Nothing is left of the old one.
+def by_layer(step: Callable[[Cache], Cache], layers: list[KeysValues]) -> None:
+    """Puts what a step makes of each layer in its place, one after the other, and frees the old one before the next.
+
+    The new one is of another size, so that XLA cannot write it over the old one, and all of both would fill the memory.
+    If the memory ends meanwhile, each layer is there, old or new.
     """
-    made: list[KeysValues] = []
-    for layer in cache:
-        made += step((layer,))
+    for i, layer in enumerate(layers):
+        [layers[i]] = step((layer,))
         for array in layer:
             array.delete()
-    return tuple(made)
 
 
 def _of_length(cache: Float[Array, "... S H"], length: int) -> Float[Array, "... length H"]:

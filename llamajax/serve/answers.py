@@ -5,7 +5,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate, count
 from typing import Any, Literal, NamedTuple
 
-from llamajax.errors import LlamaJaxError, PromptTooLongError, QueueFullError, RequestError, UnavailableError
+from llamajax.errors import (
+    DeviceMemoryError,
+    LlamaJaxError,
+    PromptTooLongError,
+    QueueFullError,
+    RequestError,
+    UnavailableError,
+)
 from llamajax.text import one_line
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tools import ToolCall, ToolFormat, Tools
@@ -165,7 +172,7 @@ def error_status(error: LlamaJaxError) -> int:
     """The HTTP status: 400 if the request must change, 429 or 503 if it may come again, 500 if it is not its fault."""
     if isinstance(error, QueueFullError):
         return 429
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError | DeviceMemoryError):
         return 503
     return 400 if isinstance(error, RequestError | PromptTooLongError) else 500
 

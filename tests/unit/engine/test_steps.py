@@ -16,16 +16,17 @@ strict_promotion = tiny_model.strict_promotion
 
 
 def test_a_layer_is_gone_before_the_next_one_is_made() -> None:
-    layers = [KeysValues(*(jnp.full((2, 3, 128, 8), number, jnp.float32) for number in (i, -i))) for i in range(1, 4)]
+    old = [KeysValues(*(jnp.full((2, 3, 128, 8), number, jnp.float32) for number in (i, -i))) for i in range(1, 4)]
 
     def grow(layer: Cache) -> Cache:
-        at = next(i for i, other in enumerate(layers) if other is layer[0])
-        assert all(array.is_deleted() for before in layers[:at] for array in before)
+        at = next(i for i, other in enumerate(old) if other is layer[0])
+        assert all(array.is_deleted() for before in old[:at] for array in before)
         return steps.grow(layer, length=256)
 
-    made = steps.by_layer(grow, tuple(layers))
-    assert all(array.is_deleted() for layer in layers for array in layer)
-    for i, layer in enumerate(made, 1):
+    layers = list(old)
+    steps.by_layer(grow, layers)
+    assert all(array.is_deleted() for layer in old for array in layer)
+    for i, layer in enumerate(layers, 1):
         assert layer.key.shape == (2, 3, 256, 8)
         assert (np.asarray(layer.key[:, :, :128]) == i).all() and (np.asarray(layer.value[:, :, :128]) == -i).all()
 

@@ -18,8 +18,17 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import llamajax.serve
-from llamajax import LLM, RequestError, ServedStream, UnavailableError, load
+from llamajax import (
+    LLM,
+    DeviceMemoryError,
+    PromptTooLongError,
+    RequestError,
+    ServedStream,
+    UnavailableError,
+    load,
+)
 from llamajax.serve import generation, middleware, openapi, protocol
+from llamajax.serve.answers import error_status
 from llamajax.serve.connection import Connection
 from llamajax.serve.requests import READERS
 from llamajax.serve.service import Service
@@ -513,6 +522,10 @@ def test_a_dead_engine_is_said(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> N
     service.stop(1)
     service.close()
     assert service.state == "failed" and service.error
+
+
+def test_too_little_memory_is_no_fault_of_the_request() -> None:
+    assert [error_status(error("x")) for error in (DeviceMemoryError, PromptTooLongError)] == [503, 400]
 
 
 def test_stopping_lets_what_runs_end(llama: LLM) -> None:

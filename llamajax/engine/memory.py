@@ -1,0 +1,71 @@
+"""What rows take of a device's memory, by formula. Asks no device."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from llamajax.config import LlamaConfig
+from llamajax.engine import steps
+from llamajax.placement import bytes_per_token
+
+# Of a score in attention: in f32 as it is computed, and in 16 bits as a weight.
+_SCORE_BYTES = 6
+# Sampling has so many arrays of the vocabulary's length at once.
+_SAMPLING_ARRAYS = 5
+# A TPU's arrays have rows of so many numbers.
+_TPU_LANES = 128
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model's rows take of a device, in bytes.
+
+    Attributes:
+      platform: jax's name of the device's kind.
+      has_kernels: whether the native kernels compute, on a CPU.
+    """
+
+    config: LlamaConfig
+    cache_dtype: DTypeLike
+    platform: str
+    has_kernels: bool
+
+    def rows(self, num_rows: int, length: int) -> int:
+        """Of rows with room for so many positions, as `steps.empty_rows` makes them: exact."""
+        return num_rows * (bytes_per_token(self.config, self.cache_dtype) * length + self._beside_cache)
+
+    def needed(self, num_rows: int, length: int, num_prompts: int = 0, prompt_len: int = 0, chunk_len: int = 0) -> int:
+        """Of rows that are decoded while prompts are read into caches of `prompt_len`: with temporary arrays."""
+        temporary = self.temporary(num_rows, length, num_prompts, prompt_len, chunk_len)
+        return self.rows(num_rows, length) + self.rows(num_prompts, prompt_len) + temporary
+
+    def temporary(self, num_rows: int, length: int, num_prompts: int, prompt_len: int, chunk_len: int) -> int:
+        """About what a step takes while it runs, of these."""
+        return max(self._of_step(num_rows, length, 1), self._of_step(num_prompts, prompt_len, chunk_len))
+
+    @cached_property
+    def _beside_cache(self) -> int:
+        """Of one row: what was asked for, and how far it is."""
+        settings = {"config": self.config, "cache_dtype": self.cache_dtype, "shared": False}
+        _, *others = jax.eval_shape(partial(steps.empty_rows, num_rows=1, length=1, **settings))
+        return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(others))
+
+    def _of_step(self, num_rows: int, length: int, num_queries: int) -> int:
+        """About what a step with so many queries of each row takes."""
+        sampling = 4 * _SAMPLING_ARRAYS * self.config.vocab_size
+        if self.platform == "cpu" and self.has_kernels:
+            return num_rows * sampling
+        scores = _SCORE_BYTES * self.config.num_attention_heads * num_queries * length
+        # Shorter heads are written into another layout and back: the cache twice more.
+        copied = self.platform == "tpu" and self.config.head_dim % _TPU_LANES
+        copies = 2 * bytes_per_token(self.config, self.cache_dtype) * length if copied else 0
+        return num_rows * (sampling + scores + copies)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had no memory for what was to be computed."""
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+    return exhausted or isinstance(error, MemoryError)
