@@ -13,11 +13,22 @@ from llamajax import kernels
 from llamajax.config import LlamaConfig
 from llamajax.errors import PlatformError
 from llamajax.formats import DENSE_DTYPES
-from llamajax.types import MAX_THREADS, CacheDType, Device, DType
+from llamajax.types import MAX_THREADS, CacheDType, Chip, Device, DType
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
+# Of a GPU's memory, what jax takes at the start.
+_GPU_FRACTION = ".9"
+# The platform, and MiB of memory: all of a GPU's, as its driver says, and what XLA leaves of a TPU's. The larger A100.
+_CHIPS: dict[Chip, tuple[str, int]] = {
+    "a100": ("gpu", 81920),
+    "h100": ("gpu", 81559),
+    "h200": ("gpu", 143771),
+    "v5e": ("tpu", 16128),
+    "v5p": ("tpu", 98038),
+    "v6e": ("tpu", 32000),
+}
 # After the numbers of a row of int8: the step that they are multiples of, in f16.
 _STEP_LEN = 2
 
@@ -48,7 +59,13 @@ def take_most_memory() -> None:
     """
     # jax knows this one by two names, and refuses both at once.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", ".9")
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", _GPU_FRACTION)
+
+
+def find_chip(name: Chip) -> tuple[str, int]:
+    """A chip's platform, and the bytes of its memory that jax has for arrays."""
+    platform, size = _CHIPS[name]
+    return platform, int((size << 20) * (float(_GPU_FRACTION) if platform == "gpu" else 1))
 
 
 def find_cache_dtype(

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 DType = Literal["auto", "float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "q4_k"]
 CacheDType = Literal["auto", "int8"]
 Device = Literal["cpu", "gpu", "tpu"]
+# Devices whose memory is known without one.
+Chip = Literal["a100", "h100", "h200", "v5e", "v5p", "v6e"]
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 MAX_TOP_LOGPROBS = 20

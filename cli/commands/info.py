@@ -1,20 +1,25 @@
 """`llamajax info`: what a model is, without loading its weights."""
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
+from llamajax.errors import RequestError
 from llamajax.hub.aliases import DEFAULT
-from llamajax.types import Device
+from llamajax.types import Chip, Device
 
 from .. import loading, options
 from ..render import human_bytes, human_count, print_json, print_rows
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llamajax.config import LlamaConfig
 
 
@@ -23,11 +28,20 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
     dtype: options.DTypeOption = "auto",
     cache_dtype: options.CacheDTypeOption = "auto",
-    device: options.DeviceOption = None,
+    device: Annotated[
+        Literal[Device, Chip] | None,
+        typer.Option("--device", help="Where to compute: here, or on a chip that need not be there."),
+    ] = None,
+    num_rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Say what so many requests at once take, and how many fit.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Tokens of each of them, prompt and answer; the context.")
+    ] = None,
     threads: options.Threads = None,
     debug: options.Debug = False,
 ) -> None:
-    """Print a model's configuration, size, memory and cache. Its weights are not loaded."""
+    """Print a model's configuration, size, memory and cache, and what fits a device. Its weights are not loaded."""
     path = loading.resolve(model)
     from llamajax.placement import bytes_per_token, find_cache_dtype
     from llamajax.weights.checkpoint import open_checkpoint
@@ -50,32 +64,58 @@ def info(
         "cache_bytes_per_token": bytes_per_token(config, kept),
         **found,
     }
+    if num_rows or length:
+        facts["capacity"] = _capacity(facts, config, kept, num_rows or 1, length or config.max_position_embeddings)
     if as_json:
         print_json(facts)
     else:
         _print_facts(facts, config)
 
 
-def _device(wanted: Device | None) -> dict[str, str]:
+def _device(wanted: Device | Chip | None) -> dict[str, Any]:
     """What computes. Jax is asked only if it may find more than a CPU: importing it takes most of a second."""
     from llamajax import kernels, placement
 
-    if placement.is_cpu(wanted):
+    memory: int | None
+    kind: str = wanted or ""
+    if wanted in get_args(Chip):
+        platform, memory = placement.find_chip(cast(Chip, wanted))
+    elif placement.is_cpu(here := cast(Device | None, wanted)):
         placement.limit_threads()
         kind = platform = "cpu"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        loading.prepare_jax(wanted)
+        loading.prepare_jax(here)
         from llamajax.loading import find_device
 
-        device = find_device(wanted)
+        device = find_device(here)
         kind, platform = device.device_kind, device.platform
+        memory = (device.memory_stats() or {}).get("bytes_limit")
     by_cpu = kernels.described(kernels.library())
     return {
         "device": kind,
         "platform": platform,
+        "device_bytes": memory,
         "jax": metadata.version("jax"),
         "computed_by": by_cpu if platform == "cpu" else "XLA",
     }
+
+
+def _capacity(
+    facts: Mapping[str, Any], config: "LlamaConfig", cache_dtype: "np.dtype", num_rows: int, length: int
+) -> dict[str, int | None]:
+    """What so many rows of so many tokens take, and how many fit."""
+    if length > config.max_position_embeddings:
+        raise RequestError(f"--length must be at most the model's context, {config.max_position_embeddings}")
+    if "jax" not in sys.modules:
+        loading.prepare_jax("cpu")
+    from llamajax.engine.capacity import Capacity
+    from llamajax.engine.memory import Footprint
+
+    has_kernels = facts["computed_by"].startswith("native")
+    footprint = Footprint(config, cache_dtype, facts["platform"], has_kernels)
+    memory, weights = facts["device_bytes"], facts["bytes_in_memory"]
+    return asdict(Capacity.of(footprint, num_rows, length, None if memory is None else memory - weights))
 
 
 def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
@@ -102,4 +142,15 @@ def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
     }
     if facts["platform"] == "cpu":
         rows["computed by"] = facts["computed_by"]
+    if facts["device_bytes"] is not None:
+        rows["its memory"] = human_bytes(facts["device_bytes"])
+    if it := facts.get("capacity"):
+        taken = [facts["bytes_in_memory"], it["rows"], it["prompt"], it["temporary"]]
+        weights, row_bytes, prompt, temporary = map(human_bytes, taken)
+        rows[f"{it['num_rows']} rows of {it['length']}"] = (
+            f"{human_bytes(sum(taken))}: weights {weights}, rows {row_bytes}, a prompt that is read {prompt}, "
+            f"temporary about {temporary}"
+        )
+        if it["most_rows"] is not None:
+            rows["rows that fit"] = it["most_rows"]
     print_rows(rows)

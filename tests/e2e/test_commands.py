@@ -171,6 +171,26 @@ def test_info_as_json(default_model: None, smollm2_gguf: Path) -> None:
     assert told["platform"] == "cpu"
 
 
+def test_info_says_what_fits_a_chip_that_is_not_here(default_model: None) -> None:
+    arguments = "info", "--device", "h100", "--length", "4000"
+    told = json.loads(run(*arguments, "--rows", "30", "--json").stdout)
+    capacity, cache = told["capacity"], 32 * 4096 * 2 * 30 * 3 * 64 * 2
+    assert (told["platform"], told["cache_dtype"]) == ("gpu", "bfloat16")
+    assert (capacity["num_rows"], capacity["length"]) == (32, 4096)
+    assert cache < capacity["rows"] < 1.01 * cache
+    most, free = capacity["most_rows"], told["device_bytes"] - told["bytes_in_memory"]
+    assert most * capacity["prompt"] < free < 1.5 * (most + 1) * capacity["prompt"]
+    done = run(*arguments, "--rows", "30")
+    assert (done.code, done.stderr) == (0, "")
+    assert rows(done.stdout)["rows that fit"] == str(most)
+    assert rows(done.stdout)["32 rows of 4096"].startswith("3.51 GB: weights 269 MB, rows 3.03 GB,")
+
+
+def test_info_of_rows_beyond_the_context_is_refused(default_model: None) -> None:
+    done = run("info", "--device", "cpu", "--length", "8193")
+    assert (done.code, done.error) == (1, "--length must be at most the model's context, 8192")
+
+
 def test_info_does_not_load_the_weights(tmp_path: Path) -> None:
     """The file has a hole where 16 GB of weights would be, for which there is no memory."""
     config = CONFIGS["llama3.1-8b"]

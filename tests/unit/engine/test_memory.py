@@ -4,6 +4,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from llamajax.config import CONFIGS
 from llamajax.engine.batch import Batch
+from llamajax.engine.capacity import Capacity
 from llamajax.engine.engine import Engine
 from llamajax.engine.memory import Footprint
 from llamajax.engine.programs import Program
@@ -127,6 +129,27 @@ def test_the_temporary_bytes_are_about_the_compiler_s(
 ) -> None:
     footprint = Footprint(CONFIGS[name], jnp.bfloat16, platform, has_kernels=False)
     assert footprint.temporary(0, 0, rows, length, queries) / 1e6 == pytest.approx(megabytes, rel=0.25)
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 100), (3, 200), (4, 300)])
+def test_the_capacity_is_told_as_the_engine_makes_rows(runner: Runner, sequences: int, length: int) -> None:
+    engine = Engine(runner, num_slots=sequences)
+    for number in range(sequences):
+        engine.scheduler.submit(engine.job(Request(random_ids(length - 20, number), 20, KINDS[0]), Collected()))
+    while engine.scheduler.reading or not engine.scheduler.running:
+        engine.step()
+    config = replace(CONFIG, max_position_embeddings=512)
+    footprint = replace(FOOTPRINT, config=config)
+    needed = footprint.needed(4, 512, 1, 512, 512)
+    told = Capacity.of(footprint, sequences, length, needed)
+    assert told.rows == sum(x.nbytes for x in jax.tree.leaves(engine._batch._rows))
+    assert (told.num_rows, told.length) == (engine._batch.num_rows, engine._batch.length)
+    engine.abort()
+
+
+def test_the_most_rows_are_those_that_fit_and_no_more() -> None:
+    needed = FOOTPRINT.needed(8, 512, 1, 512, 512)
+    assert [Capacity.of(FOOTPRINT, 1, 512, free).most_rows for free in (needed, needed - 1, 0, None)] == [8, 4, 0, None]
 
 
 @pytest.mark.parametrize("num_rows", [3, 4, 5])
