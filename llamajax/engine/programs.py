@@ -3,6 +3,7 @@
 Knows what each step takes; not when it is needed.
 """
 
+import os
 from concurrent.futures import Future
 from functools import cache, partial
 from threading import Lock
@@ -17,6 +18,7 @@ from jaxtyping import Int32
 from llamajax.engine import steps
 from llamajax.engine.executables import Executables
 from llamajax.engine.steps import FlatModel, Rewind, Rows
+from llamajax.errors import PlatformError
 from llamajax.ops import layers_share_arrays
 from llamajax.types import mask_len
 
@@ -24,6 +26,15 @@ from llamajax.types import mask_len
 # a row's last bits would depend on its neighbours and on the cache's length. With it for products only, they do not.
 _SUMS_IN_ONE_ORDER: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
+
+# A CUDA graph for all that a call does. XLA puts the other kinds of work into graphs by itself, loops only on demand;
+# then all that is left outside is too short for it.
+WHOLE_GRAPHS: dict[str, str | bool] = {
+    "xla_gpu_enable_command_buffer": (
+        "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": "1",
 }
 
 # Of all models of this process: several of one kind share them.
@@ -74,7 +85,8 @@ class Programs:
             "shared": layers_share_arrays(device, model.structure.config.head_dim),
         }
         arrays = [(array.shape, array.dtype.name) for array in model.arrays]
-        self._on_disk = Executables(device, repr((arrays, model.structure, self._cache_settings)))
+        self._options = graph_options() if device.platform == "gpu" else {}
+        self._on_disk = Executables(device, repr((arrays, model.structure, self._cache_settings, self._options)))
 
     def compile(self, program: Program) -> Compiled:
         """The program, ready to run: its arguments are the arrays that its step takes.
@@ -89,7 +101,7 @@ class Programs:
         if found is not None:
             return found.result()
         try:
-            made.set_result(self._on_disk.get(_name(program), lambda: self.lowered(program), _compiler_options))
+            made.set_result(self._on_disk.get(_name(program), lambda: self.lowered(program), self._compiler_options))
         except BaseException as error:
             del _programs[key]
             made.set_exception(error)
@@ -158,6 +170,9 @@ class Programs:
             case "prompt_logprobs":
                 return steps.prompt_logprobs.lower(arrays, ids, number, structure=structure, **self._cache_settings)
 
+    def _compiler_options(self) -> dict[str, str | bool]:
+        return {**_sums_in_one_order(), **self._options}
+
     def _mask(self, num_rows: int) -> Int32[np.ndarray, "B W"]:
         return np.zeros((num_rows, mask_len(self._model.structure.config.vocab_size)), np.int32)
 
@@ -171,8 +186,16 @@ def _name(program: Program) -> str:
     return "-".join(map(str, (*program[:-1], *program.source)))
 
 
+def graph_options() -> dict[str, str | bool]:
+    """XLA's options for LLAMAJAX_GRAPHS. Raises PlatformError for a value without a meaning."""
+    wanted = os.environ.get("LLAMAJAX_GRAPHS", "")
+    if wanted not in ("", "call"):
+        raise PlatformError(f"LLAMAJAX_GRAPHS must be call or empty, not {wanted!r:.40}")
+    return WHOLE_GRAPHS if wanted else {}
+
+
 @cache
-def _compiler_options() -> dict[str, str | bool]:
+def _sums_in_one_order() -> dict[str, str | bool]:
     try:
         jax.jit(lambda x: x).lower(0).compile(_SUMS_IN_ONE_ORDER)
     except jax.errors.JaxRuntimeError:  # another version of XLA

@@ -13,8 +13,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from llamajax.engine import executables
 from llamajax.engine.executables import Executables
-from llamajax.engine.programs import Program
+from llamajax.engine.programs import Program, graph_options
 from llamajax.engine.sequential import Sequential
+from llamajax.errors import PlatformError
 from llamajax.types import Request, SamplingParams
 
 from ...tiny_model import count_compilations, forget_programs, random_ids, tiny_runner
@@ -171,3 +172,13 @@ def test_all_modules_that_the_steps_import_are_sources() -> None:
     # These check what is given, or say what is wrong with it: no program depends on them.
     others = {"checks.py", "errors.py", "fields.py", "text.py"}
     assert {Path(name) for name in found.split() if Path(name).name not in others} <= {*executables._source_files()}
+
+
+def test_whole_graphs_are_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMAJAX_GRAPHS", raising=False)
+    assert graph_options() == {}
+    monkeypatch.setenv("LLAMAJAX_GRAPHS", "call")
+    assert "WHILE" in str(graph_options()["xla_gpu_enable_command_buffer"])
+    monkeypatch.setenv("LLAMAJAX_GRAPHS", "calls")
+    with pytest.raises(PlatformError, match="LLAMAJAX_GRAPHS must be call or empty, not 'calls'"):
+        graph_options()
