@@ -1,12 +1,14 @@
 """Logits, a row's parameters and its randomness -> a token. Knows nothing of models, slots or text.
 
 The order is vLLM's: logit bias, penalties, temperature, min-p, top-k, top-p. The vocabulary is never sorted: top-k and
-top-p keep the tokens above a threshold, which is found by bisection on the logits' bits.
+top-p keep the tokens above a threshold, which is found in the order of the logits' bits: by halves, or on a GPU, where
+each kernel costs and the host must not wait for a loop, a byte at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial, reduce
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,14 @@ _GREEDY_TEMPERATURE = 1e-5
 # Sums of f32 probabilities carry rounding: a set whose mass is within this of top_p reaches it.
 _MASS_ROUNDING = 1e-6
 # The width of the blocks in which a draw walks through the vocabulary.
-_BLOCK = 128
+_BLOCK = 256
+_TINY = jnp.finfo(jnp.float32).tiny
+# What comes before all numbers in order. There is room for 255 more before it.
+_FIRST = np.int32(-(2**31) + 2**12)
 _LOW = 2**32 - 1
+
+_T = TypeVar("_T")
+_Need = Callable[[Float32[Array, "B"]], Float32[Array, "B"]]
 
 
 @jax.tree_util.register_dataclass
@@ -144,36 +152,77 @@ def _sample(
     counts: Int32[Array, "B V"],
 ) -> Int32[Array, "B"]:
     logits = _adjusted(logits, sampling, prompt_mask, counts)
+    top, finite = logits.max(axis=-1), (logits < jnp.inf).all(axis=-1)
     greedy = sampling.temperature < _GREEDY_TEMPERATURE
+    temperature = jnp.where(greedy, 1, sampling.temperature)
+    # A greedy row among others keeps one token.
+    filters = _Filters.of(replace(sampling, top_k=jnp.where(greedy, 1, sampling.top_k)))
+    scaled_top = top / temperature
 
-    def draw() -> Int32[Array, "B"]:
-        scaled = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
-        uniform = jax.vmap(_uniform)(sampling.seed, position)
-        drawn = _inverse_cdf(_filtered_probs(scaled, sampling), uniform)
-        return jax.lax.cond(greedy.any(), lambda: jnp.where(greedy, _argmax(logits), drawn), lambda: drawn)
+    def uniform() -> Float32[Array, "B"]:
+        return jax.vmap(_uniform)(sampling.seed, position)
 
-    token = jax.lax.cond(greedy.all(), lambda: _argmax(logits), draw)
-    return jnp.where((logits < jnp.inf).all(axis=-1), token, logits.shape[1])
+    # A GPU takes one small kernel for it, here beside others. A TPU takes 250 instructions, so none for greedy tokens.
+    early = jax.lax.platform_dependent(cuda=uniform, default=lambda: jnp.zeros_like(top))
+
+    def first_of_top() -> Int32[Array, "B"]:
+        ids = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+        return jnp.where(logits == top[:, None], ids, logits.shape[1]).min(axis=-1)
+
+    def draw(probs: Callable[..., Array]) -> Int32[Array, "B"]:
+        drawn = jax.lax.platform_dependent(early, cuda=lambda x: x, default=lambda _: uniform())
+        return _inverse_cdf(probs(logits / temperature[:, None], scaled_top, filters), drawn)
+
+    # One conditional: what is computed before it for one of its branches would not become a part of that one's kernels.
+    draws = [partial(draw, probs) for probs in _PROBS]
+    token = jax.lax.switch(jnp.where(greedy.all(), 0, 1 + filters.kind), [first_of_top, *draws])
+    return jnp.where(finite, token, logits.shape[1])
 
 
 def top_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, "B"]) -> TopLogprobs:
     """Log-probabilities of the chosen token and of the most probable ones, most probable first."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top, ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[1]))
+    top, ids = jax.lax.platform_dependent(
+        logprobs, cuda=_top_in_parts, default=lambda x: tuple(jax.lax.top_k(x, min(MAX_TOP_LOGPROBS, x.shape[1])))
+    )
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     return TopLogprobs(chosen, top, ids.astype(jnp.int32))
 
 
+def _top_in_parts(x: Float32[Array, "B V"]) -> tuple[Float32[Array, "B 20"], Int32[Array, "B 20"]]:
+    """`jax.lax.top_k`, which sorts a GPU's vocabulary for more than 16."""
+    ids = jnp.arange(x.shape[1])[None]
+    found = []
+    for start in range(0, min(MAX_TOP_LOGPROBS, x.shape[1]), 16):
+        found.append(jax.lax.top_k(x, min(16, MAX_TOP_LOGPROBS - start, x.shape[1] - start)))
+        last, place = (part[:, -1:] for part in found[-1])
+        x = jnp.where((x < last) | (x == last) & (ids > place), x, -jnp.inf)
+    top, places = zip(*found, strict=True)
+    return jnp.concatenate(top, axis=1), jnp.concatenate(places, axis=1)
+
+
 def wanted_logprobs(logits: Float32[Array, "B V"], token: Int32[Array, "B"], wanted: Bool[Array, "B"]) -> TopLogprobs:
-    """As `top_logprobs` if a row wants them, else zeros: a loop of no turns costs nothing."""
-    turns = wanted.any().astype(jnp.int32)
+    """As `top_logprobs` if a row wants them, else zeros."""
     zeros = TopLogprobs.zeros(token.shape, logits.shape[1])
-    return jax.lax.fori_loop(0, turns, lambda turn, _: top_logprobs(_inside(logits, turn), token), zeros)
+    return _if_any(wanted, lambda logits: top_logprobs(logits, token), lambda _: zeros, logits)
 
 
-def _inside(logits: Float32[Array, "B V"], turn: Int32[Array, ""]) -> Float32[Array, "B V"]:
-    """The same in a loop's only turn, whose number is 0: XLA moves what does not depend on it out of the loop."""
-    return logits + turn.astype(jnp.float32)
+def _if_any(wanted: Bool[Array, "..."], yes: Callable[[Array], _T], no: Callable[[Array], _T], x: Array) -> _T:
+    """`yes(x)` if anything is wanted, else `no(x)`, which costs little.
+
+    On a CPU, a loop of one turn or none: in the loop over tokens, XLA would copy the cache for a conditional. On a GPU,
+    a conditional, which can be a part of a CUDA graph.
+    """
+
+    def loop(wanted: Array, x: Array) -> _T:
+        # XLA moves out of a loop what does not depend on its turn, whose number is 0.
+        turns = wanted.any().astype(jnp.int32)
+        return jax.lax.fori_loop(0, turns, lambda turn, _: yes(x + turn.astype(x.dtype)), no(x))
+
+    def conditional(wanted: Array, x: Array) -> _T:
+        return jax.lax.cond(wanted.any(), yes, no, x)
+
+    return jax.lax.platform_dependent(wanted, x, cuda=conditional, default=loop)
 
 
 def _adjusted(
@@ -184,17 +233,17 @@ def _adjusted(
 ) -> Float32[Array, "B V"]:
     """With what the rows add to some tokens' logits, then with penalties.
 
-    Few requests add anything, and then a loop of no turns costs nothing. It leaves the raw logits as they are: they
-    would be copied if it wrote to them, since log-probabilities are of them.
+    The raw logits stay as they are: they would be copied if this wrote to them, since log-probabilities are of them.
     """
     rows = jnp.arange(logits.shape[0])[:, None]
 
-    def with_bias(turn: Int32[Array, ""], _: Array) -> Array:
-        biased = _inside(logits, turn).at[rows, sampling.bias_ids].add(sampling.bias)
-        return _penalize(biased, sampling, prompt_mask, counts)
+    def plain(logits: Array) -> Array:
+        return _penalize(logits, sampling, prompt_mask, counts)
 
-    turns = (sampling.bias != 0).any().astype(jnp.int32)
-    return jax.lax.fori_loop(0, turns, with_bias, _penalize(logits, sampling, prompt_mask, counts))
+    def with_bias(logits: Array) -> Array:
+        return plain(logits.at[rows, sampling.bias_ids].add(sampling.bias))
+
+    return _if_any(sampling.bias != 0, with_bias, plain, logits)
 
 
 def _penalize(
@@ -211,68 +260,119 @@ def _penalize(
     return logits - sampling.presence_penalty[:, None] * answered.astype(jnp.float32)
 
 
-def _filtered_probs(logits: Float32[Array, "B V"], sampling: Sampling) -> Float32[Array, "B V"]:
-    """Unnormalised probabilities after min-p, top-k and top-p, one after the other."""
-    top = logits.max(axis=-1, keepdims=True)
-    logits = jnp.where(logits < top + jnp.log(sampling.min_p)[:, None], -jnp.inf, logits)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Filters:
+    """What B rows keep of their tokens. All this is known before the loop over tokens, and computed there."""
 
-    def top_k(logits: Array) -> Array:
-        k = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[1]).astype(jnp.float32)
-        return jnp.where(_heaviest(logits, jnp.ones_like(logits), k), logits, -jnp.inf)
+    min_p: Float32[Array, "B"]
+    num_kept: Float32[Array, "B"]  # infinite without top-k
+    share: Float32[Array, "B"]  # of the mass; infinite without top-p
+    kind: Int32[Array, ""]  # which of _PROBS takes them all
 
-    def top_p(probs: Array) -> Array:
-        mass = probs.sum(axis=-1) * sampling.top_p * (1 - _MASS_ROUNDING)
-        keep = _heaviest(logits, probs, mass) | (sampling.top_p >= 1)[:, None]
-        return jnp.where(keep, probs, 0)
-
-    logits = jax.lax.cond((sampling.top_k > 0).any(), top_k, lambda x: x, logits)
-    probs = jnp.exp(logits - top)
-    return jax.lax.cond((sampling.top_p < 1).any(), top_p, lambda x: x, probs)
-
-
-def _heaviest(
-    logits: Float32[Array, "B V"], weights: Float32[Array, "B V"], need: Float32[Array, "B"]
-) -> Bool[Array, "B V"]:
-    """The smallest set of largest logits whose weights sum to `need`; of equal logits the first ones."""
-    lowest = _threshold(logits, weights, need)[:, None]
-    above, tied = logits > lowest, logits == lowest
-    ids = jnp.arange(logits.shape[1], dtype=jnp.float32)[None]
-
-    def first_tied() -> Bool[Array, "B V"]:
-        rest = need - jnp.where(above, weights, 0).sum(axis=-1)
-        # Counting ids downwards turns "the first ids" into a threshold, too.
-        return tied & (-ids >= _threshold(-jnp.where(tied, ids, jnp.inf), weights, rest)[:, None])
-
-    return above | jax.lax.cond((tied.sum(axis=-1) > 1).any(), first_tied, lambda: tied)
+    @classmethod
+    def of(cls, sampling: Sampling) -> "_Filters":
+        has_top_k, has_top_p = sampling.top_k > 0, sampling.top_p < 1
+        return cls(
+            sampling.min_p,
+            jnp.where(has_top_k, sampling.top_k.astype(jnp.float32), jnp.inf),
+            jnp.where(has_top_p, sampling.top_p * (1 - _MASS_ROUNDING), jnp.inf),
+            jnp.where(has_top_k.any(), 2, has_top_p.any().astype(jnp.int32)),
+        )
 
 
-def _threshold(
-    x: Float32[Array, "B V"], weights: Float32[Array, "B V"], need: Float32[Array, "B"]
-) -> Float32[Array, "B"]:
-    """Each row's largest t for which the weights of the numbers x >= t sum to `need`; -inf if there is none.
-
-    Weights must not be negative; a need that is not above 0 is met by the first that has any. Found by bisection: each
-    bit of t takes a sum over the row.
-    """
-    tiny = jnp.finfo(jnp.float32).tiny
-    need = jnp.maximum(need, tiny)
-
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without overflow
-        reached = jnp.where(x >= _in_order(middle)[:, None], weights, 0).sum(axis=-1) >= need
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle - 1)
-
-    low, high = (jnp.full(need.shape, place, jnp.int32) for place in (-(2**31), 2**31 - 1))
-    t = jnp.fmax(_in_order(jax.lax.fori_loop(0, 32, halve, (low, high))[0]), -jnp.inf)
-    # Some processors take subnormal numbers for zeros.
-    return jnp.where(jnp.abs(t) < tiny, 0, t)
+def _min_p(logits: Float32[Array, "B V"], top: Float32[Array, "B"], filters: _Filters) -> Float32[Array, "B V"]:
+    """Unnormalised probabilities of the tokens that min-p keeps, 0 for the others; `top` are the largest logits."""
+    probs = jnp.exp(logits - top[:, None])
+    return jnp.where(probs < filters.min_p[:, None], 0, probs)
 
 
-def _in_order(place: Int32[Array, "B"]) -> Float32[Array, "B"]:
-    """The number at a place in the order of all numbers of f32, 0 at 0; NaN before and after the infinities."""
+def _top_p(logits: Float32[Array, "B V"], top: Float32[Array, "B"], filters: _Filters) -> Float32[Array, "B V"]:
+    """As `_min_p`, then top-p."""
+    return _heaviest(_order(logits), _min_p(logits, top, filters), lambda mass: mass * filters.share)
+
+
+def _top_k(logits: Float32[Array, "B V"], top: Float32[Array, "B"], filters: _Filters) -> Float32[Array, "B V"]:
+    """As `_min_p`, then top-k, then top-p."""
+    order, probs = _order(logits), _min_p(logits, top, filters)
+    ones = _heaviest(order, (probs > 0).astype(jnp.float32), lambda _: filters.num_kept)
+    return _heaviest(order, jnp.where(ones > 0, probs, 0), lambda mass: mass * filters.share)
+
+
+_Probs = Callable[[Float32[Array, "B V"], Float32[Array, "B"], _Filters], Float32[Array, "B V"]]
+_PROBS: tuple[_Probs, ...] = (_min_p, _top_p, _top_k)
+
+
+def _order(x: Float32[Array, "B V"]) -> Int32[Array, "B V"]:
+    """Integers in the order of the numbers, NaN first. Subnormals equal 0, for which some processors take them."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     # The bits of negative numbers without their sign count downwards.
-    return jax.lax.bitcast_convert_type(jnp.where(place < 0, place ^ 0x7FFFFFFF, place), jnp.float32)
+    ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return jnp.where(jnp.isnan(x), _FIRST, jnp.where(jnp.abs(x) < _TINY, 0, ordered))
+
+
+def _heaviest(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need: _Need) -> Float32[Array, "B V"]:
+    """The weights of the smallest set of largest logits that has what it needs, of equal ones the first; else 0."""
+    lowest = _threshold(order, weights, need)
+    above, tied = order > lowest[:, None], order == lowest[:, None]
+
+    def first_tied() -> Int32[Array, "B"]:
+        rest = need(weights.sum(axis=-1)) - jnp.where(above, weights, 0).sum(axis=-1)
+        return _threshold(jnp.where(tied, _down(order), _FIRST), weights, lambda _: rest)
+
+    last = jax.lax.cond(_any_twice(tied), first_tied, lambda: jnp.full(lowest.shape, _FIRST))
+    return jnp.where(above | tied & (_down(order) >= last[:, None]), weights, 0)
+
+
+def _down(order: Int32[Array, "B V"]) -> Int32[Array, "1 V"]:
+    """Ids, counted downwards: so "the first ids" are those after a threshold, too.
+
+    Made anew where it is needed: with what is made outside of a conditional, XLA may compute both branches.
+    """
+    return -jnp.arange(order.shape[1], dtype=jnp.int32)[None]
+
+
+def _any_twice(x: Bool[Array, "B V"]) -> Bool[Array, ""]:
+    """Whether a row has more than one. Counted in 24 parts, which takes a GPU two kernels; it would take three."""
+    parts = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 24))).reshape(x.shape[0], 24, -1).sum(axis=-1)
+    count = reduce(jnp.add, [parts[:, part] for part in range(24)])
+    return (count > 1).any()
+
+
+def _threshold(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need: _Need) -> Int32[Array, "B"]:
+    """Each row's largest t for which the weights at t and after it sum to what it needs; -2**31 if there is none.
+
+    Weights must not be negative. `need` takes their sum; a need that is not above 0 is met by the last that has any.
+    """
+    return jax.lax.platform_dependent(
+        order, weights, cuda=partial(_in_rounds, need=need), default=partial(_by_halves, need=need)
+    )
+
+
+def _by_halves(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need: _Need) -> Int32[Array, "B"]:
+    """As `_threshold`: each bit takes a sum over the row."""
+    goal = need(weights.sum(axis=-1))
+
+    def halve(turn: Int32[Array, ""], low: Array) -> Array:
+        middle = low + (1 << (31 - turn))
+        total = jnp.where(order >= middle[:, None], weights, 0).sum(axis=-1)
+        return jnp.where((total >= goal) & (total > 0), middle, low)
+
+    return jax.lax.fori_loop(0, 32, halve, jnp.full(goal.shape, jnp.int32(-(2**31))))
+
+
+def _in_rounds(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need: _Need) -> Int32[Array, "B"]:
+    """As `_threshold`: each byte takes the sums for all its values at once, which takes a GPU three kernels."""
+    values = np.arange(256, dtype=np.int32)[None]
+    low = jnp.full(order.shape[0], jnp.int32(-128))  # the bytes so far, as a number
+    for shift in 24, 16, 8, 0:
+        # Subtracted from the places, not added to `low`, which would be a kernel of its own. All are counted for 0,
+        # which is reached in any case.
+        at_least = ((order >> shift)[:, :, None] - values[None] >= low[:, None, None]) | (values == 0)[None]
+        totals = jnp.where(at_least, weights[:, :, None], 0).sum(axis=1)
+        reached = (totals >= need(totals[:, 0])[:, None]) & (totals > 0)
+        low = (jnp.where(reached, low[:, None] + values, low[:, None]) << min(shift, 8)).max(axis=-1)
+    return low
 
 
 def _uniform(seed: UInt32[Array, "2"], position: Int[Array, ""]) -> Float32[Array, ""]:
@@ -283,24 +383,19 @@ def _uniform(seed: UInt32[Array, "2"], position: Int[Array, ""]) -> Float32[Arra
 def _inverse_cdf(probs: Float32[Array, "B V"], uniform: Float32[Array, "B"]) -> Int32[Array, "B"]:
     """Where the running sum passes uniform * total: first among blocks of tokens, then inside one."""
     blocks = jnp.pad(probs, ((0, 0), (0, -probs.shape[1] % _BLOCK))).reshape(probs.shape[0], -1, _BLOCK)
-    block, target = _passes(blocks.sum(axis=-1), uniform * blocks.sum(axis=(1, 2)))
-    token, _ = _passes(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], target)
-    return block * _BLOCK + token
+    sums = _running_sums(blocks.sum(axis=-1))
+    target = uniform * sums[:, -1]
+    block = (sums <= target[:, None]).sum(axis=-1, dtype=jnp.int32)
+    rest = target - jnp.where(block > 0, jnp.take_along_axis(sums, block[:, None] - 1, axis=1)[:, 0], 0)
+    lane = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    over = _running_sums(inside - jnp.where(lane == 0, rest[:, None], 0))
+    # Rounding may leave the rest at or past the last sum: then the last token with any weight is meant.
+    passed = (over > 0) | (over >= over[:, -1:])
+    return jnp.where(passed, block[:, None] * _BLOCK + lane, probs.shape[1]).min(axis=-1)
 
 
-def _passes(
-    weights: Float32[Array, "B M"], target: Float32[Array, "B"]
-) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
-    """Where the running sum passes the target, and what of the target is left there."""
-    sums = jnp.cumsum(weights, axis=-1)
-    # Rounding may leave the target at or past the last sum: then the last token with any weight is meant.
-    passed = (sums > jnp.minimum(target, jnp.nextafter(sums[:, -1], 0))[:, None]) & (weights > 0)
-    index = _argmax(passed.astype(jnp.int32))
-    before = jnp.take_along_axis(sums - weights, index[:, None], axis=1)[:, 0]
-    return index, jnp.maximum(target - before, 0)
-
-
-def _argmax(x: Array) -> Int32[Array, "B"]:
-    # XLA's CPU argmax takes nine times as long as its two reductions (228 µs against 25 for 49,152 numbers).
-    ids = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    return jnp.where(x == x.max(axis=-1, keepdims=True), ids, x.shape[1]).min(axis=-1)
+def _running_sums(weights: Float32[Array, "B M"]) -> Float32[Array, "B M"]:
+    """Each is added up in the same order, so that none is below the one before. A GPU takes more kernels for cumsum."""
+    places = jnp.arange(weights.shape[1])
+    return jnp.where((places[None] <= places[:, None])[None], weights[:, None], 0).sum(axis=-1)

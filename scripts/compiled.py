@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from llamajax.placement import bytes_per_token, find_cache_dtype
 from llamajax.types import DType
 from llamajax.weights.random import random_weights
 
-from .hlo import STOP, Cost, Hlo, host_cost, thunks, total
+from .hlo import STOP, Cost, Hlo, Pick, host_cost, thunks, total
 
 Target = Literal["h100", "v5e"]
 
@@ -134,7 +135,8 @@ class Report:
     """What a program would do.
 
     Attributes:
-      greedy: the cheapest way through all conditionals. Nobody wants log-probabilities or adds to logits.
+      greedy: the cheapest way. Nobody wants log-probabilities or adds to logits.
+      chat: a token of the default chat: top-p alone, and no two logits are equal.
       sampled: the dearest way: top-k, top-p and equal logits at once.
       ideal_bytes: weights, keys and values, read once.
       cache_bytes: of all keys and values.
@@ -145,6 +147,7 @@ class Report:
     """
 
     greedy: Cost
+    chat: Cost
     sampled: Cost
     ideal_bytes: int
     cache_bytes: int
@@ -160,13 +163,23 @@ def native_calls(lowered: Lowered) -> list[str]:
     return sorted(set(re.findall(r"llamajax_\w+", lowered.as_text())))
 
 
-def report(model: Shapes, program: Program) -> Report:
-    """Compiles a decode or a prefill, and reads what comes out."""
+def _drawing(branch: int) -> Pick:
+    """The way through this one of the four branches that draw (greedy, min-p, top-p, top-k); else the cheapest."""
+
+    def pick(branches: Iterable[Cost]) -> Cost:
+        costs = [*branches]
+        return costs[branch] if len(costs) == 4 else min(costs)
+
+    return pick
+
+
+def report(model: Shapes, program: Program, options: Mapping[str, str | bool] | None = None) -> Report:
+    """Compiles a decode or a prefill, with these options of XLA's, and reads what comes out."""
     lowered = model.programs.lowered(program)
     with tempfile.TemporaryDirectory() as folder:
         dump: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         began = time.perf_counter()
-        compiled = lowered.compile(dump if model.target == "h100" else None)
+        compiled = lowered.compile({**dump, **(options or {})} if model.target == "h100" else None)
         seconds = time.perf_counter() - began
         # The last one, if a pass has changed anything, is as it runs. A TPU has none.
         outlines = sorted(Path(folder).glob("*.thunk_sequence*.txt"))
@@ -177,13 +190,17 @@ def report(model: Shapes, program: Program) -> Report:
         # One turn of the loop over tokens: how many there will be is not known.
         computations = hlo.called(hlo.token_loop())
         executed += [i for name in computations for i in hlo.executed(name)]
-        parts = [part for thunk in host if thunk.kind == "kWhile" for part in (STOP, *thunk.parts)]
-    greedy, sampled = (
-        total([*(hlo.cost(name, pick) for name in computations), host_cost(parts, pick)]) for pick in (min, max)
+        # A graph that holds the loop is launched once in a call.
+        if any(thunk.kind == "kWhile" for thunk in host):
+            parts = [part for thunk in host if thunk.kind == "kWhile" for part in (STOP, *thunk.parts)]
+    greedy, chat, sampled = (
+        total([*(hlo.cost(name, pick) for name in computations), host_cost(parts, pick)])
+        for pick in (_drawing(0), _drawing(2), max)
     )
     cache_bytes = program.num_rows * program.cache_len * bytes_per_token(model.config, model.cache_dtype)
     return Report(
         greedy=greedy,
+        chat=chat,
         sampled=sampled,
         ideal_bytes=model.weight_bytes + cache_bytes,
         cache_bytes=cache_bytes,

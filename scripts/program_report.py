@@ -43,12 +43,13 @@ def main() -> None:
     model = shapes(arguments.target, CONFIGS[arguments.model], arguments.dtype)
     programs = [Program("decode", arguments.length, num_rows=rows) for rows in arguments.rows]
     programs += [Program("prefill", arguments.length, chunk) for chunk in arguments.chunks]
-    print(f"{arguments.model}, {arguments.dtype}, cache {arguments.length:,}, {arguments.target}: greedy / sampled\n")
+    what = f"{arguments.model}, {arguments.dtype}, cache {arguments.length:,}, {arguments.target}"
+    print(f"{what}: greedy / chat / dearest\n")
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
     for program in programs:
         found = report(model, program)
         name = f"decode {program.num_rows}" if program.step == "decode" else f"prefill {program.chunk_len}"
-        costs = found.greedy, found.sampled
+        costs = found.greedy, found.chat, found.sampled
         cells = (
             name,
             " / ".join(f"{cost.num_bytes / found.ideal_bytes:.3f}" for cost in costs),

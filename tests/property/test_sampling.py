@@ -91,7 +91,9 @@ def penalized_and_filtered(
     logits: np.ndarray, sampling_params: Sampling, mask: np.ndarray, counts: np.ndarray
 ) -> jax.Array:
     penalized = sampling._adjusted(logits, sampling_params, mask, counts)
-    return sampling._filtered_probs(penalized / sampling_params.temperature[:, None], sampling_params)
+    scaled = penalized / sampling_params.temperature[:, None]
+    filters = sampling._Filters.of(sampling_params)
+    return jax.lax.switch(filters.kind, sampling._PROBS, scaled, scaled.max(axis=-1), filters)
 
 
 _sample = jax.jit(sampling.sample)

@@ -1,7 +1,8 @@
 """Sampling against distributions computed by hand, and the frequencies of what is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,12 @@ strict_promotion = tiny_model.strict_promotion
 
 OFF = SamplingParams(temperature=1, top_p=1)
 _sample = jax.jit(sampling.sample)
-_filtered_probs = jax.jit(sampling._filtered_probs)
+
+
+@jax.jit
+def _filtered_probs(logits: jax.Array, params: Sampling) -> jax.Array:
+    filters = sampling._Filters.of(params)
+    return jax.lax.switch(filters.kind, sampling._PROBS, logits, logits.max(axis=-1), filters)
 
 
 def draw(
@@ -337,6 +343,64 @@ def test_top_logprobs(vocab_size: int) -> None:
     assert np.asarray(found.top_ids).tolist() == best.tolist()
     np.testing.assert_allclose(found.top, np.take_along_axis(logprobs, best, 1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.chosen, logprobs[np.arange(3), token], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forms that a GPU takes, on this processor."""
+
+    def chosen(*arguments: jax.Array, default: Callable, cuda: Callable | None = None, **_: Callable) -> Any:
+        return (cuda or default)(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+
+
+def test_a_gpu_draws_the_same(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """By other sums: tokens differ only where rounding decides, which it does in none of these."""
+    rng = np.random.default_rng(4)
+    logits = np.round(rng.normal(size=(32, 1000)) * 4, 1).astype(np.float32)  # many are equal
+    logits[5, 9] = np.nan
+    rows = [
+        SamplingParams(
+            temperature=float(rng.choice([0, 0.3, 0.6, 1, 2])),
+            top_p=float(rng.choice([1e-9, 0.3, 0.9, 1])),
+            top_k=int(rng.choice([0, 1, 40])),
+            min_p=float(rng.choice([0, 0.1])),
+            logit_bias={3: 5.0, 999: -1.0} if rng.random() < 0.3 else None,
+            seed=int(rng.integers(2**63)),
+        )
+        for _ in range(32)
+    ]
+    kinds = [
+        rows,
+        [replace(row, top_k=0) for row in rows if row.temperature],
+        [replace(row, temperature=0) for row in rows],
+    ]
+
+    def tokens() -> list[list[int]]:
+        drawn = []
+        for kind in kinds:
+            seen = np.zeros((len(kind), 1000), np.int32)
+            arguments = logits[: len(kind)], Sampling.of(kind), np.arange(len(kind)), seen > 0, seen
+            drawn.append(jax.jit(lambda *arguments: sampling._sample(*arguments))(*arguments).tolist())
+        return drawn
+
+    expected = tokens()
+    request.getfixturevalue("as_on_a_gpu")
+    assert tokens() == expected
+    assert expected[0][5] == 1000 and len({*expected[0]}) > 15
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("vocab_size", [7, 16, 17, 20, 500])
+def test_top_logprobs_of_a_gpu(vocab_size: int) -> None:
+    """Of equal tokens, the lowest ids come first."""
+    logits = np.random.default_rng(vocab_size).integers(0, 9, (3, vocab_size)).astype(np.float32)
+    found = sampling.wanted_logprobs(logits, np.zeros(3, np.int32), wanted=np.array([True, False, False]))
+    best = np.argsort(-logits, axis=-1, kind="stable")[:, :20]
+    assert found.top_ids.tolist() == best.tolist()
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found.top, np.take_along_axis(logprobs, best, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_filters_of_a_large_vocabulary() -> None:
