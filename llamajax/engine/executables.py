@@ -75,13 +75,12 @@ class Executables:
         if found := self._load(self._named(name)):
             return found
         lowered = lower()
-        chosen = options()
-        code = _digest(self._environment, chosen, lowered.as_text(), str(lowered.in_tree), str(lowered.out_tree))
+        code = _digest(self._environment, lowered.as_text(), str(lowered.in_tree), str(lowered.out_tree))
         if found := self._load(code):
             self._link(self._named(name), code)
             return found
         with _jax_cache.off():
-            compiled = lowered.compile(chosen)
+            compiled = lowered.compile(options())
         if self._save(code, compiled):
             self._link(self._named(name), code)
         return compiled
@@ -191,12 +190,12 @@ _jax_cache = _JaxCache()
 
 
 def _environment(device: jax.Device) -> str:
-    """All that a program depends on beside its code, or what it is made from."""
+    """All that a program depends on beside its own settings."""
     options = {name: value for name, value in sorted(jax.config.values.items()) if not name.startswith(_NO_MATTER)}
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     versions = llamajax.__version__, jax.__version__, jaxlib.__version__, device.client.platform_version
     kind = device.platform, device.device_kind, native.implementation(), _processor()
-    return repr((versions, kind, flags, options))
+    return repr((versions, kind, flags, options, _source_digest()))
 
 
 @cache

@@ -167,7 +167,7 @@ def decode(
 
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
-        x, cache = _over_slots(model, slots.token[:, None], cache, slots.position)
+        x, cache = _over_slots(model, slots.token[:, None], cache, _places(slots))
         logits = scores = jax.vmap(model.logits)(x)[:, 0]
         if asked is not None:
             scores, ended = native.ask(asked, slots.token, logits)
@@ -193,7 +193,7 @@ def forward(
 ) -> tuple[Float32[Array, "B V"], Cache]:
     """Scores of the token after each slot's last one; nothing is drawn."""
     model = FlatModel(arrays, structure).llama()
-    x, cache = _over_slots(model, slots.token[:, None], _enter(cache), slots.position)
+    x, cache = _over_slots(model, slots.token[:, None], _enter(cache), _places(slots))
     return jax.vmap(model.logits)(x)[:, 0], _leave(cache)
 
 
@@ -356,6 +356,15 @@ def _of_length(cache: Float[Array, "... S H"], length: int) -> Float[Array, "...
 def stop(left: Int32[Array, "B"], row: Int32[Array, ""]) -> Int32[Array, "B"]:
     """What rows have left to draw, with nothing for one of them."""
     return left.at[row].set(0)
+
+
+def _places(slots: Slots) -> Int32[Array, "B"]:
+    """Where the next token of each slot stands. Idle slots, which are computed too, stand where any cache has room:
+    one that has ended at a cache's last position would stand after it.
+
+    An only slot is not computed when it is idle, and keeps its text, which the next request may go on from.
+    """
+    return slots.position if slots.position.shape[0] == 1 else jnp.where(slots.left > 0, slots.position, 0)
 
 
 # One slot is no batch: with a batch axis of one, XLA's CPU compiler makes two of each cache, one to attend to and

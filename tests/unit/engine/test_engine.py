@@ -187,6 +187,16 @@ def test_those_who_come_while_the_first_prompt_is_read_find_rows(runner: Runner)
     assert [c.tokens for c in collected] == [list(Sequential(runner, it)) for it in requests]
 
 
+@pytest.mark.parametrize("limit", [56, 57, 58])
+def test_one_that_ends_where_its_cache_does_disturbs_nobody(runner: Runner, limit: int) -> None:
+    """With a prompt of 200 and 57 tokens the last one would stand at 256, which a cache of 256 has not."""
+    requests = [Request(random_ids(length), limit, KINDS[0]) for length, limit in ((200, limit), (5, 150))]
+    engine = Engine(runner, num_slots=4)
+    collected = [submit(engine, it)[1] for it in requests]
+    list(run(engine))
+    assert [c.tokens for c in collected] == [list(Sequential(runner, it)) for it in requests]
+
+
 def test_a_few_slots_need_few_programs(runner: Runner) -> None:
     def programs(slots: int) -> set[Program]:
         return set(Batch(runner, slots).programs(1024))
