@@ -190,7 +190,7 @@ def response_body(
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
         "output": output,
-        "parallel_tool_calls": body.get("parallel_tool_calls", True),
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
         "store": False,

@@ -86,15 +86,18 @@ def _as_messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for item in items:
         match item.get("type"):
             case None | "message":
-                messages.append({name: item[name] for name in item if name not in ("type", "id", "status")})
+                messages.append({name: item[name] for name in _given(item) if name not in ("type", "id", "status")})
             case "function_call":
                 if not all(isinstance(item.get(name), str) for name in ("call_id", "name", "arguments")):
                     raise RequestError("a function_call of input needs a call_id, a name and arguments: texts")
-                if not messages or messages[-1].get("role") != "assistant":
-                    messages.append({"role": "assistant", "content": None})
                 function = {name: item[name] for name in ("name", "arguments")}
                 call = {"id": item["call_id"], "type": "function", "function": function}
-                messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), call]
+                if not messages or messages[-1].get("role") != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                said = messages[-1].get("tool_calls", [])
+                if not isinstance(said, list):
+                    raise RequestError(f"tool_calls of a message must be a list, not {checks.shown(said)}")
+                messages[-1]["tool_calls"] = [*said, call]
             case "function_call_output":
                 messages.append({"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")})
             case kind:

@@ -306,6 +306,21 @@ def test_responses(server: Running) -> None:
     assert events[-1]["response"]["usage"] == body["usage"]
 
 
+def test_calls_in_a_row_are_one_message() -> None:
+    calls = [{"type": "function_call", "call_id": i, "name": "greet", "arguments": "{}"} for i in "ab"]
+    said = {"role": "assistant", "content": "Well.", "tool_calls": None}
+    done = {"type": "function_call_output", "call_id": "b", "output": "Done."}
+    [messages] = READERS[protocol.RESPONSES]({"input": [*QUESTION, said, *calls, done, calls[0]]}).prompts
+    assert [(it["role"], [call["id"] for call in it.get("tool_calls", [])]) for it in messages] == [
+        ("user", []),
+        ("assistant", ["a", "b"]),
+        ("tool", []),
+        ("assistant", ["a"]),
+    ]
+    with pytest.raises(RequestError, match="tool_calls of a message must be a list"):
+        READERS[protocol.RESPONSES]({"input": [said | {"tool_calls": 5}, *calls]})
+
+
 def test_responses_call_tools(server: Running) -> None:
     """The same answers as a chat's, in another form."""
     asked: Any = {"temperature": 1, "seed": 1, "parallel_tool_calls": False}
