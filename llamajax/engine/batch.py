@@ -91,7 +91,7 @@ class Batch:
         self._spare: dict[int, Rows] = {}  # of prompts that were read, by how many they are
         self._footprint = Footprint(runner.config, runner.cache_dtype, runner.device.platform, native.available())
         self._all_bytes = self._free_bytes = runner.free_bytes()
-        self._tried = 0, 0, NO_PROMPTS  # what `fits` found room for last
+        self._tried: tuple[int, int, Size] | None = None  # what `fits` found room for, if it did the last time
 
     @property
     def num_rows(self) -> int:
@@ -198,15 +198,17 @@ class Batch:
             if needed + spare > self._free_bytes:
                 self._spare.clear()
             if needed > self._free_bytes:
+                self._tried = None
                 return False
         self._tried = num_rows, length, prompts
         return True
 
     def expect_less_memory(self) -> None:
-        """After the device had no room for what `fits` found room for last: it will not do so again."""
+        """After the device had no room: `fits` will not find room again for what it just did."""
         self._spare.clear()
-        num_rows, length, prompts = self._tried
-        self._free_bytes = min(self._free_bytes, self._footprint.needed(num_rows, length, *prompts) - 1)
+        if self._tried:
+            num_rows, length, prompts = self._tried
+            self._free_bytes = min(self._free_bytes, self._footprint.needed(num_rows, length, *prompts) - 1)
 
     def expect_all_memory(self) -> None:
         """As at the beginning: something else may have taken what was missing."""

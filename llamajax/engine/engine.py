@@ -118,7 +118,7 @@ class Engine:
         self._read_prompts()
         dispatched = self._decode()
         while len(self._pending) > dispatched:
-            self._deliver(*self._pending.popleft())
+            self._deliver()
         if not self.scheduler.num_jobs:
             self._batch.expect_all_memory()
 
@@ -133,7 +133,7 @@ class Engine:
             if not self._group:
                 return
             if saved := self._group[0].saved:
-                self._fit(_first_len(self._group[0]))
+                self._fit(self._len_of_reading)
                 for row in scheduler.free_rows():  # none if the others need the memory
                     self._batch.restore(saved, row)
                     self._group[0].saved = None
@@ -155,11 +155,15 @@ class Engine:
         """Whose prompts are being read, by their place in the group."""
         return {place: job for place, job in enumerate(self._group) if job.state == "reading"}
 
+    def _len_of_reading(self) -> int:
+        """Positions that those need whose prompts are being read."""
+        return max(map(_first_len, self.scheduler.reading), default=0)
+
     def _run_group(self) -> None:
         """Those whose prompts are read begin to run."""
         scheduler, prompts = self.scheduler, self._prompts
         assert prompts is not None
-        self._fit(max(sum(job.plan) for job in scheduler.reading))
+        self._fit(self._len_of_reading)
         if not scheduler.reading:  # the others need the memory
             return
         for job in scheduler.reading:
@@ -177,7 +181,7 @@ class Engine:
             return False
         constrained = any(job.matcher for job in running.values())
         num_steps = 1 if constrained else self._block_len(max(job.left for job in running.values()))
-        self._fit(max(job.position + min(num_steps, job.left) for job in running.values()))
+        self._fit(lambda: max((job.position + min(num_steps, job.left) for job in self.scheduler.running), default=0))
         # The rows may have moved.
         running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
         drawn = self._draw_constrained() if constrained else self._batch.decode(num_steps)
@@ -191,7 +195,7 @@ class Engine:
         """Dispatches one token. What may come next is found while the device computes the scores."""
         self._batch.forward()
         while self._pending:
-            self._deliver(*self._pending.popleft())
+            self._deliver()
         mask = self._runner.free_mask(self._batch.num_rows)
         for row, job in enumerate(self.scheduler.rows):
             if job is not None and job.matcher and job.left > 0:
@@ -208,10 +212,12 @@ class Engine:
         longest = min(SHORT_BLOCK_LEN if reads else FULL_BLOCK_LEN if waits else BLOCK_LEN, left)
         return max(1, min(longest, int(BLOCK_SECONDS / max(self._step_seconds, 1e-6))))
 
-    def _deliver(self, drawn: Drawn, owners: dict[int, Job]) -> None:
-        """Waits for a block, and hands its tokens to those they are for."""
+    def _deliver(self) -> None:
+        """Waits for the oldest block, and hands its tokens to those they are for."""
+        drawn, owners = self._pending[0]
         wants_logprobs = any(job.request.sampling.logprobs is not None for job in owners.values())
         block = self._runner.to_host(drawn, wants_logprobs)
+        self._pending.popleft()  # not before it is here: the host may have no memory for it
         now = time.monotonic()
         num_steps = int((block.tokens >= 0).any(axis=0).sum())
         if num_steps and self._pending:
@@ -244,17 +250,18 @@ class Engine:
         if row is not None and job.left > 0:
             self._batch.stop(row)
 
-    def _fit(self, num_positions: int) -> None:
-        """Gives the batch a row for each job that has a slot or will get one, with room for so many positions.
+    def _fit(self, num_positions: Callable[[], int]) -> None:
+        """Gives the batch a row for each job that has a slot or will get one, with room for so many positions: which
+        is asked again if jobs had to be put back.
 
         Jobs that wait count, too: to grow from size to size copies the caches each time, and loads more programs.
         """
         scheduler, batch = self.scheduler, self._batch
-        num_rows, length = self._fitting(num_positions)
+        num_rows, length = self._fitting(num_positions())
         while not batch.fits(num_rows, length, self._being_read) and scheduler.num_admitted > 1:
             for row in self._put_back(scheduler.latest):
                 batch.stop(row)
-            num_rows, length = self._fitting(num_positions)
+            num_rows, length = self._fitting(num_positions())
         if not scheduler.running and (num_rows, length) != (batch.num_rows, batch.length):
             batch.start(num_rows, length)
             scheduler.rows = [None] * num_rows
@@ -323,7 +330,9 @@ class Engine:
         if len(running) < len(jobs):
             self._prompts = None
             for _, owners in self._pending:  # first tokens that are drawn anew
-                for place in [place for place, job in owners.items() if job in jobs and job.state == "reading"]:
+                for place in [
+                    place for place, job in owners.items() if job in jobs and job.state == "reading" and not job.saved
+                ]:
                     del owners[place]
         self.scheduler.put_back(jobs)
         return list(running)
@@ -336,6 +345,7 @@ class Engine:
             self._put_back(scheduler.reading)
         else:
             self._put_back([*scheduler.running, *scheduler.reading])
+        if not scheduler.running:  # idle rows may have been destroyed
             batch.clear()
             scheduler.rows = []
 

@@ -13,8 +13,8 @@ from llamajax.placement import bytes_per_token
 
 # Of a score in attention: in f32 as it is computed, and in 16 bits as a weight.
 _SCORE_BYTES = 6
-# Sampling has so many arrays of the vocabulary's length at once.
-_SAMPLING_ARRAYS = 5
+# Sampling has so many arrays of the vocabulary's length at once: on a GPU, and elsewhere.
+_GPU_SAMPLING_ARRAYS, _SAMPLING_ARRAYS = 9, 5
 # A TPU's arrays have rows of so many numbers.
 _TPU_LANES = 128
 
@@ -55,7 +55,8 @@ class Footprint:
 
     def _of_step(self, num_rows: int, length: int, num_queries: int) -> int:
         """About what a step with so many queries of each row takes."""
-        sampling = 4 * _SAMPLING_ARRAYS * self.config.vocab_size
+        num_arrays = _GPU_SAMPLING_ARRAYS if self.platform == "gpu" else _SAMPLING_ARRAYS
+        sampling = 4 * num_arrays * self.config.vocab_size
         if self.platform == "cpu" and self.has_kernels:
             return num_rows * sampling
         scores = _SCORE_BYTES * self.config.num_attention_heads * num_queries * length

@@ -115,11 +115,11 @@ def test_the_bytes_of_rows_are_those_of_their_arrays(runner: Runner, num_rows: i
 @pytest.mark.parametrize(
     ("name", "platform", "rows", "length", "queries", "megabytes"),
     [
-        ("llama3.2-1b", "gpu", 1, 2048, 1, 3),
-        ("llama3.2-1b", "gpu", 32, 2048, 1, 91),
-        ("llama3.1-8b", "gpu", 32, 2048, 1, 91),
-        ("llama3.2-1b", "gpu", 1, 2048, 512, 224),
-        ("llama3.1-8b", "gpu", 1, 2048, 512, 236),
+        ("llama3.2-1b", "gpu", 8, 2048, 1, 39),
+        ("llama3.2-1b", "gpu", 32, 2048, 1, 156),
+        ("llama3.1-8b", "gpu", 32, 2048, 1, 156),
+        ("llama3.2-1b", "gpu", 1, 2048, 512, 220),
+        ("llama3.1-8b", "gpu", 1, 2048, 512, 223),
         ("llama3.2-1b", "tpu", 32, 2048, 1, 4320),
         ("llama3.1-8b", "tpu", 32, 2048, 1, 120),
     ],
@@ -181,6 +181,26 @@ def test_where_the_device_tells_its_memory_no_more_is_asked_for(
     assert refused == []
     assert [c.tokens for c in collected] == expected
     assert bool(saved) == (num_rows < 4)
+
+
+@pytest.mark.parametrize("steps", [("decode", "empty_rows"), ("resize", "empty_rows"), ("decode", "insert")])
+def test_calls_that_fail_in_a_row_end_nobody(
+    runner: Runner, expected: list[list[Token]], monkeypatch: pytest.MonkeyPatch, steps: tuple[str, str]
+) -> None:
+    """The second one while those that were saved come back, and their last block is still to be delivered."""
+    compile, left, calls = runner.compile, list(steps), itertools.count()
+
+    def compiled(program: Program) -> Callable[..., object]:
+        if left and program.step == left[0] and (len(left) == 1 or next(calls) == 3):
+            del left[0]
+            raise exhausted()
+        return compile(program)
+
+    engine = Engine(runner, num_slots=4, max_waiting=50)
+    monkeypatch.setattr(runner, "compile", compiled)
+    collected = answers(engine, requests())
+    assert not left
+    assert [c.tokens for c in collected] == expected
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])
