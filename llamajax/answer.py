@@ -177,8 +177,8 @@ class ServedStream(Iterator[str]):
         """Whether the answer has ended and all of it was read; never if there is an error, which `take` raises."""
         return self._inbox.ended
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Has this called, from the engine's thread, whenever there is more to read or the answer has ended."""
+    def on_change(self, callback: Callable[[bool], None]) -> None:
+        """Has this called, from the engine's thread, when there is more to read: with True if the answer has ended."""
         self._inbox.on_change = callback
 
     def take(self) -> list[Piece]:
@@ -244,13 +244,13 @@ class Inbox:
     """A listener that keeps an answer's text until it is fetched, from another thread or an event loop.
 
     Attributes:
-      on_change: called when there is more to read, or the answer has ended.
+      on_change: called when there is more to read, with whether the answer has ended.
       on_end: called before that, when the answer has ended.
     """
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[bool], None] = lambda ended: None
         self.on_end: Callable[[], None] = lambda: None
         self._pieces: deque[Piece] = deque()
         self._ended = False
@@ -320,7 +320,7 @@ class Inbox:
         for loop, event in waiters:
             with suppress(RuntimeError):  # its event loop was closed
                 loop.call_soon_threadsafe(event.set)
-        self.on_change()
+        self.on_change(ended)
 
 
 class Collector:

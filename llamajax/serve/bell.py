@@ -1,45 +1,64 @@
 """From the engine's thread to the tasks of an event loop: what a step has brought is there to read."""
 
 import asyncio
+import time
 from collections import defaultdict
 from contextlib import suppress
 
+# To send what a stream has takes about 0.1 ms of a core, however much it is, and the kernels want all cores: of many
+# streams, each is sent more at a time, less often.
+SECONDS_PER_STREAM = 0.006
+# A stream waits no longer for its next part.
+MOST_SECONDS = 0.25
+
+_Events = defaultdict[asyncio.AbstractEventLoop, list[asyncio.Event]]
+
 
 class Bell:
-    """Wakes the tasks for which there is something, all at once.
+    """Wakes the tasks for which there is something, many at once.
 
     Each call into an event loop gives up the interpreter: one for each token would hold up the engine.
     """
 
     def __init__(self) -> None:
-        self._due: defaultdict[asyncio.AbstractEventLoop, list[asyncio.Event]] = defaultdict(list)
+        self._due, self._urgent = _Events(list), _Events(list)
+        self._rang = 0.0
 
-    def add(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-        """Sets an event of an event loop when it rings next."""
-        self._due[loop].append(event)
+    def add(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event, *, urgent: bool) -> None:
+        """Sets an event of an event loop when it rings next; if that is not urgent, when it next rings for all."""
+        (self._urgent if urgent else self._due)[loop].append(event)
 
     def ring(self) -> None:
         """Sets the events. Called by the thread that adds them."""
-        due, self._due = self._due, defaultdict(list)
-        for loop, events in due.items():
-            with suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(_set, events)
+        _set_all(self._urgent)
+        now, num_streams = time.monotonic(), sum(map(len, self._due.values()))
+        if now - self._rang >= min(num_streams * SECONDS_PER_STREAM, MOST_SECONDS):
+            self._rang = now
+            _set_all(self._due)
 
 
 class Wakeup:
-    """What a task of an event loop waits for. It is called by the thread that rings the bell."""
+    """What a task of an event loop waits for. It is called by the thread that rings the bell.
 
-    def __init__(self, bell: Bell) -> None:
+    Args:
+      only_ends: whether it waits for ends alone.
+    """
+
+    def __init__(self, bell: Bell, *, only_ends: bool = False) -> None:
         self._bell = bell
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._event.set()  # what came before is looked at first
         self._is_pending = True
+        self._has_begun = False
+        self._only_ends = only_ends
 
-    def __call__(self) -> None:
-        if not self._is_pending:
-            self._is_pending = True
-            self._bell.add(self._loop, self._event)
+    def __call__(self, ended: bool) -> None:
+        """There is more to read, or the answer has `ended`. The first part and the end are urgent."""
+        urgent = ended or not self._has_begun
+        if (urgent or not self._is_pending) and (ended or not self._only_ends):
+            self._has_begun = self._is_pending = True
+            self._bell.add(self._loop, self._event, urgent=urgent)
 
     async def wait(self, seconds: float) -> bool:
         """Waits for the bell, if there was anything since the last time. False if nothing came for so long."""
@@ -51,6 +70,13 @@ class Wakeup:
         self._event.clear()
         news, self._is_pending = self._is_pending, False
         return news
+
+
+def _set_all(due: _Events) -> None:
+    for loop, events in due.items():
+        with suppress(RuntimeError):  # the loop was closed
+            loop.call_soon_threadsafe(_set, events)
+    due.clear()
 
 
 def _set(events: list[asyncio.Event]) -> None:

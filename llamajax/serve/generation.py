@@ -102,7 +102,7 @@ class Generation:
     async def whole(self) -> bytes:
         """The answers as JSON, when all of them are there."""
         echoes = await self._echoes()
-        async for _ in _updates(self._streams, self.service.bell):
+        async for _ in _updates(self._streams, self.service.bell, only_ends=True):
             pass
         return await run_in_threadpool(self._whole, [self._completion(stream) for stream in self._streams], echoes)
 
@@ -256,12 +256,15 @@ class _Update(NamedTuple):
     ended: bool
 
 
-async def _updates(streams: list[ServedStream], bell: Bell) -> AsyncIterator[_Update | None]:
-    """What there is to read, as soon as it is there, until all streams have ended; None if nothing came for a while.
+async def _updates(
+    streams: list[ServedStream], bell: Bell, *, only_ends: bool = False
+) -> AsyncIterator[_Update | None]:
+    """What there is to read, as soon as it is there or once a stream has ended, until all have; None if nothing came
+    for a while.
 
     Raises what went wrong with a request.
     """
-    wakeup = Wakeup(bell)
+    wakeup = Wakeup(bell, only_ends=only_ends)
     for stream in streams:
         stream.on_change(wakeup)
     left = set(range(len(streams)))

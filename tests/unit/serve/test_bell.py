@@ -1,8 +1,13 @@
-"""From the engine's thread to an event loop: nobody is woken before a step is done, and then all at once."""
+"""From the engine's thread to an event loop: nobody is woken before a step is done, and then many at once."""
 
 import asyncio
+from functools import partial
 from threading import Thread
+from types import SimpleNamespace
 
+import pytest
+
+from llamajax.serve import bell as bell_module
 from llamajax.serve.bell import Bell, Wakeup
 
 
@@ -11,6 +16,11 @@ def _in_thread(*calls: object) -> None:
         thread = Thread(target=call)
         thread.start()
         thread.join()
+
+
+async def _woken(*tasks: asyncio.Future[bool]) -> list[bool]:
+    await asyncio.sleep(0.01)
+    return [task.done() for task in tasks]
 
 
 def test_tasks_are_woken_when_the_bell_rings() -> None:
@@ -23,15 +33,53 @@ def test_tasks_are_woken_when_the_bell_rings() -> None:
         for wakeup in wakeups:
             assert await wakeup.wait(1)  # what came before
         waiting = [asyncio.ensure_future(wakeup.wait(10)) for wakeup in wakeups]
-        await asyncio.sleep(0)
-        _in_thread(*wakeups[:2], *wakeups[:2])  # two tokens for each of two
-        await asyncio.sleep(0.01)
-        assert not any(task.done() for task in waiting)
+        tokens = [partial(wakeup, False) for wakeup in wakeups]
+        _in_thread(*tokens[:2], *tokens[:2])  # two tokens for each of two
+        assert await _woken(*waiting) == [False] * 3
         _in_thread(bell.ring)
         assert await asyncio.gather(*waiting[:2]) == [True, True]
         assert not waiting[2].done() and len(calls) == 1
         waiting[2].cancel()
         assert not await wakeups[2].wait(0.01)
+
+    asyncio.run(run())
+
+
+def test_many_streams_are_sent_more_at_a_time_but_begin_and_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(bell_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def run() -> None:
+        nonlocal now
+        bell = Bell()
+        wakeups = [Wakeup(bell) for _ in range(20)]
+        for wakeup in wakeups:
+            await wakeup.wait(1)
+        for _ in range(2):  # the first parts; and others, since none was sent lately
+            waiting = [asyncio.ensure_future(wakeup.wait(10)) for wakeup in wakeups]
+            _in_thread(*(partial(wakeup, False) for wakeup in wakeups), bell.ring)
+            assert await asyncio.gather(*waiting) == [True] * 20
+        now += 20 * bell_module.SECONDS_PER_STREAM - 0.001
+        waiting = [asyncio.ensure_future(wakeup.wait(10)) for wakeup in wakeups]
+        _in_thread(*(partial(wakeup, False) for wakeup in wakeups), partial(wakeups[0], True), bell.ring)
+        assert await _woken(*waiting) == [True] + [False] * 19
+        now += 0.002
+        _in_thread(bell.ring)
+        assert await asyncio.gather(*waiting) == [True] * 20
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_ends_is_woken_by_nothing_else() -> None:
+    async def run() -> None:
+        bell = Bell()
+        wakeup = Wakeup(bell, only_ends=True)
+        await wakeup.wait(1)
+        waiting = asyncio.ensure_future(wakeup.wait(10))
+        _in_thread(partial(wakeup, False), bell.ring)
+        assert await _woken(waiting) == [False]
+        _in_thread(partial(wakeup, True), bell.ring)
+        assert await waiting
 
     asyncio.run(run())
 
@@ -43,5 +91,5 @@ def test_a_loop_that_was_closed_is_no_error() -> None:
         return Wakeup(bell)
 
     wakeup = asyncio.run(run())
-    wakeup()
+    wakeup(True)
     bell.ring()
