@@ -31,6 +31,12 @@ struct Dense {
   static Floats multiply(Floats sum, Weights weights, const Number* x) { return dot(sum, weights, x); }
 };
 
+// A block of a row of x.
+struct BlockOfX {
+  float scale;
+  int32_t sum, initial;  // of the block's quants; -zero * that
+};
+
 // Quantized weights: weight = scale * (quant - zero) + offset, with one scale, and maybe one offset, for each block of
 // a row. A packed block begins with the scales of its kGroup rows (f16) and their offsets (f16), if any; quants follow.
 // For 4-bit quants, the low halves of the bytes are the first half of the block.
@@ -53,13 +59,16 @@ struct Quantized {
   static int64_t place(int64_t row, int64_t block, int64_t num_blocks) { return (row * num_blocks + block) * kBlock; }
   static Bytes read(const uint8_t* p) { return load_bytes(p); }
   static Ints multiply(Ints sum, Bytes weights, const int8_t* x) { return dot<kBits>(sum, weights, x); }
+  // A block's sum, before its first product and after the last. Short ones have 16 bits, or are of weights less 128.
+  static Ints begin(const BlockOfX& x) { return all(kShortDots ? 0 : x.initial); }
+  static Ints end(Ints sum, const BlockOfX& x) {
+    if (!kShortDots) return sum;
+    return kBits == 4 ? add(dot(sum, all(0x10001)), all(x.initial)) : add(sum, all(x.initial + 128 * x.sum));
+  }
+  static_assert(kBits == 8 || kBlock / 2 * 15 * 128 <= INT16_MAX);
 };
 
 // Rows of x as the products take them.
-struct BlockOfX {
-  float scale;
-  int32_t sum, initial;  // of the block's quants; -zero * that
-};
 template <class F>
 struct RowsOfX {
   using Number = typename F::Number;
@@ -110,7 +119,7 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const typename F::N
     UNROLL for (int r = 0; r < kRows; ++r) {
       UNROLL for (int g = 0; g < kGroups; ++g) {
         if constexpr (F::kRounded) {
-          products[r][g] = all(blocks[r * num_blocks + b].initial);
+          products[r][g] = F::begin(blocks[r * num_blocks + b]);
         } else {
           products[r][g] = all(0.0f);
         }
@@ -143,7 +152,7 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const typename F::N
         if constexpr (F::kRounded) {
           const uint8_t* head = groups[g] + F::kFirst + b * F::kBytes + lane * (F::kSteps ? 4 : 2);
           const BlockOfX& x = blocks[r * num_blocks + b];
-          total[r][g] = fma(scaled<F>(products[r][g], head, x), all(x.scale), total[r][g]);
+          total[r][g] = fma(scaled<F>(F::end(products[r][g], x), head, x), all(x.scale), total[r][g]);
         } else {
           total[r][g] = total[r][g] + products[r][g];
         }

@@ -6,6 +6,7 @@ using Ints = __m256i;
 using Bytes = __m256i;
 using InPairs = float;
 using Rounded = int16_t;
+constexpr bool kShortDots = !kVnni;
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load(const Half* p) {
@@ -91,24 +92,25 @@ inline Floats whole(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_
 inline Bytes low_nibbles(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 
-// sum + the product of 4 unsigned weights in each lane with the same 4 signed numbers.
+// sum + the product of 4 unsigned weights in each lane with the same 4 signed numbers. Without VNNI, sums with 4-bit
+// weights are two in each lane, of 16 bits, and 8-bit weights are taken less 128.
 template <int kBits>
 inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
-  const __m256i numbers = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  const __m256i numbers = _mm256_set1_epi32(four);
   if constexpr (kVnni) {
     return _mm256_dpbusd_avx_epi32(sum, weights, numbers);
   } else if constexpr (kBits == 4) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, numbers), ones));
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, numbers));
   } else {
-    // Two products of 8 bits by 8 can pass 16 bits: even and odd weights apart.
-    const __m256i even = _mm256_and_si256(weights, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(weights, 8);
-    const __m256i even_numbers = _mm256_srai_epi16(_mm256_slli_epi16(numbers, 8), 8);
-    const __m256i odd_numbers = _mm256_srai_epi16(numbers, 8);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, even_numbers));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, odd_numbers));
+    // Two products fit 16 bits only if neither factor passes 128: the weights' signs go to the numbers.
+    const __m256i less = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+    const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(less), _mm256_sign_epi8(numbers, less));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
   }
+  asm("" : "+x"(sum));  // one after the other: GCC adds in a tree, for which there are too few registers
+  return sum;
 }
 
 // sum + the products of the two numbers in each lane with the same two.

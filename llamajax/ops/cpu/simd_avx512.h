@@ -6,6 +6,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 using Bytes = __m512i;
 using InPairs = std::conditional_t<kBf16, BFloat16, float>;
 using Rounded = std::conditional_t<kAmx, int8_t, int16_t>;
+constexpr bool kShortDots = false;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load(const Half* p) {

@@ -6,6 +6,7 @@ using Ints = int32x4_t;
 using Bytes = uint8x16_t;
 using InPairs = float;
 using Rounded = int16_t;
+constexpr bool kShortDots = false;
 
 inline Floats load(const float* p) { return vld1q_f32(p); }
 inline Floats load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }

@@ -6,6 +6,7 @@ typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 using InPairs = float;
 using Rounded = int16_t;
+constexpr bool kShortDots = false;
 
 inline Floats load(const float* p) {
   Floats x;
