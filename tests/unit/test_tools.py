@@ -48,27 +48,37 @@ READ = [
 ]
 
 
+def told_apart(parts: list[str | ToolCall]) -> tuple[str, list[ToolCall]]:
+    """The text, and the calls."""
+    text = "".join(part for part in parts if isinstance(part, str))
+    return text, [part for part in parts if isinstance(part, ToolCall)]
+
+
 @pytest.mark.parametrize(("form", "text", "said", "calls"), READ)
 def test_calls_are_read(form: ToolFormat, text: str, said: str | None, calls: list[ToolCall]) -> None:
-    assert form.read(text, TOOLS) == (text if said is None else said, calls)
+    assert told_apart(form.read(text, TOOLS)) == (text if said is None else said, calls)
 
 
 @given(st.sampled_from(READ), st.data())
 def test_a_stream_reads_what_the_whole_answer_has(case: Any, data: Any) -> None:
     form, text, said, calls = case
     reader = form.reader(TOOLS)
-    pieces, found = "", []
+    found = []
     while text_left := text[: data.draw(st.integers(1, 20))]:
-        piece, more = reader.push(text_left)
-        pieces, found, text = pieces + piece, found + more, text[len(text_left) :]
-    piece, more = reader.flush()
-    assert (pieces + piece, found + more) == (case[1] if said is None else said, calls)
+        found += reader.push(text_left)
+        text = text[len(text_left) :]
+    assert told_apart(found + reader.flush()) == (case[1] if said is None else said, calls)
+
+
+def test_text_and_calls_keep_their_order() -> None:
+    parts = CHATML.read(f"One. {CALL} Two. {CALL}", TOOLS)
+    assert list(filter(None, parts)) == ["One.", PARIS, " Two.", PARIS]
 
 
 def test_one_call_at_a_time() -> None:
     alone = Tools([WEATHER, TIME], parallel=False)
-    assert CHATML.read(CALL + CALL, alone) == ("", [PARIS])
-    assert LLAMA3.read('{"name": "time"};{"name": "time"}', alone) == ("", [NOW])
+    assert told_apart(CHATML.read(CALL + CALL, alone)) == ("", [PARIS])
+    assert LLAMA3.read('{"name": "time"};{"name": "time"}', alone) == [NOW]
 
 
 def test_what_may_be_called() -> None:
@@ -121,5 +131,5 @@ def test_what_must_be_a_call_is_read_as_one(form: ToolFormat) -> None:
     for seed in range(20):
         text = drawn(compiled.matcher(), np.random.default_rng(seed))
         assert text
-        said, [call] = form.read(text.decode(), tools)
+        said, [call] = told_apart(form.read(text.decode(), tools))
         assert not said and re.fullmatch(r"f\d+", call.name) and json.loads(call.arguments)["n"] <= 99
