@@ -19,7 +19,9 @@ from typing import Any, Protocol
 
 from llamajax import checks
 from llamajax.errors import RequestError
-from llamajax.types import JSON_OPTIONS, Grammar
+from llamajax.json_schema import JSON_OPTIONS, schema_text
+from llamajax.text import one_line
+from llamajax.types import MAX_GRAMMAR_CHARS, Grammar
 
 MAX_CALLS = 8  # in an answer that must be calls
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -80,6 +82,8 @@ def read_tools(tools: Any, choice: Any = None, parallel: Any = None) -> Tools | 
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise RequestError(f"tools must be a list, not {checks.shown(tools)}")
+    if (length := _length(tools)) > MAX_GRAMMAR_CHARS:
+        raise RequestError(f"tools may have {MAX_GRAMMAR_CHARS:,} characters, not {length:,}")
     for tool in tools:
         function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -96,6 +100,13 @@ def read_tools(tools: Any, choice: Any = None, parallel: Any = None) -> Tools | 
     if read.choice not in ("none", "auto", "required", *read.names):
         raise RequestError(f"tool_choice names {checks.shown(read.choice)}, which is none of tools")
     return None if read.choice == "none" else read
+
+
+def _length(tools: Any) -> int:
+    try:
+        return len(json.dumps(tools))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"tools must be what JSON can express: {one_line(error)}") from None
 
 
 def _chosen(choice: Any) -> str:
@@ -151,7 +162,7 @@ class ToolFormat:
             schema = {"type": "object", **parameters, "x-guidance": JSON_OPTIONS}
             rules += [
                 f"call{i}: {json.dumps(opening)} arguments{i} {json.dumps('}' + after)}",
-                f"arguments{i}: %json {json.dumps(schema)}",
+                f"arguments{i}: %json {schema_text(schema, function['name'])}",
             ]
         return Grammar("tools", "\n".join(rules))
 

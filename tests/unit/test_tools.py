@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamajax import RequestError
 from llamajax.tools import ToolCall, ToolFormat, Tools, read_tools
 
-from .test_constraints import BYTES, END, drawn
+from .test_constraints import BYTES, END, allowed, drawn
 
 CHATML = ToolFormat(is_chatml=True, is_rendered=True)
 LLAMA3 = ToolFormat(is_chatml=False, is_rendered=True)
@@ -96,6 +96,8 @@ def test_what_may_be_called() -> None:
     [
         (([{"type": "function"}],), "each of tools must be of type function"),
         (("weather",), "tools must be a list"),
+        (([{**TIME, "more": "a" * 10**6}],), "tools may have 1,000,000 characters, not 1,000,"),
+        (([{**TIME, "more": TIME.keys()}],), "tools must be what JSON can express: .*dict_keys"),
         (([{"type": "function", "function": {"name": "a b"}}],), "a function's name has 1 to 64 letters"),
         (([{"type": "function", "function": {"name": "a", "parameters": []}}],), "parameters of a must be"),
         (([TIME, TIME],), "two of tools have the same name"),
@@ -114,6 +116,22 @@ def test_the_form_is_the_templates() -> None:
     assert ToolFormat.of("{{ messages }}") == ToolFormat(is_chatml=True, is_rendered=False)
     assert ToolFormat.of("{% if tools %}<tool_call>{% endif %}") == CHATML
     assert ToolFormat.of('{% if tools is not none %}{"name": , "parameters": }') == LLAMA3
+
+
+def test_a_format_that_json_schema_does_not_define_says_nothing() -> None:
+    schema = {"properties": {"file": {"type": "string", "format": "path"}}, "required": ["file"]}
+    function = {
+        "type": "function",
+        "function": {"name": "open", "parameters": schema | {"additionalProperties": False}},
+    }
+    grammar = LLAMA3.grammar(Tools([function], "required"))
+    assert grammar
+    compiled = BYTES.compile(grammar, frozenset({END}), min_tokens=0, ignores_end=False)
+    matcher = compiled.matcher()
+    for byte in b'{"name": "open", "parameters": {"file": "a/b"}}':
+        assert byte in allowed(matcher)
+        matcher.advance(byte)
+    assert matcher.ended
 
 
 @pytest.mark.parametrize("form", [CHATML, LLAMA3])

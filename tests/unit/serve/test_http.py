@@ -386,6 +386,7 @@ def test_responses_call_tools(server: Running) -> None:
         (protocol.CHAT, {"messages": QUESTION, "x" * 100_000: 1}, 400, "unknown field"),
         (protocol.COMPLETIONS, {"prompt": [""] * 100_000, "n": 128}, 400, "may ask for 12 answers, not 12800000"),
         (protocol.COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 400, "max_tokens must be"),
+        (protocol.CHAT, {"guided_json": {"enum": [[]] * 250_000}}, 400, "may have 250,000 objects, lists and names"),
         ("/tokenize", {}, 400, "expected a prompt"),
         ("/detokenize", {"tokens": [-1]}, 400, "each of tokens"),
         ("/v1/embeddings", {}, 404, "there is no /v1/embeddings here"),
