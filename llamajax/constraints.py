@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from llamajax.errors import RequestError
+from llamajax.json_schema import JSON_OPTIONS
 from llamajax.sandbox import Sandbox
 from llamajax.text import one_line, well_formed
 from llamajax.tokenizers.base import Tokenizer
-from llamajax.types import JSON_OPTIONS, Grammar, mask_len
+from llamajax.types import Grammar, mask_len
 
 MAX_SECONDS = 1.0
 MAX_BYTES = 300 * 2**20  # of which the process takes 150 MB by itself

@@ -7,17 +7,12 @@ from typing import Any, TypedDict, cast
 
 from llamajax import checks
 from llamajax.errors import RequestError
+from llamajax.json_schema import schema_text
 from llamajax.text import one_line
-from llamajax.types import Grammar, SamplingParams
+from llamajax.types import MAX_GRAMMAR_CHARS, Grammar, SamplingParams
 
 DEFAULT_NEW_TOKENS = 50
 MAX_STOPS = 256  # each is looked for after each token, while the other requests wait
-MAX_GRAMMAR_CHARS = 1_000_000
-# JSON Schema 2020-12, Validation, 7.3.
-_FORMATS = """
-date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri uri-reference iri iri-reference uuid
-uri-template json-pointer relative-json-pointer regex
-"""
 
 
 class AnswerOptions(TypedDict, total=False):
@@ -142,32 +137,16 @@ def _schema(given: Any) -> str:
     """A schema's text."""
     if hasattr(given, "model_json_schema"):
         given = given.model_json_schema()
-    if isinstance(given, str) and len(given) > MAX_GRAMMAR_CHARS:
-        return given
     try:
-        schema = json.loads(given) if isinstance(given, str) else given
-        text = json.dumps(_with_formats_of_json_schema(schema), allow_nan=False)
+        text = given if isinstance(given, str) else json.dumps(given, allow_nan=False)
+        if len(text) > MAX_GRAMMAR_CHARS:  # to read it would take long
+            return text
+        schema = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"json_schema must be an object that JSON can express: {one_line(error)}") from None
-    if not isinstance(schema, Mapping):
-        raise RequestError(f"json_schema must be an object, its text or a pydantic model, not {checks.shown(given)}")
-    return text
-
-
-def _with_formats_of_json_schema(schema: Any) -> Any:
-    """Without the formats that JSON Schema does not define, as it says: such as pydantic's "path", OpenAPI's "int32".
-
-    llguidance refuses those it does not know, and so schemas of common classes.
-    """
-    if isinstance(schema, list):
-        return [_with_formats_of_json_schema(item) for item in schema]
     if not isinstance(schema, dict):
-        return schema
-    return {
-        name: value if name in ("const", "enum") else _with_formats_of_json_schema(value)
-        for name, value in schema.items()
-        if name != "format" or not isinstance(value, str) or value in _FORMATS.split()
-    }
+        raise RequestError(f"json_schema must be an object, its text or a pydantic model, not {checks.shown(given)}")
+    return schema_text(schema, "json_schema")
 
 
 def generation_prompt(options: Options) -> tuple[bool, bool]:

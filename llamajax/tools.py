@@ -19,7 +19,9 @@ from typing import Any, Protocol
 
 from llamajax import checks
 from llamajax.errors import RequestError
-from llamajax.types import JSON_OPTIONS, Grammar
+from llamajax.json_schema import JSON_OPTIONS, schema_text
+from llamajax.text import one_line
+from llamajax.types import MAX_GRAMMAR_CHARS, Grammar
 
 MAX_CALLS = 8  # in an answer that must be calls
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -80,6 +82,8 @@ def read_tools(tools: Any, choice: Any = None, parallel: Any = None) -> Tools | 
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise RequestError(f"tools must be a list, not {checks.shown(tools)}")
+    if (length := _length(tools)) > MAX_GRAMMAR_CHARS:
+        raise RequestError(f"tools may have {MAX_GRAMMAR_CHARS:,} characters, not {length:,}")
     for tool in tools:
         function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -98,6 +102,13 @@ def read_tools(tools: Any, choice: Any = None, parallel: Any = None) -> Tools | 
     return None if read.choice == "none" else read
 
 
+def _length(tools: Any) -> int:
+    try:
+        return len(json.dumps(tools))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"tools must be what JSON can express: {one_line(error)}") from None
+
+
 def _chosen(choice: Any) -> str:
     if not isinstance(choice, Mapping):
         return choice or "auto"
@@ -109,12 +120,12 @@ def _chosen(choice: Any) -> str:
 
 
 class Reader(Protocol):
-    """Takes an answer's text piece by piece, and tells calls from what is said beside them."""
+    """Takes an answer's text piece by piece, and tells calls from what is said beside them, in their order."""
 
-    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+    def push(self, text: str) -> list[str | ToolCall]:
         """More of the answer. Returns what is certain now, beyond what was returned before."""
 
-    def flush(self) -> tuple[str, list[ToolCall]]:
+    def flush(self) -> list[str | ToolCall]:
         """The answer has ended. Returns the rest."""
 
 
@@ -151,18 +162,17 @@ class ToolFormat:
             schema = {"type": "object", **parameters, "x-guidance": JSON_OPTIONS}
             rules += [
                 f"call{i}: {json.dumps(opening)} arguments{i} {json.dumps('}' + after)}",
-                f"arguments{i}: %json {json.dumps(schema)}",
+                f"arguments{i}: %json {schema_text(schema, function['name'])}",
             ]
         return Grammar("tools", "\n".join(rules))
 
     def reader(self, tools: Tools) -> Reader:
         return (_ChatMLReader if self.is_chatml else _Llama3Reader)(tools.names, tools.parallel)
 
-    def read(self, text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
-        """A whole answer: what is said beside the calls, and the calls."""
+    def read(self, text: str, tools: Tools) -> list[str | ToolCall]:
+        """A whole answer: the calls, and what is said beside them."""
         reader = self.reader(tools)
-        (said, calls), (rest, more) = reader.push(text), reader.flush()
-        return said + rest, calls + more
+        return reader.push(text) + reader.flush()
 
 
 class _ChatMLReader:
@@ -172,30 +182,26 @@ class _ChatMLReader:
         self._text = ""
         self._num_calls = 0
 
-    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+    def push(self, text: str) -> list[str | ToolCall]:
         self._text += text
-        said, found = "", list[ToolCall]()
+        found: list[str | ToolCall] = []
         while True:
             before, opened, after = self._text.partition(_OPEN)
-            if not opened:
-                certain = _certain(self._text)
-                said, self._text = said + self._text[:certain], self._text[certain:]
-                return said, found
             inside, closed, rest = after.partition(_CLOSE)
             if not closed:
-                certain = len(before.rstrip())
-                said, self._text = said + before[:certain], self._text[certain:]
-                return said, found
+                certain = len(before.rstrip()) if opened else _certain(before)
+                found.append(before[:certain])
+                self._text = self._text[certain:]
+                return found
             calls = self._calls(inside)
-            said += before + opened + inside + closed if calls is None else before.rstrip()
-            found += calls or []
+            found += [before + opened + inside + closed] if calls is None else [before.rstrip(), *calls]
             self._text = rest
 
-    def flush(self) -> tuple[str, list[ToolCall]]:
+    def flush(self) -> list[str | ToolCall]:
         before, opened, inside = self._text.partition(_OPEN)
         if opened and (calls := self._calls(inside)) is not None:
-            return before.rstrip(), calls
-        return ("" if self._num_calls and not self._text.strip() else self._text), []
+            return [before.rstrip(), *calls]
+        return [] if self._num_calls and not self._text.strip() else [self._text]
 
     def _calls(self, inside: str) -> list[ToolCall] | None:
         """The calls that count of those between two marks; None if that is text."""
@@ -218,26 +224,26 @@ class _Llama3Reader:
         self._text = ""
         self._is_text = False
 
-    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+    def push(self, text: str) -> list[str | ToolCall]:
         self._text += text
         begun = self._text.lstrip()[: len(_PYTHON_TAG)]
         self._is_text = self._is_text or not (begun.startswith("{") or _PYTHON_TAG.startswith(begun))
         if not self._is_text:
-            return "", []
+            return []
         said, self._text = self._text, ""
-        return said, []
+        return [said]
 
-    def flush(self) -> tuple[str, list[ToolCall]]:
+    def flush(self) -> list[str | ToolCall]:
         calls, rest = list[ToolCall](), self._text.strip().removeprefix(_PYTHON_TAG)
         while rest := rest.lstrip("; \n\t"):
             try:
                 found, end = _DECODER.raw_decode(rest)
             except (ValueError, RecursionError):
-                return self._text, []
+                return [self._text]
             if (call := _call(found, self._names)) is None:
-                return self._text, []
+                return [self._text]
             calls, rest = [*calls, call], rest[end:]
-        return ("", calls[: None if self._parallel else 1]) if calls else (self._text, [])
+        return [*calls[: None if self._parallel else 1]] if calls else [self._text]
 
 
 def written_out(messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> list[dict[str, Any]]:

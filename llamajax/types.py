@@ -21,6 +21,7 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 MAX_TOP_LOGPROBS = 20
 MAX_THREADS = 1024
 MAX_LOGIT_BIAS = 300  # as OpenAI's API takes
+MAX_GRAMMAR_CHARS = 1_000_000
 
 
 class Message(TypedDict):
@@ -120,15 +121,6 @@ class Grammar:
 
     kind: Literal["json_schema", "regex", "grammar", "tools"]
     text: str
-
-
-# What no schema can change for llguidance. Between two tokens of JSON: nothing, a space, or an indented line: without a
-# limit, small models write spaces until the answer's length ends them.
-JSON_OPTIONS: Any = {
-    "lenient": False,
-    "coerce_one_of": False,
-    "whitespace_pattern": r" |\n( {0,20}|\t{0,10})",
-}
 
 
 class Matcher(Protocol):

@@ -29,7 +29,7 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from llamajax import LLM, LlamaJaxError, load
+from llamajax import LLM, Completion, LlamaJaxError, load
 
 ARITHMETIC = """
 start: sum
@@ -182,14 +182,26 @@ def drawn_regexes(count: int) -> list[Case]:
     return list(found.values())[:count]
 
 
-def ask(llm: LLM, cases: Sequence[Case], max_new_tokens: int, slots: int) -> tuple[Counter[str], list[str]]:
-    """How many answers ended in which way, by source, and what is wrong."""
-    outcomes, wrong = Counter[str](), list[str]()
+def public_cases(schemastore: Path | None, suite: Path | None) -> list[Case]:
+    """Pydantic's models, and public schemas in an order that is drawn."""
+    public = [*(from_schemastore(schemastore) if schemastore else ()), *(from_suite(suite) if suite else ())]
+    random.Random(0).shuffle(public)
+    return [*(of_schema("pydantic", model.model_json_schema(), model) for model in MODELS * 4), *public]
+
+
+def answers(
+    llm: LLM, cases: Sequence[Case], max_new_tokens: int, slots: int
+) -> Iterator[tuple[Case, Completion | LlamaJaxError]]:
     question = [{"role": "user", "content": "Give an example."}]
     options = {"max_new_tokens": max_new_tokens, "temperature": 1}
     requests = [(question, {**options, "seed": number, **case.options}) for number, case in enumerate(cases)]
-    for number, result in llm.stream_batch(requests, slots=slots):
-        case = cases[number]
+    return ((cases[number], result) for number, result in llm.stream_batch(requests, slots=slots))
+
+
+def ask(llm: LLM, cases: Sequence[Case], max_new_tokens: int, slots: int) -> tuple[Counter[str], list[str]]:
+    """How many answers ended in which way, by source, and what is wrong."""
+    outcomes, wrong = Counter[str](), list[str]()
+    for case, result in answers(llm, cases, max_new_tokens, slots):
         if isinstance(result, LlamaJaxError):
             outcomes[f"{case.source}: refused: {re.sub('[0-9]+', 'N', str(result)):.110}"] += 1
             continue
@@ -214,12 +226,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=200, help="of an answer at most")
     parser.add_argument("--slots", type=int, default=32)
     arguments = parser.parse_args()
-    public = [
-        *(from_schemastore(arguments.schemastore) if arguments.schemastore else ()),
-        *(from_suite(arguments.suite) if arguments.suite else ()),
-    ]
-    random.Random(0).shuffle(public)
-    schemas = [*(of_schema("pydantic", model.model_json_schema(), model) for model in MODELS * 4), *public]
+    schemas = public_cases(arguments.schemastore, arguments.suite)
     cases = [*schemas[: arguments.schemas], *drawn_regexes(arguments.regexes), *[of_arithmetic()] * 20]
     began, llm = time.monotonic(), load(arguments.model, max_seq_len=512)
     outcomes, wrong = ask(llm, cases, arguments.tokens, arguments.slots)

@@ -25,36 +25,44 @@ class Choice(NamedTuple):
     """What is sent of an answer: all of it, or a part.
 
     Attributes:
+      parts: text, and calls in OpenAI's form, in their order.
       logprobs: one for each of `token_ids`; None for a prompt's first token, or if they were not asked for.
       finish_reason: the completion's, or "tool_calls" for an answer that ended by itself and has calls.
       offset: characters of the choice that were sent before.
-      tool_calls: in OpenAI's form.
     """
 
-    text: str
+    parts: Sequence[str | Mapping[str, Any]]
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs | None] | None
     finish_reason: FinishReason | Literal["tool_calls"] | None
     offset: int = 0
-    tool_calls: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def of(cls, completion: Completion) -> "Choice":
-        return cls(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason)
+        return cls([completion.text], completion.token_ids, completion.logprobs, completion.finish_reason)
 
-    def saying(self, text: str, calls: Sequence[ToolCall], call_ids: Iterator[str]) -> "Choice":
-        """With this text, and calls, in place of its text."""
-        tool_calls = [
-            {"id": id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call, id in zip(calls, call_ids, strict=False)
-        ]
-        return self._replace(text=text, tool_calls=tool_calls)
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def tool_calls(self) -> list[Mapping[str, Any]]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+    def saying(self, parts: Sequence[str | ToolCall], call_ids: Iterator[str]) -> "Choice":
+        """With these parts in place of its own."""
+
+        def call(it: ToolCall) -> Mapping[str, Any]:
+            function = {"name": it.name, "arguments": it.arguments}
+            return {"id": next(call_ids), "type": "function", "function": function}
+
+        return self._replace(parts=[part if isinstance(part, str) else call(part) for part in parts])
 
 
 def with_calls(choices: Sequence[Choice], tool_format: ToolFormat, tools: Tools, answer_id: str) -> list[Choice]:
     """Whole choices, with the calls that their texts have."""
     read = [
-        choice.saying(*tool_format.read(choice.text, tools), call_ids(answer_id, index))
+        choice.saying(tool_format.read(choice.text, tools), call_ids(answer_id, index))
         for index, choice in enumerate(choices)
     ]
     return [

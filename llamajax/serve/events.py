@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 from llamajax.tokenizers.base import Tokenizer
@@ -105,7 +106,7 @@ class ResponseEvents:
     _number: int = 0
     _output: list[dict[str, Any]] = field(default_factory=list)
     _text: list[str] = field(default_factory=list)
-    _where: dict[str, Any] = field(default_factory=dict)  # the message's text stands, once there is any
+    _where: dict[str, Any] = field(default_factory=dict)  # the text of the message stands that is open, if one is
 
     def begin(self) -> Iterator[bytes]:
         response = response_body(self.info, self.body)
@@ -113,25 +114,20 @@ class ResponseEvents:
         yield self._event("response.in_progress", response=response)
 
     def piece(self, index: int, choice: Choice) -> Iterator[bytes]:
-        if choice.text:
-            yield from self._begin_message()
-            self._text.append(choice.text)
-            yield self._event("response.output_text.delta", **self._where, delta=choice.text, logprobs=[])
-        for call in choice.tool_calls:
-            yield from self._call(_call(call))
+        for part in choice.parts:
+            if not isinstance(part, str):
+                yield from self._end_message("completed")
+                yield from self._call(_call(part))
+            elif part:
+                yield from self._begin_message()
+                self._text.append(part)
+                yield self._event("response.output_text.delta", **self._where, delta=part, logprobs=[])
 
     def end(self, completions: Sequence[Completion]) -> Iterator[bytes]:
         [completion] = completions
         if not self._output:
             yield from self._begin_message()
-        if self._where:
-            text = "".join(self._text)
-            item = _message(self.info, [_part(text)], _status(completion.finish_reason))
-            at = self._where["output_index"]
-            self._output[at] = item
-            yield self._event("response.output_text.done", **self._where, text=text, logprobs=[])
-            yield self._event("response.content_part.done", **self._where, part=_part(text))
-            yield self._event("response.output_item.done", output_index=at, item=item)
+        yield from self._end_message(_status(completion.finish_reason))
         response = response_body(self.info, self.body, completion, self._output)
         yield self._event(f"response.{response['status']}", response=response)
 
@@ -140,11 +136,21 @@ class ResponseEvents:
 
     def _begin_message(self) -> Iterator[bytes]:
         if not self._where:
-            item, at = _message(self.info, [], "in_progress"), len(self._output)
+            at = len(self._output)
+            item = _message(self.info, at, [], "in_progress")
             self._output.append(item)
             self._where = {"item_id": item["id"], "output_index": at, "content_index": 0}
             yield self._event("response.output_item.added", output_index=at, item=item)
             yield self._event("response.content_part.added", **self._where, part=_part(""))
+
+    def _end_message(self, status: str) -> Iterator[bytes]:
+        if self._where:
+            text, at = "".join(self._text), self._where["output_index"]
+            self._output[at] = _message(self.info, at, [_part(text)], status)
+            yield self._event("response.output_text.done", **self._where, text=text, logprobs=[])
+            yield self._event("response.content_part.done", **self._where, part=_part(text))
+            yield self._event("response.output_item.done", output_index=at, item=self._output[at])
+            self._where, self._text = {}, []
 
     def _call(self, item: dict[str, Any]) -> Iterator[bytes]:
         where = {"item_id": item["id"], "output_index": len(self._output)}
@@ -163,10 +169,16 @@ class ResponseEvents:
 
 def response_output(info: AnswerInfo, choice: Choice) -> list[dict[str, Any]]:
     """What a whole choice says and calls, as items of `/v1/responses`."""
-    calls = [_call(call) for call in choice.tool_calls]
-    if calls and not choice.text:
-        return calls
-    return [_message(info, [_part(choice.text)], _status(choice.finish_reason)), *calls]
+    output: list[dict[str, Any]] = []
+    for is_text, parts in groupby(filter(None, choice.parts), lambda part: isinstance(part, str)):
+        if is_text:
+            output.append(_message(info, len(output), [_part("".join(map(str, parts)))], "completed"))
+        else:
+            output += [_call(part) for part in parts if isinstance(part, Mapping)]
+    output = output or [_message(info, 0, [_part("")], "completed")]
+    if output[-1]["type"] == "message":
+        output[-1]["status"] = _status(choice.finish_reason)
+    return output
 
 
 def response_body(
@@ -239,8 +251,9 @@ def _status(finish_reason: str | None) -> str:
     return "incomplete" if finish_reason == "length" else "completed"
 
 
-def _message(info: AnswerInfo, content: Sequence[Mapping[str, Any]], status: str) -> dict[str, Any]:
-    id = info.id.replace("resp_", "msg_")
+def _message(info: AnswerInfo, at: int, content: Sequence[Mapping[str, Any]], status: str) -> dict[str, Any]:
+    """An item; `at` is its place in the output."""
+    id = f"{info.id.replace('resp_', 'msg_')}_{at}"
     return {"type": "message", "id": id, "status": status, "role": "assistant", "content": content}
 
 

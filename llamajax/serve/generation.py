@@ -185,7 +185,7 @@ class Generation:
             if (num_top := first.request.sampling.logprobs) is not None:
                 logprobs = await asyncio.wrap_future(self.service.prompt_logprobs(ids, num_top))
             text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-            echoes += [Choice(text, ids, logprobs, None)] * self.request.num_choices
+            echoes += [Choice([text], ids, logprobs, None)] * self.request.num_choices
         return echoes
 
 
@@ -203,21 +203,23 @@ class _Calls:
 
     def part(self, choice: Choice) -> Choice:
         """What is certain of a part of a choice."""
-        said, calls = self.reader.push(choice.text)
+        parts = self.reader.push(choice.text)
         if choice.finish_reason:
-            rest, more = self.reader.flush()
-            said, calls = said + rest, calls + more
-        part = choice.saying(said, calls, self.ids)
-        numbered = [{"index": self.number + i, **call} for i, call in enumerate(part.tool_calls)]
-        self.number += len(numbered)
+            parts += self.reader.flush()
+        part = choice.saying(parts, self.ids)
+        part = part._replace(parts=[it if isinstance(it, str) else self._numbered(it) for it in part.parts])
         if choice.finish_reason == "stop" and self.number:
             part = part._replace(finish_reason="tool_calls")
-        return part._replace(tool_calls=numbered)
+        return part
+
+    def _numbered(self, call: Mapping[str, Any]) -> Mapping[str, Any]:
+        number, self.number = self.number, self.number + 1
+        return {"index": number, **call}
 
 
 def _joined(echo: Choice, choice: Choice) -> Choice:
     return choice._replace(
-        text=echo.text + choice.text,
+        parts=[*echo.parts, *choice.parts],
         token_ids=[*echo.token_ids, *choice.token_ids],
         logprobs=None if echo.logprobs is None or choice.logprobs is None else [*echo.logprobs, *choice.logprobs],
     )
@@ -237,7 +239,7 @@ class _SentSoFar:
         tokens = self.stream.tokens(self.num_tokens, stop)
         wanted = tokens and self.stream.request.sampling.logprobs is not None
         logprobs = [token.logprobs for token in tokens] if wanted else None
-        part = Choice(text, [token.id for token in tokens], logprobs, finish_reason, self.num_chars)
+        part = Choice([text], [token.id for token in tokens], logprobs, finish_reason, self.num_chars)
         self.num_tokens = stop
         self.num_chars += len(text)
         return self.calls.part(part) if self.calls else part

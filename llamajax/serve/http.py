@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 # A body of more bytes is read in another thread, so that it does not hold up the answers to others.
 _LONG_BODY = 2**16
+# Objects, lists and names of a request, and the same characters in its texts: a million take seconds to read.
+_MAX_PARTS = 250_000
 # A client that reads nothing for this long is disconnected.
 SEND_SECONDS = 60.0
 # Threads in which requests are read. Each that computes takes turns with the event loop, of up to 5 ms.
@@ -143,6 +145,9 @@ def _check_key(key: str | None) -> None:
 
 async def _generate(url: str, request: Request) -> Response:
     service: Service = request.app.state.service
+    data = await request.body()
+    if sum(map(data.count, (b"{", b"[", b":"))) > _MAX_PARTS:
+        raise RequestError(f"a request may have {_MAX_PARTS:,} objects, lists and names: send less")
     body, asked = await _read(request, READERS[url])
     if (name := body.get("model")) not in (None, service.name):
         return _unknown_model(service, name)

@@ -1,6 +1,7 @@
 """A JSON object from bytes, as strict as JSON is. Knows no request."""
 
 import json
+from collections import Counter
 from typing import Any
 
 from llamajax.errors import RequestError
@@ -35,8 +36,8 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON. Raises ValueError for a name that is given twice: one of its values would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r:.80} is given twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r:.80} is given twice")
     return found
 
 

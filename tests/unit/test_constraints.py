@@ -118,8 +118,17 @@ def test_a_format_that_json_schema_does_not_define_says_nothing() -> None:
     assert fits({"json_schema": {"properties": {"format": {"format": "int32"}}}}, '{"format": 3}')
     assert fits({"json_schema": {"const": {"format": "path"}}}, '{"format":"path"}')
     assert not fits({"json_schema": {"type": "string", "format": "date"}}, '"today"')
-    with pytest.raises(RequestError, match="Unknown format: uri-reference"):
-        compiled({"json_schema": {"type": "string", "format": "uri-reference"}})
+    with pytest.raises(RequestError, match="Unknown format: iri"):
+        compiled({"json_schema": {"type": "string", "format": "iri"}})
+
+
+def test_a_reference_to_a_uri() -> None:
+    form = {"type": ["string", "null"], "format": "uri-reference", "maxLength": 30}
+    for text in ("http://a.b/c?d#e", "", "a/b:c", "/a%20b", "/", "#x", "?a/b", "//u:p@h:80/", "../a", None):
+        assert fits({"json_schema": form}, json.dumps(text))
+    for text in ("a b", "1:b", "//h:x/", "//a@b@c", "#a#b", "a%2", "/[", "a" * 31, 3):
+        assert not fits({"json_schema": form}, json.dumps(text))
+    assert not fits({"json_schema": form | {"allOf": [{"pattern": "^/"}]}}, '"a"')
 
 
 def test_a_grammar_in_lark() -> None:

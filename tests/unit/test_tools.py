@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamajax import RequestError
 from llamajax.tools import ToolCall, ToolFormat, Tools, read_tools
 
-from .test_constraints import BYTES, END, drawn
+from .test_constraints import BYTES, END, allowed, drawn
 
 CHATML = ToolFormat(is_chatml=True, is_rendered=True)
 LLAMA3 = ToolFormat(is_chatml=False, is_rendered=True)
@@ -48,27 +48,37 @@ READ = [
 ]
 
 
+def told_apart(parts: list[str | ToolCall]) -> tuple[str, list[ToolCall]]:
+    """The text, and the calls."""
+    text = "".join(part for part in parts if isinstance(part, str))
+    return text, [part for part in parts if isinstance(part, ToolCall)]
+
+
 @pytest.mark.parametrize(("form", "text", "said", "calls"), READ)
 def test_calls_are_read(form: ToolFormat, text: str, said: str | None, calls: list[ToolCall]) -> None:
-    assert form.read(text, TOOLS) == (text if said is None else said, calls)
+    assert told_apart(form.read(text, TOOLS)) == (text if said is None else said, calls)
 
 
 @given(st.sampled_from(READ), st.data())
 def test_a_stream_reads_what_the_whole_answer_has(case: Any, data: Any) -> None:
     form, text, said, calls = case
     reader = form.reader(TOOLS)
-    pieces, found = "", []
+    found = []
     while text_left := text[: data.draw(st.integers(1, 20))]:
-        piece, more = reader.push(text_left)
-        pieces, found, text = pieces + piece, found + more, text[len(text_left) :]
-    piece, more = reader.flush()
-    assert (pieces + piece, found + more) == (case[1] if said is None else said, calls)
+        found += reader.push(text_left)
+        text = text[len(text_left) :]
+    assert told_apart(found + reader.flush()) == (case[1] if said is None else said, calls)
+
+
+def test_text_and_calls_keep_their_order() -> None:
+    parts = CHATML.read(f"One. {CALL} Two. {CALL}", TOOLS)
+    assert list(filter(None, parts)) == ["One.", PARIS, " Two.", PARIS]
 
 
 def test_one_call_at_a_time() -> None:
     alone = Tools([WEATHER, TIME], parallel=False)
-    assert CHATML.read(CALL + CALL, alone) == ("", [PARIS])
-    assert LLAMA3.read('{"name": "time"};{"name": "time"}', alone) == ("", [NOW])
+    assert told_apart(CHATML.read(CALL + CALL, alone)) == ("", [PARIS])
+    assert LLAMA3.read('{"name": "time"};{"name": "time"}', alone) == [NOW]
 
 
 def test_what_may_be_called() -> None:
@@ -86,6 +96,8 @@ def test_what_may_be_called() -> None:
     [
         (([{"type": "function"}],), "each of tools must be of type function"),
         (("weather",), "tools must be a list"),
+        (([{**TIME, "more": "a" * 10**6}],), "tools may have 1,000,000 characters, not 1,000,"),
+        (([{**TIME, "more": TIME.keys()}],), "tools must be what JSON can express: .*dict_keys"),
         (([{"type": "function", "function": {"name": "a b"}}],), "a function's name has 1 to 64 letters"),
         (([{"type": "function", "function": {"name": "a", "parameters": []}}],), "parameters of a must be"),
         (([TIME, TIME],), "two of tools have the same name"),
@@ -106,6 +118,22 @@ def test_the_form_is_the_templates() -> None:
     assert ToolFormat.of('{% if tools is not none %}{"name": , "parameters": }') == LLAMA3
 
 
+def test_a_format_that_json_schema_does_not_define_says_nothing() -> None:
+    schema = {"properties": {"file": {"type": "string", "format": "path"}}, "required": ["file"]}
+    function = {
+        "type": "function",
+        "function": {"name": "open", "parameters": schema | {"additionalProperties": False}},
+    }
+    grammar = LLAMA3.grammar(Tools([function], "required"))
+    assert grammar
+    compiled = BYTES.compile(grammar, frozenset({END}), min_tokens=0, ignores_end=False)
+    matcher = compiled.matcher()
+    for byte in b'{"name": "open", "parameters": {"file": "a/b"}}':
+        assert byte in allowed(matcher)
+        matcher.advance(byte)
+    assert matcher.ended
+
+
 @pytest.mark.parametrize("form", [CHATML, LLAMA3])
 def test_what_must_be_a_call_is_read_as_one(form: ToolFormat) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"]}
@@ -121,5 +149,5 @@ def test_what_must_be_a_call_is_read_as_one(form: ToolFormat) -> None:
     for seed in range(20):
         text = drawn(compiled.matcher(), np.random.default_rng(seed))
         assert text
-        said, [call] = form.read(text.decode(), tools)
+        said, [call] = told_apart(form.read(text.decode(), tools))
         assert not said and re.fullmatch(r"f\d+", call.name) and json.loads(call.arguments)["n"] <= 99

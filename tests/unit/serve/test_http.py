@@ -147,6 +147,37 @@ def test_an_answer_that_fits_is_the_librarys(llama: LLM, server: Running) -> Non
     assert body["text"] == asked["text"]
 
 
+def test_an_answer_that_fits_is_the_same_alone_and_among_31_others(llama: LLM) -> None:
+    asked: Any = {"temperature": 1, "seed": 5}
+    alone = llama.chat("Say hello.", json_schema=SCHEMA, max_new_tokens=40, logprobs=0, **asked)
+    assert alone.logprobs and len(alone.token_ids) > 5
+    prompts = [f"Number {i} of my llamas" for i in range(31)]
+    free: list[Any] = [(prompt, {"max_new_tokens": 50, "ignore_eos": True}) for prompt in prompts]
+    fitting = (QUESTION, {"json_schema": SCHEMA, "max_new_tokens": 40, "logprobs": 0, **asked})
+    batched = dict(llama.stream_batch([*free[:9], fitting, *free[9:]], slots=32))[9]
+    assert not isinstance(batched, Exception)
+    assert (batched.token_ids, batched.logprobs) == (alone.token_ids, alone.logprobs)
+    assert (batched.text, batched.finish_reason) == (alone.text, alone.finish_reason)
+
+    running = Running(llamajax.serve.app(llama, slots=32))
+    while running.service.state == "loading":
+        time.sleep(0.01)
+    others = {"prompt": prompts, "max_tokens": 450, "ignore_eos": True, "stream": True}
+    try:
+        with running.client.stream("POST", protocol.COMPLETIONS, json=others):
+            while running.service.server.num_running < 31:
+                time.sleep(0.01)
+            body = running.post(
+                protocol.CHAT, messages=QUESTION, guided_json=SCHEMA, max_tokens=40, logprobs=True, **asked
+            )
+            assert running.service.server.num_running == 31
+    finally:
+        running.close()
+    [choice] = body["choices"]
+    assert [it["logprob"] for it in choice["logprobs"]["content"]] == [it.logprob for it in alone.logprobs]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (alone.text, alone.finish_reason)
+
+
 def test_an_error_on_the_way_is_sent_at_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if text comes with it."""
     monkeypatch.setattr(generation, "COMMENT_SECONDS", 3600)
@@ -386,6 +417,7 @@ def test_responses_call_tools(server: Running) -> None:
         (protocol.CHAT, {"messages": QUESTION, "x" * 100_000: 1}, 400, "unknown field"),
         (protocol.COMPLETIONS, {"prompt": [""] * 100_000, "n": 128}, 400, "may ask for 12 answers, not 12800000"),
         (protocol.COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 400, "max_tokens must be"),
+        (protocol.CHAT, {"guided_json": {"enum": [[]] * 250_000}}, 400, "may have 250,000 objects, lists and names"),
         ("/tokenize", {}, 400, "expected a prompt"),
         ("/detokenize", {"tokens": [-1]}, 400, "each of tokens"),
         ("/v1/embeddings", {}, 404, "there is no /v1/embeddings here"),
