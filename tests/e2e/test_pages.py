@@ -1,0 +1,44 @@
+"""The examples of pages that need no server, in their order, as a reader would run them in one program."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .command import environment, run
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_programs_run(shallow_model: str) -> None:
+    pages = {"quickstart.md": 1, "sequential.md": 3, "concurrent.md": 2, "batched.md": 2, "kernels.md": 1}
+    examples = {page: blocks(page, "python") for page in pages}
+    assert {page: len(found) for page, found in examples.items()} == pages
+    # Each page loads the model, of which one is enough.
+    once = "import functools, llamajax\nllamajax.load = functools.cache(llamajax.load)"
+    program = "\n".join([once, *map("\n".join, examples.values())]).replace("smollm2-135m-instruct", shallow_model)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "error:" not in done.stdout
+    assert done.stdout.count("\n") > 25
+
+
+def test_a_batch_file_gives_the_results_that_are_shown(shallow_model: str, tmp_path: Path) -> None:
+    prompts, results = blocks("batch.md", "json")
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text(prompts)
+    assert run("batch", str(file), "-o", str(output), "-m", shallow_model, "--max-seq-len", "512").code == 1
+    written = output.read_text() + Path(f"{output}.errors.jsonl").read_text()
+    given = {line["line"]: line for line in map(json.loads, written.splitlines())}
+    for line in map(json.loads, results.splitlines()):
+        answer = given[line["line"]]
+        assert line.keys() == answer.keys()
+        assert line.get("error") == answer.get("error")
+        assert line.get("usage", {}).get("prompt_tokens") == answer.get("usage", {}).get("prompt_tokens")
