@@ -430,7 +430,7 @@ class Server:
         Args:
           prompt: as in `LLM.stream`, and so the options.
           deadline: seconds from now after which the answer ends as it is ("timeout").
-          wait: for room in the queue if it is full.
+          wait: wait for room in a full queue, instead of raising.
 
         Raises QueueFullError for a full queue, PromptTooLongError for a prompt that leaves no room for an answer,
         RequestError for a bad option or a closed server.

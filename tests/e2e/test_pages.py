@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llamajax.formats import PACKED_FORMATS
+
 from .command import environment, run
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -28,6 +30,15 @@ def test_the_programs_run(shallow_model: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "error:" not in done.stdout
     assert done.stdout.count("\n") > 25
+
+
+def test_the_sizes_of_packed_blocks_are_true() -> None:
+    page = (DOCS / "kernels.md").read_text()
+    rows = re.findall(r"^\|[^|]+\| ([a-z][\w, ]*) \|.*\| ([\d, ]+) \|$", page, re.MULTILINE)
+    sizes: dict[str, int] = {}
+    for names, blocks in ((row[0].split(", "), row[1].split(", ")) for row in rows):
+        sizes |= zip(names, map(int, blocks if len(blocks) > 1 else blocks * len(names)), strict=True)
+    assert sizes == {name: format.block_bytes for name, format in PACKED_FORMATS.items()}
 
 
 def test_a_batch_file_gives_the_results_that_are_shown(shallow_model: str, tmp_path: Path) -> None:
