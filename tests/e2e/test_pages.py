@@ -1,4 +1,4 @@
-"""The examples of pages that need no server, in their order, as a reader would run them in one program."""
+"""What pages show without a server: their programs, which run in one process, and figures that can be checked."""
 
 import json
 import re
@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from llamajax.formats import PACKED_FORMATS
+from llamajax.ops import native
 
 from .command import environment, run
 
@@ -30,6 +33,12 @@ def test_the_programs_run(shallow_model: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "error:" not in done.stdout
     assert done.stdout.count("\n") > 25
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels here")
+def test_the_memory_of_slots_is_what_info_prints(default_model: None) -> None:
+    [shown] = re.findall(r"^16 rows of 8192 .*$", (DOCS / "strategies.md").read_text(), re.MULTILINE)
+    assert shown in run("info", "--rows", "16", "--length", "8192").stdout.splitlines()
 
 
 def test_the_sizes_of_packed_blocks_are_true() -> None:
