@@ -69,7 +69,7 @@ class PackedFormat(NamedTuple):
 
     @property
     def word_bytes(self) -> int:
-        """Bytes of a row that stand beside those of the next."""
+        """Bytes of a row that are stored beside those of the next."""
         return 2 if self.numbers == "float16" else 4
 
     @property

@@ -358,7 +358,7 @@ class LLM:
     def compile_ahead(self, num_tokens: int) -> AheadCompiler:
         """Begins to compile, in a thread, what prompts and answers of up to this many tokens together need.
 
-        It waits until it is told which request to expect first.
+        It waits until it knows which request comes first.
         """
         return AheadCompiler(self._runner, min(num_tokens, self.max_seq_len))
 
@@ -370,7 +370,7 @@ class LLM:
 class Server:
     """A model that many ask at once, from any thread or event loop; made by `LLM.serve_requests`.
 
-    A context manager: leaving it cancels what is not finished.
+    A context manager: leaving it cancels the unfinished requests.
     """
 
     def __init__(
@@ -430,7 +430,7 @@ class Server:
         Args:
           prompt: as in `LLM.stream`, and so the options.
           deadline: seconds from now after which the answer ends as it is ("timeout").
-          wait: for room in the queue if it is full.
+          wait: wait for room in a full queue, instead of raising.
 
         Raises QueueFullError for a full queue, PromptTooLongError for a prompt that leaves no room for an answer,
         RequestError for a bad option or a closed server.
@@ -446,7 +446,7 @@ class Server:
         return ServedStream(inbox, job.cancel)
 
     def close(self) -> None:
-        """Cancels what is not finished, and waits until all has stopped. May be called again."""
+        """Cancels the unfinished requests, and waits until all have stopped. May be called again."""
         self._concurrent.close()
 
 

@@ -111,7 +111,7 @@ def sample(
     Args:
       logits: the model's scores.
       sampling: the rows' parameters.
-      position: where the drawn token will stand. (seed, position) alone decide a row's randomness.
+      position: where the drawn token will be. (seed, position) alone decide a row's randomness.
       prompt_mask: which tokens occur in the prompt.
       counts: how often each token occurs in the answer so far.
 

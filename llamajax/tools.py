@@ -7,8 +7,8 @@ Two forms, each with the marks by which a checkpoint's template shows that its m
 - Llama 3's: the whole answer is `{"name": …, "parameters": {…}}`, maybe several with ";" or spaces between, maybe after
   `<|python_tag|>`.
 
-What is not a call of a function that was offered is text. Models whose template knows no tools are told of ChatML's
-form in the system message. Knows no model and no tokenizer.
+All but calls of the offered functions is text. For models whose template knows no tools, the system message describes
+ChatML's form. Knows no model and no tokenizer.
 """
 
 import json
@@ -295,6 +295,6 @@ def _call(found: Any, names: Collection[str]) -> ToolCall | None:
 
 
 def _certain(text: str) -> int:
-    """Characters that are text whatever follows: before the spaces and the part of a mark that may stand at the end."""
+    """Characters that are text whatever follows: before the spaces and the part of a mark that may be at the end."""
     part = next((n for n in range(len(_OPEN) - 1, 0, -1) if text.endswith(_OPEN[:n])), 0)
     return len(text[: len(text) - part].rstrip())

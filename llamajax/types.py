@@ -50,13 +50,13 @@ class SamplingParams:
     Attributes:
       temperature: in [0, 1000000]; 0 is greedy.
       top_p: in (0, 1]; keeps the smallest set of tokens whose probability mass reaches it.
-      top_k: in [0, 2**31); keeps the k most probable tokens; 0 or -1 keeps all.
+      top_k: in `[0, 2**31)`; keeps the k most probable tokens; 0 or -1 keeps all.
       min_p: in [0, 1]; drops tokens less probable than min_p times the most probable one.
       repetition_penalty: in [0.001, 1000000]; divides positive and multiplies negative logits of tokens seen in
         the prompt or the answer (Keskar et al. 2019, CTRL); 1 is off.
       presence_penalty: in [-2, 2]; subtracted once from the logit of each token of the answer so far.
       frequency_penalty: in [-2, 2]; subtracted once for each time the token occurs in the answer so far.
-      seed: in [-2**63, 2**63); with the position it decides each token.
+      seed: in `[-2**63, 2**63)`; with the position it decides each token.
       logprobs: None, or how many of the most probable tokens to report beside the chosen one (0 to 20).
       logit_bias: None, or token id -> what is added to its logit, in [-100, 100]; at most 300 ids.
     """

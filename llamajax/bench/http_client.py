@@ -1,8 +1,8 @@
 """An HTTP/1.1 client that notes when each piece of an answer was read from its socket. Knows nothing of what it says.
 
-It follows no redirection and no proxy. A general client would be part of what is measured: httpx takes 1.2 ms of a
-processor for a request and 0.15 ms for an event that comes alone, so that half of 512 requests that arrive at once are
-sent more than 1 s late. Here it is 0.1 ms and 0.02 ms.
+It follows no redirection and no proxy. A general client would be part of the measurement: httpx takes 1.2 ms of a
+processor for a request, and 0.15 ms for an event that comes alone. Of 512 requests that arrive at once, it sends half
+more than 1 s late. Here it is 0.1 ms and 0.02 ms.
 """
 
 import asyncio

@@ -15,7 +15,7 @@ class Workload:
 
     Attributes:
       prompts: token ids of each.
-      arrivals: seconds from the start, ascending; the first request stands at 0.
+      arrivals: seconds from the start, ascending; the first request is at 0.
       new_tokens: what each answer has, exactly.
       sampling: how they are drawn.
     """

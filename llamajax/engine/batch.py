@@ -56,7 +56,7 @@ class Prompts:
         self.left = len(self._chunks)
 
     def next_chunk(self) -> tuple[Int32[np.ndarray, "P T"], int, Int32[np.ndarray, "P"], Int32[np.ndarray, "P"]]:
-        """Token ids, where they stand, how many they are, and how many tokens to draw after them."""
+        """Token ids, their positions, how many they are, and how many tokens to draw after them."""
         number = len(self._chunks) - self.left
         start, size = self._start + sum(self._chunks[:number]), self._chunks[number]
         token_ids = np.zeros((len(self._requests), size), np.int32)

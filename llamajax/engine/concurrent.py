@@ -10,7 +10,7 @@ from llamajax.errors import QueueFullError, RequestError
 
 
 class Concurrent:
-    """An engine in a thread of its own. A context manager: leaving it cancels what is not finished.
+    """An engine in a thread of its own. A context manager: leaving it cancels the unfinished requests.
 
     `on_step` is called from that thread, after each of the engine's steps.
     """
@@ -62,7 +62,7 @@ class Concurrent:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Cancels what is not finished, and waits until the engine has stopped. May be called again."""
+        """Cancels the unfinished requests, and waits until the engine has stopped. May be called again."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -93,7 +93,7 @@ class Requests:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """Where each of B sequences stands. A slot with nothing left is idle."""
+    """The position of each of B sequences. A slot with nothing left is idle."""
 
     token: Int32[Array, "B"]  # the last one drawn, not yet in the cache
     position: Int32[Array, "B"]  # where it stands
@@ -128,7 +128,7 @@ def prefill(
     *,
     structure: Structure,
 ) -> tuple[Drawn, Cache, Slots]:
-    """Reads `length` tokens of each row, which stand at `start`, and draws the token after them.
+    """Reads `length` tokens of each row, which begin at `start`, and draws the token after them.
 
     Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
     A chunk that is not a prompt's last one has no new tokens: it draws none.
@@ -359,8 +359,8 @@ def stop(left: Int32[Array, "B"], row: Int32[Array, ""]) -> Int32[Array, "B"]:
 
 
 def _places(slots: Slots) -> Int32[Array, "B"]:
-    """Where the next token of each slot stands. Idle slots, which are computed too, stand where any cache has room:
-    one that has ended at a cache's last position would stand after it.
+    """The position of the next token of each slot. Idle slots, which are computed too, are where any cache has room:
+    one that has ended at a cache's last position would be after it.
 
     An only slot is not computed when it is idle, and keeps its text, which the next request may go on from.
     """
@@ -403,7 +403,7 @@ def _masked(logits: Float32[Array, "B V"], mask: Int32[Array, "B W"]) -> Float32
 def _draw(
     logits: Float32[Array, "B V"], scores: Float32[Array, "B V"], slots: Slots, requests: Requests
 ) -> tuple[Drawn, Slots]:
-    """Draws a token for each slot that has any left; `slots.position` is where it will stand.
+    """Draws a token for each slot that has any left; `slots.position` is where it will be.
 
     The scores are the logits, or -inf where a token may not come.
     """

@@ -106,7 +106,7 @@ class Llama(nnx.Module):
     def __call__(
         self, token_ids: Int[Array, "T"], cache: Cache, start: Int[Array, ""], only: Int[Array, ""] | None = None
     ) -> tuple[Float32[Array, "T D"], Cache]:
-        """Runs T tokens that stand at positions start .. start + T - 1, after what the cache holds.
+        """Runs T tokens at positions start .. start + T - 1, after what the cache holds.
 
         Returns the final hidden states, [1, D] of token start + `only` if it is given, and the cache with the T
         positions written.

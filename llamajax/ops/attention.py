@@ -25,7 +25,7 @@ def attention(
     start: Int[Array, ""],
     layer: Int[Array, ""] | None = None,
 ) -> Mixed:
-    """Token t stands at position start + t and attends to the cache's positions up to its own.
+    """Token t is at position start + t and attends to the cache's positions up to its own.
 
     qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. Caches of L layers are read
     and written at `layer`. start + T must not pass S, nor `layer` L - 1: natively it is an error, and XLA would shift

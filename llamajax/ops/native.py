@@ -122,7 +122,7 @@ def attention(
 ) -> tuple[Float32[Array, "*B T N*H"], Real[Array, "*BL K S R"], Real[Array, "*BL K S R"]]:
     """As `ops.attention`, of one sequence or a batch. The caches are written in place where they may be.
 
-    Fails, at run time, for start < 0 or start + T > S, for a layer that is not from 0 to L - 1, and for an H that is no
+    Fails, at run time, for start < 0 or start + T > S, for a layer outside of 0 to L - 1, and for an H that is no
     multiple of 8.
     """
     width = qkv.shape[-1] - 2 * key.shape[-3] * 2 * cos.shape[-1]

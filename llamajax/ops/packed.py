@@ -1,14 +1,14 @@
 """Weights as the native products take them: 16 rows beside each other.
 
-Of each group of 16 rows stands one block after the other, of 16 or 32 weights a row. Dense weights are numbers of a
-row beside those of the next: two of bf16, one of f16 or f32. Zeros fill a row's last block.
+A group of 16 rows is stored block by block, with 16 or 32 weights of each row in a block. Dense weights are numbers of
+a row beside those of the next: two of bf16, one of f16 or f32. Zeros fill a row's last block. docs/kernels.md draws it.
 
 A quantized weight is scale * (quant - zero) + offset. A block has the rows' scales in f16, their offsets in f16 if the
 format has any, and the quants, four of a row beside four of the next. Quants of 4 bits share a byte: its low half is of
 the block's first half.
 
-Scale and offset of 4 bits' quants are one beside the other instead, as int16, in units of a step (f32) that each row
-has before its first block: cpu/matmul.h tells why.
+For 4-bit quants with offsets, scale and offset are instead one beside the other, as int16, in units of a step (f32)
+that each row has before its first block: cpu/matmul.h says why.
 
 Quants of 5 and 6 bits take 8 here, as IQ4_NL's values do, and those of 2 and 3 take 4. A K format's scale is a product
 of two numbers; where it is kept in f16, it is rounded to one part in 2048.

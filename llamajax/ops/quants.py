@@ -132,7 +132,7 @@ def _q2_k(block: Array) -> Parts:
 
 
 def _q3_k(block: Array) -> Parts:
-    """16 groups with signed 6-bit scales; the quants' third bits stand apart."""
+    """16 groups with signed 6-bit scales; the quants' third bits are stored apart."""
     qh, qs, low_scales, high_scales, d = _fields(block, 32, 64, 8, 4)
     scales = _unpack_runs(low_scales, 4, 8) | _unpack_runs(high_scales, 2, 4) << 4
     quants = _unpack_runs(qs, 2, 32) | _unpack_runs(qh, 1, 32) << 2
@@ -147,7 +147,7 @@ def _q4_k(block: Array) -> Parts:
 
 
 def _q5_k(block: Array) -> Parts:
-    """As Q4_K; the quants' fifth bits stand apart."""
+    """As Q4_K; the quants' fifth bits are stored apart."""
     d, dmin, groups, qh, qs = _fields(block, 2, 2, 12, 32)
     scales, minimums = _six_bits(groups)
     quants = _unpack_runs(qs, 4, 32) | _unpack_runs(qh, 1, 32) << 4
@@ -155,7 +155,7 @@ def _q5_k(block: Array) -> Parts:
 
 
 def _q6_k(block: Array) -> Parts:
-    """16 groups with signed 8-bit scales; the quants' top two bits stand apart."""
+    """16 groups with signed 8-bit scales; the quants' top two bits are stored apart."""
     qs, qh, groups, d = _fields(block, 128, 64, 16)
     scales = lax.bitcast_convert_type(groups, jnp.int8).astype(jnp.float32)
     quants = _unpack_runs(qs, 4, 64) | _unpack_runs(qh, 2, 32) << 4

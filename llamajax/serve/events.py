@@ -21,7 +21,7 @@ class AnswerInfo:
 
     Attributes:
       id: the answer's.
-      model: the name that it is served under.
+      model: the name that clients know it by.
       others: more fields for the objects of the answer.
     """
 

@@ -95,7 +95,7 @@ class Generation:
             )
 
     def cancel(self) -> None:
-        """Ends what is not finished."""
+        """Ends the unfinished answers."""
         for stream in self._streams:
             stream.cancel()
 

@@ -19,7 +19,7 @@ class Metrics:
     """The counters of one server.
 
     Args:
-      model: the name that it is served under.
+      model: the name that clients know it by.
       running, waiting, kv_usage: how many requests are answered, how many wait, and how full the KV cache is, in
         [0, 1], at this moment.
     """

@@ -1,4 +1,4 @@
-"""The description of what is served: OpenAPI's JSON, and a page of it. Made from the tables that read requests."""
+"""The description of the endpoints: OpenAPI's JSON, and a page of it. Made from the tables that read requests."""
 
 import html
 import inspect

@@ -96,7 +96,7 @@ _NEUTRAL: dict[str, Sequence[Any]] = dict.fromkeys(_OFF_IF_EMPTY.split(), _EMPTY
 def read_messages(body: Mapping[str, Any]) -> list[Message]:
     """The conversation that a request asks to be continued.
 
-    Raises RequestError for what is not one, and for what a message has that is not supported.
+    Raises RequestError for anything else, and for what a message has that is not supported.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -136,7 +136,7 @@ def read_options(body: Mapping[str, Any], *others: str) -> dict[str, Any]:
       body: the request.
       others: fields that are read elsewhere, such as its prompt.
 
-    Raises RequestError for a field that is unknown, or asks for what is not supported.
+    Raises RequestError for a field that is unknown, or asks for something unsupported.
     """
     given = {name: value for name, value in body.items() if value is not None}
     _check_names(given, {*SUPPORTED_FIELDS, *_WITHOUT_EFFECT.split(), *others})

@@ -22,7 +22,7 @@ State = Literal["loading", "compiling", "ready", "stopping", "failed"]
 
 
 class Service:
-    """A model that is served. It accepts requests as soon as it is loaded.
+    """A server's model. It accepts requests as soon as it is loaded.
 
     Args:
       load: gives the model; called in a thread.

@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
       special_tokens: literal -> id of the tokens that only a template may write. (What a publisher calls an
         added but ordinary token, "<think>" say, is not among them, unless it has a control token's form,
         "<|...|>": it is found in any text, and decoded.)
-      strips_leading_space: the tokenizer writes the start of a text as if a space stood before it
+      strips_leading_space: the tokenizer writes the start of a text as if a space were before it
         (SentencePiece's dummy prefix), so one space at the start of decoded bytes is not part of the text.
         `token_bytes` keeps it, `first_bytes` and `decode` remove it; text that continues other text must keep it.
     """
@@ -119,7 +119,7 @@ def special_pattern(
 ) -> re.Pattern[str]:
     """Matches any of the literals, the longest first, with the whitespace that it strips around it.
 
-    A literal of one character cannot be told from text and is never matched.
+    A literal of one character cannot be distinguished from text and is never matched.
     """
     space = r"\s*"
     alternatives = [

@@ -20,7 +20,7 @@ _NO_CONFIG = TokenizerConfig()
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, and tokens added to it.
 
-    Text between special and added tokens is encoded as if it stood alone, with its dummy prefix, as llama.cpp does.
+    Text between special and added tokens is encoded as if it were alone, with its dummy prefix, as llama.cpp does.
     """
 
     def __init__(

@@ -118,7 +118,7 @@ def _read_part(path: Path) -> GGUFFile:
 
 
 def _map_tensors(reader: "_Reader", infos: list[_TensorInfo], alignment: int) -> dict[str, StoredTensor]:
-    """Views of the tensors' bytes, which stand one after the other, each padded to the alignment."""
+    """Views of the tensors' bytes, which are stored one after the other, each padded to the alignment."""
     start = _round_up(reader.position, alignment)
     bytes_ = np.frombuffer(reader.data, np.uint8)
     tensors: dict[str, StoredTensor] = {}

@@ -77,7 +77,7 @@ def how_kept(
 
 
 def block_format(path: str, dtype: DType) -> str:
-    """The blocks of a parameter: embeddings and the head, which decides between tokens, are worth 8 bits."""
+    """The blocks of a parameter: embeddings and the head, which decides between tokens, get 8 bits."""
     return dtype if "proj" in path else "q8_0"
 
 

@@ -63,7 +63,7 @@ def embedding_and_head(stored: Collection[str]) -> tuple[str, str]:
 
 
 def _prefix(stored: Collection[str]) -> str:
-    """What stands before the names of layers: "model."; nothing in a model saved without its head;
+    """What comes before the names of layers: "model."; nothing in a model saved without its head;
     "_orig_mod.model." and the like, if a compiler or data parallelism wrapped the model when it was saved."""
     found = [name.removesuffix(_FIRST_NORM) for name in stored if name.endswith(_FIRST_NORM)]
     return min(found, key=len, default="model.")

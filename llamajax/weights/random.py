@@ -42,7 +42,7 @@ def random_weights(config: LlamaConfig, device: jax.Device, dtype: DType = "auto
 
 
 def _fused(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of parts that stand one below the other."""
+    """The shape of parts that are one below the other."""
     return sum(part[0] for part in parts), *parts[0][1:]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
+import llamajax
+
 from .command import environment
 
 PROJECT = Path(__file__).parents[2]
@@ -65,6 +67,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
+
+
+def test_the_reference_of_the_command_line_is_true(tmp_path: Path) -> None:
+    docs = ["-m", "typer", "llamajax_cli.app", "utils", "docs", "--name", "llamajax", "--title", "The command line"]
+    subprocess.run([sys.executable, *docs, "--output", tmp_path / "cli.md"], check=True, env=environment(), timeout=60)
+    again = f"write it anew: python {shlex.join(docs)} --output docs/cli.md"
+    assert (PROJECT / "docs" / "cli.md").read_text() == (tmp_path / "cli.md").read_text(), again
+
+
+def test_the_reference_of_the_library_has_all_names() -> None:
+    page = (PROJECT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^::: llamajax\.(\w+)$", page, re.MULTILINE)) == set(llamajax.__all__)
 
 
 def test_the_readmes_program_runs(shallow_model: str) -> None:
