@@ -178,7 +178,8 @@ inline int64_t tile_of_pair(const uint8_t* const* pair, const typename F::Number
       return tile_of_pair<F, kFewer>(pair, numbers, blocks, num_blocks, rows, ahead, lines, y);
     }
   }
-  constexpr int kTogether = kRows > 1 ? 2 : 1;  // one row waits for memory, which comes faster in a row
+  // Memory bandwidth is the limit of one row, and one stream of weights is read faster than two interleaved ones.
+  constexpr int kTogether = kRows > 1 ? 2 : 1;
   for (int g = 0; g < 2; g += kTogether) {
     for (int64_t lane = 0; lane < kGroup; lane += kLanes) {
       tile<F, kRows, kTogether>(pair + g, lane, numbers, blocks, num_blocks, ahead + g, lane == 0 ? lines : 0,
@@ -254,9 +255,9 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
   }
 }
 
-// The products of `rows` rows of x, which begin at `row`, with a pair of groups of weights: of a gate and of what it
-// is for, or two that follow each other. The pair after it comes meanwhile, a part with each tile, if it is before
-// `end`: it would be waited for otherwise.
+// The products of `rows` rows of x, from `row` on, with a pair of groups of weights: a gate's and the one that it
+// multiplies, or two that follow each other. Each tile prefetches a part of the next pair, if that is before `end`:
+// the next tiles would have to wait for it.
 template <class F>
 inline void multiply_pair(const Product& p, const RowsOfX<F>& x, int64_t row, int64_t rows, int64_t pair, int64_t end) {
   const int64_t num_blocks = blocks_of<F>(p.K), groups = (p.N + kGroup - 1) / kGroup;
