@@ -164,11 +164,14 @@ class _Tokens:
 
 
 def _source(grammar: Grammar) -> str:
-    """As llguidance takes it."""
+    """As llguidance takes it. Raises RequestError."""
     text = well_formed(grammar.text)
     match grammar.kind:
         case "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+            try:
+                return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+            except ValueError as error:  # nested too deeply
+                raise _refused(grammar.kind, str(error)) from None
         case "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
         case "grammar" | "tools":

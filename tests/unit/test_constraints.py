@@ -219,6 +219,7 @@ def test_a_space_at_the_start_is_a_token_of_its_own(smollm2_gguf: Path) -> None:
         ({"json_schema": {"type": "array", "uniqueItems": True}}, "cannot be used: Unimplemented keys: .*uniqueItems"),
         ({"json_schema": {"not": {}, "x-guidance": {"lenient": True}}}, 'Unimplemented keys: ."not"'),
         ({"json_schema": {"$ref": "#"}}, "no text fits this json_schema"),
+        ({"json_schema": '{"items":' * 200 + "{}" + "}" * 200}, "json_schema cannot be used: recursion limit exceeded"),
         ({"json_schema": "{"}, "json_schema must be an object that JSON can express: Expecting property name"),
         ({"json_schema": [1]}, r"json_schema must be an object, its text or a pydantic model, not \[1\]"),
         ({"json_schema": {"const": float("nan")}}, "json_schema must be an object that JSON can express"),
