@@ -51,7 +51,8 @@ def _with_known_formats(schema: Any) -> Any:
         for name, value in schema.items()
         if name != "format" or not isinstance(value, str) or value in _FORMATS.split()
     }
-    if known.get("format") == "uri-reference":
+    others = known.get("allOf", [])
+    if known.get("format") == "uri-reference" and isinstance(others, list):
         del known["format"]
-        known["allOf"] = [*known.get("allOf", []), _URI_REFERENCE]
+        known["allOf"] = [*others, _URI_REFERENCE]
     return known

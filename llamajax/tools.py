@@ -104,7 +104,7 @@ def read_tools(tools: Any, choice: Any = None, parallel: Any = None) -> Tools | 
 
 def _length(tools: Any) -> int:
     try:
-        return len(json.dumps(tools))
+        return len(json.dumps(tools, ensure_ascii=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"tools must be what JSON can express: {one_line(error)}") from None
 
@@ -162,7 +162,7 @@ class ToolFormat:
             schema = {"type": "object", **parameters, "x-guidance": JSON_OPTIONS}
             rules += [
                 f"call{i}: {json.dumps(opening)} arguments{i} {json.dumps('}' + after)}",
-                f"arguments{i}: %json {schema_text(schema, function['name'])}",
+                f"arguments{i}: %json {schema_text(schema, 'the parameters of ' + function['name'])}",
             ]
         return Grammar("tools", "\n".join(rules))
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 # To send what a stream has takes about 0.1 ms of a core, however much it is, and the kernels want all cores: of many
 # streams, each is sent more at a time, less often.
 SECONDS_PER_STREAM = 0.006
-# A stream waits no longer for its next part.
+# A stream's next part waits no longer than this.
 MOST_SECONDS = 0.25
 
 _Events = defaultdict[asyncio.AbstractEventLoop, list[asyncio.Event]]
@@ -22,19 +22,20 @@ class Bell:
 
     def __init__(self) -> None:
         self._due, self._urgent = _Events(list), _Events(list)
-        self._rang = 0.0
+        self._next = 0.0  # when what is not urgent may be sent again
 
     def add(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event, *, urgent: bool) -> None:
-        """Sets an event of an event loop when it rings next; if that is not urgent, when it next rings for all."""
+        """Sets an event of an event loop when it rings next; if that is not urgent, maybe a little later."""
         (self._urgent if urgent else self._due)[loop].append(event)
 
     def ring(self) -> None:
         """Sets the events. Called by the thread that adds them."""
-        _set_all(self._urgent)
-        now, num_streams = time.monotonic(), sum(map(len, self._due.values()))
-        if now - self._rang >= min(num_streams * SECONDS_PER_STREAM, MOST_SECONDS):
-            self._rang = now
-            _set_all(self._due)
+        _set_all(self._urgent, 0)
+        if num_streams := sum(map(len, self._due.values())):
+            now = time.monotonic()
+            at = min(max(now, self._next), now + MOST_SECONDS)
+            self._next = at + min(num_streams * SECONDS_PER_STREAM, MOST_SECONDS)
+            _set_all(self._due, at - now)
 
 
 class Wakeup:
@@ -62,20 +63,29 @@ class Wakeup:
 
     async def wait(self, seconds: float) -> bool:
         """Waits for the bell, if there was anything since the last time. False if nothing came for so long."""
-        timer = self._loop.call_later(seconds, self._event.set)  # asyncio.timeout takes twice as long
+        until = self._loop.time() + seconds
+        timer = self._loop.call_at(until, self._event.set)  # asyncio.timeout takes twice as long
         try:
-            await self._event.wait()
+            while True:
+                await self._event.wait()
+                self._event.clear()
+                # What was urgent may have been read before the bell rang for what was not.
+                if self._is_pending or self._loop.time() >= until:
+                    break
         finally:
             timer.cancel()
-        self._event.clear()
         news, self._is_pending = self._is_pending, False
         return news
 
 
-def _set_all(due: _Events) -> None:
+def _set_all(due: _Events, seconds: float) -> None:
+    """Sets them after so long."""
     for loop, events in due.items():
         with suppress(RuntimeError):  # the loop was closed
-            loop.call_soon_threadsafe(_set, events)
+            if seconds:
+                loop.call_soon_threadsafe(loop.call_later, seconds, _set, events)
+            else:
+                loop.call_soon_threadsafe(_set, events)
     due.clear()
 
 

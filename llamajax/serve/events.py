@@ -106,7 +106,7 @@ class ResponseEvents:
     _number: int = 0
     _output: list[dict[str, Any]] = field(default_factory=list)
     _text: list[str] = field(default_factory=list)
-    _where: dict[str, Any] = field(default_factory=dict)  # the text of the message stands that is open, if one is
+    _where: dict[str, Any] = field(default_factory=dict)  # where the open message's text is; empty if none is open
 
     def begin(self) -> Iterator[bytes]:
         response = response_body(self.info, self.body)

@@ -21,7 +21,7 @@ SAYS = {
         "'cancelled': 4",
     ),
     "batched.py": ("(11 is there: 20 tokens)", "there were 11 llamas' -> ", "same tokens: True"),
-    "web_handler.py": ("200 ",),
+    "web_handler.py": ("200 True",),
     "tour.ipynb": ("' Paris'", "helicopter ####", "True"),
     "classify.py": ("good: I loved", "bad: A waste", "good: The food", "bad: It broke", "' cold'"),
     "custom_stop.py": (" [cancelled]",),
@@ -31,7 +31,7 @@ _ASK = """
 from starlette.testclient import TestClient
 with TestClient(app) as client:
     answer = client.post("/ask", content="What is a llama?")
-print(answer.status_code, answer.text)
+print(answer.status_code, len(answer.text) > 20)
 """
 # The model is loaded once: to load it and its programs takes longer than most examples.
 _RUN = """

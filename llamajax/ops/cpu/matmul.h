@@ -59,7 +59,7 @@ struct Quantized {
   static int64_t place(int64_t row, int64_t block, int64_t num_blocks) { return (row * num_blocks + block) * kBlock; }
   static Bytes read(const uint8_t* p) { return load_bytes(p); }
   static Ints multiply(Ints sum, Bytes weights, const int8_t* x) { return dot<kBits>(sum, weights, x); }
-  // A block's sum, before its first product and after the last. Short ones have 16 bits, or are of weights less 128.
+  // A block's sum, before its first product and after the last. Short ones have 16 bits, or are of weights minus 128.
   static Ints begin(const BlockOfX& x) { return all(kShortDots ? 0 : x.initial); }
   static Ints end(Ints sum, const BlockOfX& x) {
     if (!kShortDots) return sum;
@@ -205,8 +205,9 @@ inline BlockOfX rounded(const Floats (&part)[kParts], int64_t zero, int8_t* quan
     store_int8(quants + i * kLanes, quant);
     total = add(total, quant);
   }
-  const int32_t quant_sum = sum(total);
-  return {has_nan(nothing) ? NAN : amount / 127, quant_sum, int32_t(-zero) * quant_sum};
+  const bool finite = !has_nan(nothing);
+  const int32_t quant_sum = finite ? sum(total) : 0;  // that of others has no meaning, and may be too large
+  return {finite ? amount / 127 : NAN, quant_sum, int32_t(-zero) * quant_sum};
 }
 
 // Row `row` of x as row `at` of `rows`; of x * norm / rms(x) if there is a norm. Where x is rounded, each block has its

@@ -93,7 +93,7 @@ inline Bytes low_nibbles(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 
 // sum + the product of 4 unsigned weights in each lane with the same 4 signed numbers. Without VNNI, sums with 4-bit
-// weights are two in each lane, of 16 bits, and 8-bit weights are taken less 128.
+// weights are two in each lane, of 16 bits, and 8-bit weights are taken minus 128.
 template <int kBits>
 inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
   int32_t four;

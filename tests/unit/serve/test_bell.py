@@ -3,7 +3,6 @@
 import asyncio
 from functools import partial
 from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 
@@ -46,26 +45,46 @@ def test_tasks_are_woken_when_the_bell_rings() -> None:
 
 
 def test_many_streams_are_sent_more_at_a_time_but_begin_and_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(bell_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(bell_module, "SECONDS_PER_STREAM", 3600)
 
     async def run() -> None:
-        nonlocal now
         bell = Bell()
         wakeups = [Wakeup(bell) for _ in range(20)]
+        tokens = [partial(wakeup, False) for wakeup in wakeups]
         for wakeup in wakeups:
             await wakeup.wait(1)
         for _ in range(2):  # the first parts; and others, since none was sent lately
             waiting = [asyncio.ensure_future(wakeup.wait(10)) for wakeup in wakeups]
-            _in_thread(*(partial(wakeup, False) for wakeup in wakeups), bell.ring)
-            assert await asyncio.gather(*waiting) == [True] * 20
-        now += 20 * bell_module.SECONDS_PER_STREAM - 0.001
-        waiting = [asyncio.ensure_future(wakeup.wait(10)) for wakeup in wakeups]
-        _in_thread(*(partial(wakeup, False) for wakeup in wakeups), partial(wakeups[0], True), bell.ring)
-        assert await _woken(*waiting) == [True] + [False] * 19
-        now += 0.002
-        _in_thread(bell.ring)
-        assert await asyncio.gather(*waiting) == [True] * 20
+            _in_thread(*tokens, bell.ring)
+            assert await _woken(*waiting) == [True] * 20
+        monkeypatch.setattr(bell_module, "MOST_SECONDS", 3600)
+        waiting = [asyncio.ensure_future(wakeup.wait(10)) for wakeup in wakeups[:10]]
+        _in_thread(*tokens[:10], bell.ring, partial(wakeups[0], True), bell.ring)
+        assert await _woken(*waiting) == [True] + [False] * 9
+        monkeypatch.setattr(bell_module, "MOST_SECONDS", 0.001)
+        late = [asyncio.ensure_future(wakeup.wait(10)) for wakeup in wakeups[10:]]
+        _in_thread(*tokens[10:], bell.ring)  # nothing rings after it
+        async with asyncio.timeout(5):
+            assert await asyncio.gather(*late) == [True] * 10
+        for task in waiting:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_what_was_read_before_the_bell_rang_is_no_news() -> None:
+    async def run() -> None:
+        bell = Bell()
+        wakeup = Wakeup(bell)
+        await wakeup.wait(1)
+        _in_thread(partial(wakeup, False), bell.ring)
+        assert await wakeup.wait(1)
+        _in_thread(partial(wakeup, False), partial(wakeup, True), bell.ring)  # it is set twice
+        assert await wakeup.wait(1)
+        await asyncio.sleep(0.02)
+        waiting = asyncio.ensure_future(wakeup.wait(10))
+        assert await _woken(waiting) == [False]
+        waiting.cancel()
 
     asyncio.run(run())
 
