@@ -99,7 +99,9 @@ def schema_of(kind: str) -> dict[str, Any]:
 
 def tool_of(line: str) -> tuple[Any, str]:
     """A function as clients offer it, and a question that it answers."""
-    name, parameters, question = re.fullmatch(r"(\w+)\((.*)\): (.*)", line).groups()  # type: ignore[union-attr]
+    read = re.fullmatch(r"(\w+)\((.*)\): (.*)", line)
+    assert read, line
+    name, parameters, question = read.groups()
     given = [parameter.split(": ") for parameter in parameters.split(", ")]
     schema = {
         "type": "object",
