@@ -8,21 +8,20 @@ is compiled in a process with limits first (grammar_worker.py), and only one tha
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import llguidance
-import numpy as np
-from jaxtyping import Int32
 
 from llamajax.errors import RequestError
 from llamajax.json_schema import JSON_OPTIONS
 from llamajax.sandbox import Sandbox
 from llamajax.text import one_line, well_formed
 from llamajax.tokenizers.base import Tokenizer
-from llamajax.types import Grammar, mask_len
+from llamajax.types import Grammar
 
 MAX_SECONDS = 1.0
 MAX_BYTES = 300 * 2**20  # of which the process takes 150 MB by itself
@@ -59,19 +58,6 @@ class CompiledGrammar:
     def matcher(self) -> "GrammarMatcher":
         return GrammarMatcher(self)
 
-    @cached_property
-    def without_end(self) -> Int32[np.ndarray, "W"]:
-        return self._without(self.end_ids)
-
-    @cached_property
-    def without_stop(self) -> Int32[np.ndarray, "W"]:
-        return self._without(self.stop_ids)
-
-    def _without(self, ids: frozenset[int]) -> Int32[np.ndarray, "W"]:
-        bits: Any = np.ones(32 * mask_len(self.vocab_size), np.uint8)
-        bits[list(ids)] = 0
-        return np.packbits(bits, bitorder="little").view(np.int32)
-
 
 class GrammarMatcher:
     """Follows one answer: a `Matcher`."""
@@ -82,14 +68,12 @@ class GrammarMatcher:
         self._state = grammar.start.deep_copy()
         self._num_tokens = 0
 
-    def fill(self, mask: Int32[np.ndarray, "W"]) -> None:
-        self._state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        _check(self._state, self._grammar.kind)
-        early = self._num_tokens < self._grammar.min_tokens
-        if early or self._grammar.ignores_end:
-            others = mask & (self._grammar.without_stop if early else self._grammar.without_end)
-            if others.any():
-                mask[:] = others
+    def mask(self) -> bytes:
+        grammar, mask = self._grammar, self._state.compute_bitmask()
+        _check(self._state, grammar.kind)
+        if self._num_tokens < grammar.min_tokens:
+            return _without(grammar.stop_ids, mask)
+        return _without(grammar.end_ids, mask) if grammar.ignores_end else mask
 
     def advance(self, token_id: int) -> None:
         self._num_tokens += 1
@@ -190,6 +174,14 @@ def _try(source: str, kind: str) -> None:
         raise RequestError(f"cannot start the process that compiles grammars: {error}") from None
     if problem:
         raise _refused(kind, problem)
+
+
+def _without(ids: Collection[int], mask: bytes) -> bytes:
+    """A mask without these tokens, if it allows others."""
+    others = bytearray(mask)
+    for i in ids:
+        others[i // 8] &= ~(1 << i % 8)
+    return bytes(others) if others.strip(b"\0") else mask
 
 
 def _check(state: llguidance.LLMatcher, kind: str) -> None:

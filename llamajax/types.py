@@ -2,14 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from llamajax import checks
 from llamajax.errors import RequestError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import Int32
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "q4_k"]
 CacheDType = Literal["auto", "int8"]
@@ -132,14 +128,14 @@ class Matcher(Protocol):
 
     ended: bool
 
-    def fill(self, mask: "Int32[np.ndarray, 'W']") -> None:
-        """Sets the bit of each token that may come next, and clears the others. W is `mask_len`.
+    def mask(self) -> bytes:
+        """Which tokens may come next: bit i % 32 of integer i // 32 allows token i. It has `mask_len` integers.
 
         Raises RequestError if the grammar is too complex at this place, or nothing fits it.
         """
 
     def advance(self, token_id: int) -> None:
-        """The answer has one more token. Raises RequestError as `fill` does."""
+        """The answer has one more token. Raises RequestError as `mask` does."""
 
 
 class Constraint(Protocol):

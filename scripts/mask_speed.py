@@ -19,7 +19,6 @@ from llamajax.constraints import GrammarCompiler
 from llamajax.options import Options, read_grammar
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.load import load_directory
-from llamajax.types import mask_len
 from scripts.structured import Case, answers, public_cases
 
 
@@ -28,10 +27,10 @@ def mask_times(compiler: GrammarCompiler, tokenizer: Tokenizer, case: Case, text
     grammar = read_grammar(cast(Options, case.options))
     assert grammar
     constraint = compiler.compile(grammar, tokenizer.stop_ids, min_tokens=0, ignores_end=False)
-    matcher, mask, times = constraint.matcher(), np.zeros(mask_len(tokenizer.vocab_size), np.int32), list[float]()
+    matcher, times = constraint.matcher(), list[float]()
     for token_id in tokenizer.encode(text):
         began = time.perf_counter()
-        matcher.fill(mask)
+        matcher.mask()
         times.append(1e6 * (time.perf_counter() - began))
         matcher.advance(token_id)
         if matcher.ended:

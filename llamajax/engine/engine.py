@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from llamajax import checks
 from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Prompts, Size
 from llamajax.engine.memory import is_out_of_memory
@@ -200,7 +202,7 @@ class Engine:
         for row, job in enumerate(self.scheduler.rows):
             if job is not None and job.matcher and job.left > 0:
                 try:
-                    job.matcher.fill(mask[row])
+                    mask[row] = np.frombuffer(job.matcher.mask(), np.int32)
                 except Exception as error:
                     self._end(job, "cancelled", error)
         return self._batch.draw(mask)

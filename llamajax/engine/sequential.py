@@ -88,7 +88,7 @@ class Sequential:
 
     def _asking_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
         """Blocks whose steps ask the matcher themselves: a call for each token takes 1 ms longer."""
-        asked = _Asked(matcher, self._runner.free_mask(1)[0])
+        asked = _Asked(matcher)
         block: list[Token] = []
         with native.asked(asked) as number:
             for block in self._decoded(left, number):
@@ -101,12 +101,12 @@ class Sequential:
 
     def _masked_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
         """Tokens one by one, since what may come next depends on each: their scores are computed meanwhile."""
-        runner, mask = self._runner, self._runner.free_mask(1)
+        runner = self._runner
         with runner.turn:
             self._check_turn()
             runner.forward()
         while left > 0 and not matcher.ended:
-            matcher.fill(mask[0])
+            mask = np.frombuffer(matcher.mask(), np.int32)[None]
             left -= 1
             with runner.turn:
                 self._check_turn()
@@ -134,25 +134,21 @@ class _Asked:
       error: why it could not answer.
     """
 
-    def __init__(self, matcher: Matcher, mask: Int32[np.ndarray, "W"]) -> None:
+    def __init__(self, matcher: Matcher) -> None:
         self.error: Exception | None = None
         self._matcher = matcher
-        self._mask = mask
         self._has_begun = False
 
-    def __call__(self, token: int) -> Int32[np.ndarray, "W"] | None:
+    def __call__(self, token: int) -> bytes | None:
         """The mask, or None if the answer has ended or cannot go on."""
         try:
             if self._has_begun:
                 self._matcher.advance(token)
             self._has_begun = True  # the first token is the prompt's last one
-            if self._matcher.ended:
-                return None
-            self._matcher.fill(self._mask)
+            return None if self._matcher.ended else self._matcher.mask()
         except Exception as error:
             self.error = error
             return None
-        return self._mask
 
 
 def _block_len(seconds: float) -> int:

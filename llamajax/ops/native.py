@@ -153,7 +153,7 @@ def sample(
 
 
 @contextmanager
-def asked(function: Callable[[int], Int32[np.ndarray, "W"] | None]) -> Iterator[Int32[np.ndarray, "1"]]:
+def asked(function: Callable[[int], bytes | None]) -> Iterator[Int32[np.ndarray, "1"]]:
     """The number by which `ask` asks this function, as long as the context lasts: after that all answers have ended.
 
     The function is given a token, and returns a mask of the tokens that may follow it, or None if the answer has ended.
@@ -179,7 +179,7 @@ def ask(
     return allowed, ended
 
 
-_asked: dict[int, Callable[[int], Int32[np.ndarray, "W"] | None]] = {}
+_asked: dict[int, Callable[[int], bytes | None]] = {}
 _numbers = count()
 
 
@@ -189,5 +189,5 @@ def _answer(number: int, token: int, address: int) -> bool:
     function = _asked.get(number)
     mask = function(token) if function else None
     if mask is not None:
-        ctypes.memmove(address, mask.ctypes.data, mask.nbytes)
+        ctypes.memmove(address, mask, len(mask))
     return mask is not None
