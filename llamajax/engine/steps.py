@@ -161,16 +161,17 @@ def decode(
     """Draws up to `steps` (at most BLOCK_LEN) tokens for each slot that has any left.
 
     The loop ends early when no slot has: a stop token takes what its slot had left. If there is somebody to ask
-    (`native.asked`), each step of the only slot asks for its mask.
+    (`native.asked`), each step of the only slot asks for its mask, which is found while the scores are computed.
     """
     model = FlatModel(arrays, structure).llama()
 
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
-        x, cache = _over_slots(model, slots.token[:, None], cache, _places(slots))
+        token = slots.token if asked is None else native.begin_to_ask(asked, slots.token, model.config.vocab_size)
+        x, cache = _over_slots(model, token[:, None], cache, _places(slots))
         logits = scores = jax.vmap(model.logits)(x)[:, 0]
         if asked is not None:
-            scores, ended = native.ask(asked, slots.token, logits)
+            scores, ended = native.ask(asked, logits)
             slots = replace(slots, left=jnp.where(ended, 0, slots.left))
         slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
         drawn, slots = _draw(logits, scores, slots, requests)

@@ -47,8 +47,9 @@ def _library() -> ctypes.CDLL | str:
     library = kernels.library()
     if isinstance(library, ctypes.CDLL):
         try:
-            for name in ("llamajax_linear", "llamajax_attention", "llamajax_sample", "llamajax_ask"):
-                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            for name in ("linear", "attention", "sample", "begin_to_ask", "ask"):
+                target = f"llamajax_{name}"
+                jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
             library.llamajax_answer(_answer)
             atexit.register(library.llamajax_answer, None)  # XLA's threads go on, and must not call Python then
         except Exception as e:  # built for another jax
@@ -167,15 +168,23 @@ def asked(function: Callable[[int], bytes | None]) -> Iterator[Int32[np.ndarray,
         del _asked[number]
 
 
-def ask(
-    number: Int32[Array, "1"], token: Int32[Array, "1"], logits: Float32[Array, "1 V"]
-) -> tuple[Float32[Array, "1 V"], Bool[Array, "1"]]:
-    """Asks the host, as the program runs, which tokens may follow one.
+def begin_to_ask(number: Int32[Array, "1"], token: Int32[Array, "1"], vocab_size: int) -> Int32[Array, "1"]:
+    """Asks the host, while the program goes on, which tokens may follow one.
 
-    Returns their logits, with -inf for the others, and whether the answer has ended.
+    Returns the token: what is computed of it comes after this.
+    """
+    shape = jax.ShapeDtypeStruct((1,), jnp.int32)
+    call = jax.ffi.ffi_call("llamajax_begin_to_ask", shape, has_side_effect=True)
+    return call(number, token, vocab_size=np.int64(vocab_size))
+
+
+def ask(number: Int32[Array, "1"], logits: Float32[Array, "1 V"]) -> tuple[Float32[Array, "1 V"], Bool[Array, "1"]]:
+    """Waits for what the host says of the token that it was asked about last.
+
+    Returns the logits of what may follow it, with -inf for the others, and whether the answer has ended.
     """
     shapes = jax.ShapeDtypeStruct(logits.shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.bool_)
-    allowed, ended = jax.ffi.ffi_call("llamajax_ask", shapes, has_side_effect=True)(number, token, logits)
+    allowed, ended = jax.ffi.ffi_call("llamajax_ask", shapes, has_side_effect=True)(number, logits)
     return allowed, ended
 
 

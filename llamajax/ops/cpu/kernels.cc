@@ -2,16 +2,19 @@
 // machine has being chosen when the library is loaded.
 
 #include <algorithm>
+#include <array>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -468,27 +471,70 @@ ffi::Error sample(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, ffi::Buf
 std::shared_mutex answering;
 bool (*answer)(int32_t, int32_t, uint32_t*) = nullptr;
 
-ffi::Error ask(ffi::BufferR1<ffi::S32> asked, ffi::BufferR1<ffi::S32> token, ffi::BufferR2<ffi::F32> logits,
-               ffi::ResultBufferR2<ffi::F32> allowed, ffi::ResultBufferR1<ffi::PRED> ended) {
+// What may follow a token. The first thread that comes to it asks the host; another one waits.
+struct Question {
+  const int32_t asked, token;
+  std::vector<uint32_t> mask;
+  bool ended = true;
+  std::once_flag once;
+
+  void ask() {
+    std::call_once(once, [this] {
+      const std::shared_lock lock(answering);
+      ended = !answer || !answer(asked, token, mask.data());
+    });
+  }
+};
+
+std::mutex questioning;
+std::unordered_map<int32_t, std::shared_ptr<Question>> questions;  // by who is asked
+
+// A thread of the pool asks while the program goes on. `same` is the token, so that what uses it comes after this.
+ffi::Error begin_to_ask(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> asked, ffi::BufferR1<ffi::S32> token,
+                        ffi::ResultBufferR1<ffi::S32> same, int64_t vocab_size) {
+  if (asked.element_count() != 1 || token.element_count() != 1 || same->element_count() != 1 || vocab_size < 1) {
+    return wrong("begin_to_ask");
+  }
+  const int32_t number = asked.typed_data()[0];
+  same->typed_data()[0] = token.typed_data()[0];
+  const std::shared_ptr<Question> question(
+      new Question{number, token.typed_data()[0], std::vector<uint32_t>(vocab_size / 32 + 1)});
+  {
+    const std::lock_guard lock(questioning);
+    questions[number] = question;
+  }
+  pool.Schedule([question] { question->ask(); });
+  return ffi::Error::Success();
+}
+
+constexpr auto kBits = [] {
+  std::array<uint32_t, 32> bits{};
+  for (int i = 0; i < 32; ++i) bits[i] = uint32_t(1) << i;
+  return bits;
+}();
+
+ffi::Error ask(ffi::BufferR1<ffi::S32> asked, ffi::BufferR2<ffi::F32> logits, ffi::ResultBufferR2<ffi::F32> allowed,
+               ffi::ResultBufferR1<ffi::PRED> ended) {
+  std::shared_ptr<Question> question;
+  if (asked.element_count() == 1) {
+    const std::lock_guard lock(questioning);
+    if (const auto found = questions.extract(asked.typed_data()[0])) question = found.mapped();
+  }
   const int64_t V = logits.element_count();
-  if (asked.element_count() != 1 || token.element_count() != 1 || logits.dimensions()[0] != 1 ||
+  if (!question || int64_t(question->mask.size()) != V / 32 + 1 || logits.dimensions()[0] != 1 ||
       int64_t(allowed->element_count()) != V || ended->element_count() != 1) {
     return wrong("ask");
   }
-  std::vector<uint32_t> mask(V / 32 + 1);
-  {
-    const std::shared_lock lock(answering);
-    ended->typed_data()[0] = !answer || !answer(asked.typed_data()[0], token.typed_data()[0], mask.data());
-  }
+  question->ask();
+  ended->typed_data()[0] = question->ended;
   const float *from = logits.typed_data();
   float *to = allowed->typed_data();
   for (int64_t i = 0; i < V; i += 32) {
-    const uint32_t word = mask[i / 32];
+    const uint32_t word = question->mask[i / 32];
     const int64_t count = std::min<int64_t>(32, V - i);
-    if (word == 0) {
-      std::fill_n(to + i, count, -INFINITY);
-    } else {
-      for (int64_t j = 0; j < count; ++j) to[i + j] = word >> j & 1 ? from[i + j] : -INFINITY;
+    for (int64_t j = 0; j < count; ++j) {
+      const float x = from[i + j];  // read in any case, and a bit of a table: so that many are done at once
+      to[i + j] = word & kBits[j] ? x : -INFINITY;
     }
   }
   return ffi::Error::Success();
@@ -538,9 +584,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_sample, sample,
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::BufferR1<ffi::S32>>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_begin_to_ask, begin_to_ask,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::BufferR1<ffi::S32>>()
+                                  .Attr<int64_t>("vocab_size"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_ask, ask,
                               ffi::Ffi::Bind()
-                                  .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::BufferR2<ffi::F32>>()
