@@ -115,6 +115,8 @@ def stop_token_ids(options: Options, vocab_size: int) -> frozenset[int]:
     """The token ids that end an answer beside the model's own. Raises RequestError."""
     ids = options.get("stop_token_ids")
     ids = _items("stop_token_ids", () if ids is None else ids, "a list of token ids")
+    if len(ids) > MAX_STOPS:
+        raise RequestError(f"at most {MAX_STOPS} stop_token_ids, not {len(ids)}")
     return frozenset(checks.integer("each of stop_token_ids", i, 0, vocab_size - 1) for i in ids)
 
 

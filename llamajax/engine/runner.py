@@ -125,12 +125,18 @@ class Runner:
         self._check_vocabulary("logit_bias has", request.sampling.logit_bias or ())
         if len(request.stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"at most {MAX_STOP_IDS} stop tokens, not {len(request.stop_ids)}")
-        if len(ids) >= self.max_seq_len:
+        self.check_len(len(ids))
+
+    def check_len(self, num_tokens: int, at_least: str = "") -> None:
+        """Raises PromptTooLongError if so many tokens, at least, leave no room for an answer."""
+        if num_tokens >= self.max_seq_len:
             # OpenAI's words, by which clients know this error: LiteLLM looks for them, not at the code.
             longest = self.config.max_position_embeddings
             raise PromptTooLongError(
-                f"this model's maximum context length is {self.max_seq_len} tokens, and the prompt has {len(ids)}: "
-                "shorten the prompt" + f", or raise max_seq_len: the model has {longest}" * (self.max_seq_len < longest)
+                f"this model's maximum context length is {self.max_seq_len} tokens, and the prompt has "
+                f"{at_least}{num_tokens}: shorten the prompt"
+                + f", or raise max_seq_len: the model has {longest}"
+                * (self.max_seq_len < longest)
             )
 
     def prefill(self, request: Request, goes_on: Callable[[int], bool] = lambda read: True) -> tuple[Drawn | None, int]:

@@ -27,7 +27,7 @@ from llamajax.text import one_line
 
 from . import answers, openapi, protocol
 from .generation import Generation, IncompleteError, error_body, stopping
-from .json_object import read_object
+from .json_object import MAX_PARTS, read_object
 from .metrics import CONTENT_TYPE
 from .middleware import Bodies, Json, Key, error_response
 from .requests import READERS
@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 # A body of more bytes is read in another thread, so that it does not hold up the answers to others.
 _LONG_BODY = 2**16
-# Objects, lists and names of a request, and the same characters in its texts: a million take seconds to read.
-_MAX_PARTS = 250_000
+# Characters of what is tokenized, and ids of what becomes a text: each takes a second at most.
+_MAX_TOKENIZED, _MAX_DETOKENIZED = 1_000_000, 250_000
 # A client that reads nothing for this long is disconnected.
 SEND_SECONDS = 60.0
 # Threads in which requests are read. Each that computes takes turns with the event loop, of up to 5 ms.
@@ -145,9 +145,6 @@ def _check_key(key: str | None) -> None:
 
 async def _generate(url: str, request: Request) -> Response:
     service: Service = request.app.state.service
-    data = await request.body()
-    if sum(map(data.count, (b"{", b"[", b":"))) > _MAX_PARTS:
-        raise RequestError(f"a request may have {_MAX_PARTS:,} objects, lists and names: send less")
     body, asked = await _read(request, READERS[url])
     if (name := body.get("model")) not in (None, service.name):
         return _unknown_model(service, name)
@@ -170,7 +167,7 @@ async def _read(request: Request, reader: Callable[[Mapping[str, Any]], T]) -> t
     data = await request.body()
 
     def read() -> tuple[dict[str, Any], T]:
-        fields = read_object(data, "the body")
+        fields = read_object(data, "the body", MAX_PARTS)
         request.state.names = fields.keys()  # an error may be about one of them
         return fields, reader(fields)
 
@@ -241,12 +238,19 @@ async def _tokenize(request: Request) -> Response:
 def _token_ids(llm: LLM, asked: "_Fields") -> list[int]:
     if asked.get("messages") is not None:
         messages = protocol.read_messages(asked)
+        _check_tokenized(*(message["content"] for message in messages))
         return llm.encode_chat(messages, add_generation_prompt=asked.flag("add_generation_prompt", True))
     prompt = asked.get("prompt")
     if not isinstance(prompt, str):
         raise RequestError("expected a prompt, which is a text, or messages")
+    _check_tokenized(prompt)
     begins = asked.flag("add_special_tokens", True) and llm.tokenizer.bos_id is not None
     return [llm.tokenizer.bos_id or 0] * begins + llm.tokenizer.encode(prompt)
+
+
+def _check_tokenized(*texts: str) -> None:
+    if (num_chars := sum(map(len, texts))) > _MAX_TOKENIZED:
+        raise RequestError(f"/tokenize takes {_MAX_TOKENIZED:,} characters, not {num_chars:,}: send less")
 
 
 async def _detokenize(request: Request) -> Response:
@@ -258,6 +262,8 @@ async def _detokenize(request: Request) -> Response:
 def _text(llm: LLM, tokens: object) -> str:
     if not isinstance(tokens, list):
         raise RequestError("tokens must be a list of token ids")
+    if len(tokens) > _MAX_DETOKENIZED:
+        raise RequestError(f"/detokenize takes {_MAX_DETOKENIZED:,} tokens, not {len(tokens):,}: send less")
     return llm.tokenizer.decode([checks.integer("each of tokens", i, 0, llm.config.vocab_size - 1) for i in tokens])
 
 

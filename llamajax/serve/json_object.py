@@ -1,24 +1,35 @@
 """A JSON object from bytes, as strict as JSON is. Knows no request."""
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
 from llamajax.errors import RequestError
 from llamajax.utf8 import from_utf8
 
+# Objects, lists, names and fractions of a request, and of the calls in its messages: a million take seconds to read.
+MAX_PARTS = 250_000
+# A text, or what is left of one that does not end. Nothing is tried twice: it takes 50 ms for a megabyte at most.
+_TEXT = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+# One in each object, list, name, and number that is no integer (but in true and false, too).
+_MARKS = "{[:.eE"
 
-def read_object(data: bytes, name: str = "the line") -> dict[str, Any]:
+
+def read_object(data: bytes, name: str = "the line", max_parts: int | None = None) -> dict[str, Any]:
     """The fields of an object in JSON.
 
     Args:
       data: UTF-8.
       name: what messages call it.
+      max_parts: how many objects, lists, names and fractions it may have.
 
     Raises RequestError.
     """
     # `from_utf8` drops a byte order mark, which stands where files from Windows begin, wherever they were joined.
     text = from_utf8(data, name).rstrip("\r\n")
+    if max_parts is not None and num_parts(text, max_parts) > max_parts:
+        raise RequestError(f"{name} may have {max_parts:,} objects, lists, names and fractions: send less")
     try:
         found = json.loads(
             text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=without_repeats
@@ -30,6 +41,12 @@ def read_object(data: bytes, name: str = "the line") -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RequestError(f'expected a JSON object such as {{"prompt": "Hi"}}, not {text:.80}')
     return found
+
+
+def num_parts(text: str, enough: int) -> int:
+    """How many objects, lists, names and fractions JSON has; a larger number only if it is at most `enough`."""
+    most = sum(map(text.count, _MARKS))
+    return most if most <= enough else sum(map(_TEXT.sub("", text).count, _MARKS))
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ by name: an answer that lacks what its request asks for is wrong.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
@@ -14,7 +14,9 @@ from typing import Any
 
 from llamajax import checks
 from llamajax.errors import RequestError
-from llamajax.types import Message, SamplingParams
+from llamajax.types import MAX_GRAMMAR_CHARS, Message, SamplingParams
+
+from .json_object import MAX_PARTS, num_parts
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -101,6 +103,8 @@ def read_messages(body: Mapping[str, Any]) -> list[Message]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RequestError("messages must be a list of objects with a role and a content")
+    if sum(num_parts(arguments, 0) for arguments in _arguments(messages)) > MAX_PARTS:
+        raise RequestError(f"arguments of calls may have {MAX_PARTS:,} objects, lists, names and fractions: send less")
     return [_message(message) for message in messages]
 
 
@@ -244,6 +248,8 @@ def _schema(form: Mapping[str, Any], name: str) -> Any:
 def _any_of(name: str, choices: Any) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
         raise RequestError(f"{name} must be a list of strings, not {checks.shown(choices)}")
+    if (length := len(choices) + sum(map(len, choices))) > MAX_GRAMMAR_CHARS:
+        raise RequestError(f"{name} may have {MAX_GRAMMAR_CHARS:,} characters, not {length:,}")
     return "|".join(map(re.escape, choices))
 
 
@@ -265,7 +271,7 @@ def _logprobs(given: Mapping[str, Any]) -> Any:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _message(message: Mapping[str, Any]) -> Message:
@@ -281,6 +287,16 @@ def _message(message: Mapping[str, Any]) -> Message:
     if message.get("tool_call_id") is not None:
         read["tool_call_id"] = message["tool_call_id"]
     return read
+
+
+def _arguments(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """JSON in texts, wherever messages have calls as they should be."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+                yield arguments
 
 
 def _tool_call(call: Any) -> Any:

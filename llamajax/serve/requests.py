@@ -1,7 +1,7 @@
 """The body of each endpoint that generates -> prompts, options and how the answer is to be sent. Knows no HTTP."""
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,11 +42,10 @@ class GenerationRequest:
     def num_answers(self) -> int:
         return len(self.prompts) * self.num_choices
 
-    def choices(self) -> Iterator[tuple[protocol.Prompt, dict[str, Any]]]:
-        """The prompt and the options of each answer, in their order."""
-        for prompt in self.prompts:
-            for i in range(self.num_choices):
-                yield prompt, {**self.options, "seed": protocol.choice_seed(self.seed, i)}
+    @property
+    def seeds(self) -> list[int]:
+        """Of the answers to each prompt."""
+        return [protocol.choice_seed(self.seed, i) for i in range(self.num_choices)]
 
 
 def read_chat(body: Mapping[str, Any]) -> GenerationRequest:

@@ -126,11 +126,11 @@ class Service:
             raise RequestError(
                 f"a request may ask for {most} answers, not {request.num_answers}: send several requests"
             )
-        for prompt, options in request.choices():
-            stream = server.submit(prompt, deadline=self._deadline, **options)
-            streams.append(stream)
-            with self._changing:
-                self._streams.add(stream)
+        for prompt in request.prompts:
+            for stream in server.submit_each(prompt, request.seeds, deadline=self._deadline, **request.options):
+                streams.append(stream)
+                with self._changing:
+                    self._streams.add(stream)
 
     def prompt_logprobs(self, token_ids: list[int], num_top: int) -> Future[tuple[TokenLogprobs | None, ...]]:
         """As `LLM.prompt_logprobs`, in its turn. Cancel it if it is not wanted any more."""

@@ -119,6 +119,7 @@ def test_emoji_are_never_cut(llama: LLM) -> None:
         ({"stop_token_ids": [49152]}, "each of stop_token_ids must be an integer from 0 to 49151, not 49152"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, not 5"),
         ({"stop_token_ids": range(200)}, "at most 128 stop tokens, not 20"),
+        ({"stop_token_ids": [1] * 10_000}, "at most 256 stop_token_ids, not 10000"),
         ({"stop": 5}, "stop must be one string or several, not 5"),
         ({"stop": {"a": 1}}, "stop must be one string or several, not {'a': 1}"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, not 0"),
@@ -225,6 +226,14 @@ def test_a_content_may_be_parts(llama: LLM) -> None:
 def test_options_beside_sampling_are_refused_not_forgotten(llama: LLM) -> None:
     with pytest.raises(RequestError):
         llama.stream(START, sampling=SamplingParams(), temperature=0)
+
+
+def test_a_prompt_that_is_far_too_long_is_not_encoded(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: Message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "x" * 200_000}}]}
+    monkeypatch.setattr(llama.tokenizer, "encode", None)
+    for prompt in ("x" * 200_000, [{"role": "user", "content": "x" * 200_000}], [called]):
+        with pytest.raises(PromptTooLongError, match="1024 tokens, and the prompt has at least 2470: shorten"):
+            llama.stream(prompt)  # type: ignore[arg-type]
 
 
 def test_a_prompt_must_fit_and_hold_something(llama: LLM) -> None:

@@ -45,6 +45,22 @@ def test_a_stream_gives_the_text_in_pieces(llama: LLM, server: Server) -> None:
     )
 
 
+def test_several_answers_are_read_once(llama: LLM, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Any = {"max_new_tokens": 8, "temperature": 1, "stop": "e", "regex": "(?s:.*)"}
+    alone = [llama.generate(PROMPTS[0], seed=seed, **asked).text for seed in (5, -1, 5)]
+    encoded = list[str]()
+    encode = llama.tokenizer.encode
+
+    def noted(text: str) -> list[int]:
+        encoded.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(llama.tokenizer, "encode", noted)
+    streams = list(server.submit_each(PROMPTS[0], (5, -1, 5), **asked))
+    assert [stream.finish().text for stream in streams] == alone
+    assert encoded == [PROMPTS[0]]
+
+
 def test_two_hundred_requests_of_sixteen_threads(llama: LLM, server: Server) -> None:
     alone = {n: llama.generate(PROMPTS[n % 5], **options(n)) for n in range(10)}
     outcomes: list[str] = []

@@ -38,6 +38,12 @@ NAMES = ("tokens", "token_logprobs", "top_logprobs")
 LONG = {"messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
 
 
+def called(arguments: str) -> dict[str, Any]:
+    """A message that is a call."""
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
 class Running:
     """An app that is served in a thread."""
 
@@ -417,9 +423,17 @@ def test_responses_call_tools(server: Running) -> None:
         (protocol.CHAT, {"messages": QUESTION, "x" * 100_000: 1}, 400, "unknown field"),
         (protocol.COMPLETIONS, {"prompt": [""] * 100_000, "n": 128}, 400, "may ask for 12 answers, not 12800000"),
         (protocol.COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 400, "max_tokens must be"),
-        (protocol.CHAT, {"guided_json": {"enum": [[]] * 250_000}}, 400, "may have 250,000 objects, lists and names"),
+        (protocol.CHAT, {"guided_json": {"enum": [[]] * 250_000}}, 400, "the body may have 250,000 objects, lists, na"),
+        (protocol.CHAT, {"guided_json": {"enum": [1.5, 1e-9] * 125_000}}, 400, "the body may have 250,000 objects"),
+        (protocol.CHAT, {"guided_choice": ["x"] * 500_001}, 400, "guided_choice may have 1,000,000 characters, not 1,"),
+        ("/tokenize", {"prompt": [[]] * 250_000}, 400, "the body may have 250,000 objects"),
+        (protocol.CHAT, {"messages": [called("[0.5]," * 130_000)]}, 400, "arguments of calls may have 250,000 objects"),
+        (protocol.COMPLETIONS, {"prompt": '{"a":[0.5],' * 250_000}, 400, "context length is 512"),
         ("/tokenize", {}, 400, "expected a prompt"),
+        ("/tokenize", {"prompt": "x " * 500_001}, 400, "/tokenize takes 1,000,000 characters, not 1,000,002"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x " * 500_001}]}, 400, "takes 1,000,000 characters"),
         ("/detokenize", {"tokens": [-1]}, 400, "each of tokens"),
+        ("/detokenize", {"tokens": [1] * 250_001}, 400, "/detokenize takes 250,000 tokens, not 250,001"),
         ("/v1/embeddings", {}, 404, "there is no /v1/embeddings here"),
     ],
 )
