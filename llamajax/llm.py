@@ -180,6 +180,7 @@ class LLM:
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             return bos + self.tokenizer.encode(prompt)
         if ids is not None:
+            self._runner.check_len(len(ids))
             return ids
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt must be a text, messages or token ids, not {shown(prompt)}")
