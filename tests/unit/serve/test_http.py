@@ -425,7 +425,12 @@ def test_responses_call_tools(server: Running) -> None:
         (protocol.COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 400, "max_tokens must be"),
         (protocol.CHAT, {"guided_json": {"enum": [[]] * 250_000}}, 400, "the body may have 250,000 objects, lists, na"),
         (protocol.CHAT, {"guided_json": {"enum": [1.5, 1e-9] * 125_000}}, 400, "the body may have 250,000 objects"),
-        (protocol.CHAT, {"guided_choice": ["x"] * 500_001}, 400, "guided_choice may have 1,000,000 characters, not 1,"),
+        (
+            protocol.COMPLETIONS,
+            {"prompt": "x", "guided_choice": ["x"] * 500_001},
+            400,
+            "guided_choice may have 1,000,000",
+        ),
         ("/tokenize", {"prompt": [[]] * 250_000}, 400, "the body may have 250,000 objects"),
         (protocol.CHAT, {"messages": [called("[0.5]," * 130_000)]}, 400, "arguments of calls may have 250,000 objects"),
         (protocol.COMPLETIONS, {"prompt": '{"a":[0.5],' * 250_000}, 400, "context length is 512"),
