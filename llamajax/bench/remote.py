@@ -72,6 +72,7 @@ class Server:
         self.model = model
         self.vocab_size = vocab_size or len(WORDS)
         self.form = Form(vocab_size is not None, _EXTRAS[0])
+        self._num_runs = 0
 
     async def warm_up(self, workload: Workload) -> None:
         """Sends the first request, with all that `Form` has, and with less if the server refuses it.
@@ -95,6 +96,7 @@ class Server:
 
     async def serve(self, workload: Workload, slots: int | None) -> Outcome:
         """Sends each request when it arrives, or when fewer than `slots` are being answered."""
+        self._num_runs += 1
         bodies = [self._body(workload, i) for i in range(len(workload.prompts))]
         free = asyncio.Semaphore(slots or len(bodies))
         start, computed = time.perf_counter(), time.process_time()
@@ -110,8 +112,12 @@ class Server:
         return Outcome(seconds, [_answer(response, start) for response in responses], busy)
 
     def _body(self, workload: Workload, index: int) -> bytes:
-        """Without a seed: some servers draw more slowly with one, and how much there is to do does not depend on it."""
+        """Without a seed: some servers draw more slowly with one, and how much there is to do does not depend on it.
+
+        Each run has other prompts, since a server may keep what it has read.
+        """
         ids, sampling = workload.prompts[index], workload.sampling
+        ids = [(id + self._num_runs) % self.vocab_size for id in ids]
         fields: dict[str, Any] = {
             "model": self.model,
             "prompt": ids if self.form.as_ids else " ".join(WORDS[i % len(WORDS)] for i in ids),
