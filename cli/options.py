@@ -48,6 +48,11 @@ def constraint(json_schema: Path | None, regex: str | None, grammar: str | None)
     return options
 
 
+def to_bytes(megabytes: float | None) -> int | None:
+    """What --prefix-cache means."""
+    return None if megabytes is None else round(megabytes * 1e6)
+
+
 def _use_threads(number: int | None) -> None:
     if number is not None:
         os.environ["LLAMAJAX_THREADS"] = str(number)
@@ -88,6 +93,16 @@ DeviceOption = Annotated[
     Device | None, typer.Option("--device", help="Where to compute; the first accelerator if there is one.")
 ]
 System = Annotated[str | None, typer.Option("-s", "--system", help="The system message, or @FILE.")]
+PrefixCache = Annotated[
+    float | None,
+    typer.Option(
+        "--prefix-cache",
+        min=0,
+        metavar="MB",
+        help="Memory for prompts that have ended: others that begin alike read only what differs. 0 is none.",
+        show_default="a 32nd of the computer's",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

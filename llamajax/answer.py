@@ -258,6 +258,9 @@ class Inbox:
         self._changed = Condition()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
+    def begin(self, num_cached: int) -> None:
+        self.answer.cached_tokens = num_cached
+
     def token(self, token: Token) -> bool:
         self._put(self.answer.push(token))
         return not self.answer.stopped
@@ -332,6 +335,9 @@ class Collector:
         self._answer = answer
         self._on_token = on_token
         self._done = done
+
+    def begin(self, num_cached: int) -> None:
+        self._answer.cached_tokens = num_cached
 
     def token(self, token: Token) -> bool:
         self._on_token()

@@ -212,6 +212,7 @@ class LLM:
         *,
         slots: int = 16,
         max_waiting: int = 1024,
+        prefix_cache: int | None = None,
         on_answer: Callable[[Completion, float], None] = lambda completion, queue_time: None,
         on_step: Callable[[], None] = lambda: None,
     ) -> "Server":
@@ -220,11 +221,14 @@ class LLM:
         Args:
           slots: how many are answered at once, token by token.
           max_waiting: how many more may wait.
+          prefix_cache: bytes of prompts that have ended which may be kept for others that begin alike, 0 for none; by
+            default a 32nd of the computer's memory. Only where the native kernels compute.
           on_answer: called, from the engine's thread, with each answer that has ended and the seconds that it had
             waited for its turn.
           on_step: called, from the engine's thread, after each step: whatever a step gives is there to read.
         """
-        return Server(self, Engine(self._runner, num_slots=slots, max_waiting=max_waiting), on_answer, on_step)
+        engine = Engine(self._runner, num_slots=slots, max_waiting=max_waiting, prefix_bytes=prefix_cache)
+        return Server(self, engine, on_answer, on_step)
 
     @overload
     def generate_batch(
@@ -287,6 +291,7 @@ class LLM:
         *,
         slots: int = 32,
         ahead: int = 1024,
+        prefix_cache: int | None = None,
         on_token: Callable[[int], None] = lambda index: None,
     ) -> Iterator[tuple[int, Completion | LlamaJaxError]]:
         """Answers prompts, each with options of its own, and gives each answer as it is finished.
@@ -296,11 +301,12 @@ class LLM:
             there yet: what was taken goes on meanwhile. (A source waits by itself when nothing is on its way.)
           slots: how many are answered at once.
           ahead: how many prompts are taken at once, to be answered longest first; no more are held in memory.
+          prefix_cache: as in `serve_requests`.
           on_token: called with the prompt's index for each token of its answer.
 
         Yields the prompt's index and its answer, or what went wrong with it.
         """
-        engine = Engine(self._runner, num_slots=slots, max_waiting=ahead)
+        engine = Engine(self._runner, num_slots=slots, max_waiting=ahead, prefix_bytes=prefix_cache)
         source, num_taken, more, busy = iter(prompts), 0, True, False
         finished: list[tuple[int, Completion | Exception]] = []
 

@@ -24,6 +24,9 @@ from llamajax.types import FinishReason, Request, SamplingParams, Token
 class Discard:
     """A listener that wants every token, and keeps none."""
 
+    def begin(self, num_cached: int) -> None:
+        pass
+
     def token(self, token: Token) -> bool:
         return True
 

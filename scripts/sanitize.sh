@@ -3,7 +3,7 @@
 # `pip install -e '.[dev]'` and g++; leaves the kernels as they were.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-library=$(python -c 'from llamajax.ops import native; print(native._LIBRARY)')
+library=$(python -c 'from llamajax import kernels; print(kernels._LIBRARY)')
 include=$(python -c 'import jax; print(jax.ffi.include_dir())')
 cp "$library" "$library.kept"
 trap 'mv "$library.kept" "$library"' EXIT

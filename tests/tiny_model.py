@@ -48,11 +48,16 @@ def random_weights(config: LlamaConfig = CONFIG) -> dict[str, np.ndarray]:
 
 
 def tiny_runner(
-    max_seq_len: int | None = None, weights: Mapping[str, np.ndarray] | None = None, config: LlamaConfig = CONFIG
+    max_seq_len: int | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
+    config: LlamaConfig = CONFIG,
+    *,
+    paged: bool | None = None,
 ) -> Runner:
     """A runner of its own, with an empty cache; compiled programs are shared by all of one configuration."""
     weights = random_weights(config) if weights is None else weights
-    return Runner(config, weights, device=jax.devices()[0], max_seq_len=max_seq_len, cache_dtype=np.float32)
+    kept = {"cache_dtype": np.float32, "paged": paged}
+    return Runner(config, weights, device=jax.devices()[0], max_seq_len=max_seq_len, **kept)
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:

@@ -85,6 +85,7 @@ def batch(
         bool, typer.Option("--raw", help="Continue prompts as they stand, without a chat template.")
     ] = False,
     slots: Annotated[int, typer.Option("--slots", min=1, help="How many are answered at the same time.")] = 32,
+    prefix_cache: options.PrefixCache = None,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
     cache_dtype: options.CacheDTypeOption = "auto",
@@ -166,7 +167,7 @@ def batch(
         llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
         stopped = f"(stopped; {output} has what was answered: the same command with --resume goes on)"
         with note_if_interrupted(stopped) if output else nullcontext(), progress.of(run):
-            run.run(llm, slots=slots, keep_order=keep_order)
+            run.run(llm, slots=slots, keep_order=keep_order, prefix_cache=options.to_bytes(prefix_cache))
     bad = run.bad + (len(faults.done) if faults else 0)
     see = f" (see {errors})" if bad and errors else ""
     note(

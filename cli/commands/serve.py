@@ -53,6 +53,7 @@ def serve(
         float, typer.Option("--shutdown", min=0, help="Seconds that requests have to end when the server is stopped.")
     ] = 30.0,
     max_body: Annotated[float, typer.Option("--max-body", min=0.001, help="The longest request, in MB.")] = 16.0,
+    prefix_cache: options.PrefixCache = None,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
     cache_dtype: options.CacheDTypeOption = "auto",
@@ -78,7 +79,14 @@ def serve(
         load = partial(
             loading.load, model, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device
         )
-        service = Service(load, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
+        service = Service(
+            load,
+            name=name,
+            slots=slots,
+            max_waiting=max_waiting,
+            deadline=deadline,
+            prefix_cache=options.to_bytes(prefix_cache),
+        )
         app = app_of(service, api_key=api_key, cors=cors, max_body_bytes=round(max_body * 1e6))
         _run(app, service, listening, url, shutdown)
 

@@ -4,7 +4,6 @@ All sequences grow at once. They are copies of one: which tokens they are of tak
 """
 
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,8 +11,8 @@ import numpy as np
 from llamajax.bench.metrics import Alone, Spread
 from llamajax.bench.session import Session
 from llamajax.bench.workload import sampling_name, synthetic
-from llamajax.engine.batch import GROUP_LEN, Batch, Prompts
-from llamajax.engine.runner import MIN_CACHE_LEN, chunk_lens, power_of_two
+from llamajax.engine.batch import GROUP_LEN, Batch, Needs, Prompts, Saved
+from llamajax.engine.runner import chunk_lens
 from llamajax.engine.steps import BLOCK_LEN, Drawn
 from llamajax.types import Request, SamplingParams
 
@@ -26,13 +25,14 @@ def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, s
     Raises PromptTooLongError if they do not fit the context.
     """
     session.check(depth, tokens)
-    engine = Batch(session.llm._runner, batch)
+    engine = Batch(session.llm._runner, batch, 0)
     token_ids = _token_ids(session, depth + tokens, seed)
     whole, rest = divmod(batch, GROUP_LEN)
     # As the scheduler does: a few are read one by one, since a group that is not full takes a full one's time.
     sizes = [GROUP_LEN] * whole + ([GROUP_LEN] if 2 * rest > GROUP_LEN else [1] * rest)
     length = depth + sum(chunk_lens(tokens))
-    groups = {size: _prompts(session, [Request(token_ids[:depth], 1, _GREEDY)] * size, length) for size in set(sizes)}
+    read = [Request(token_ids[:depth], 1, _GREEDY)]
+    groups = {size: engine.prompts(read * size, [1] * size, num_positions=length) for size in set(sizes)}
 
     def warm_up() -> None:
         for prompts in groups.values():
@@ -43,9 +43,10 @@ def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, s
         began = time.perf_counter()
         for size in sizes:
             requests = [Request(token_ids, 1, _GREEDY)] * size
-            groups[size] = Prompts(requests, [1] * size, groups[size].rows, start=depth)
+            before = groups[size]
+            groups[size] = Prompts(requests, [1] * size, before.rows, before.tables, chunk_lens(tokens), start=depth)
             _read(engine, groups[size])
-        jax.block_until_ready([prompts.rows for prompts in groups.values()])
+        jax.block_until_ready([prompts.rows.slots for prompts in groups.values()])
         return time.perf_counter() - began
 
     runs, measured = session.measure(warm_up, run)
@@ -69,20 +70,24 @@ def generate(
     """
     length = max(depth, 1) + tokens
     session.check(length - tokens, tokens)
-    engine = Batch(session.llm._runner, batch)
+    engine = Batch(session.llm._runner, batch, 0)
     # Its first token comes of reading the prompt, before the clock starts.
     request = Request(_token_ids(session, length - tokens, seed), tokens + 1, sampling)
-    prompt = _prompts(session, [request], length)
+    prompt = engine.prompts([request], [request.max_new_tokens], num_positions=length)
+    saved: list[Saved] = []
 
     def warm_up() -> None:
         _read(engine, prompt)
-        num_rows, _ = engine.fitting(batch, length)
-        engine.start(num_rows, prompt.rows.cache[0].key.shape[-2])
+        engine.start(*engine.fitting(batch, Needs({}, longest=length)))
+        engine.insert(prompt, [0], [0])
+        saved.extend(engine.save({0: length - tokens}))
         run()
 
     def run() -> float:
         for row in range(batch):
-            engine.insert(prompt, [0], [row])
+            engine.leave(row)
+            engine.restore(saved[0], row)
+        engine.reserve(dict.fromkeys(range(batch), length))
         np.asarray(engine.decode(0).tokens)  # the copies are made
         began = time.perf_counter()
         pending: list[Drawn] = []
@@ -111,14 +116,6 @@ def generate(
 def _token_ids(session: Session, length: int, seed: int) -> list[int]:
     vocab_size = session.llm.config.vocab_size
     return synthetic(1, [length], 1, vocab_size=vocab_size, sampling=_GREEDY, seed=seed).prompts[0]
-
-
-def _prompts(session: Session, requests: Sequence[Request], length: int) -> Prompts:
-    """Requests that nothing was read of, with room for so many positions each."""
-    runner = session.llm._runner
-    rows = runner.empty_rows(len(requests), power_of_two(length, MIN_CACHE_LEN))
-    rows = rows._replace(requests=runner.device_requests(requests))
-    return Prompts(requests, [request.max_new_tokens for request in requests], rows)
 
 
 def _read(engine: Batch, prompts: Prompts) -> None:

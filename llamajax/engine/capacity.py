@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from llamajax.engine.batch import row_counts
 from llamajax.engine.memory import Footprint
+from llamajax.engine.pool import pages
 from llamajax.engine.runner import CHUNKS, cache_len
+from llamajax.ops import PAGE_LEN
 
 # More rows than this are nobody's wish.
 _MOST_ROWS = 4096
@@ -15,7 +17,7 @@ class Capacity:
     """Of sequences of so many tokens, in bytes, as the engine makes their rows.
 
     Attributes:
-      num_rows: rows that a batch for so many sequences has.
+      num_rows: rows that a batch for so many sequences has; with pages, as many as there are sequences.
       length: positions that each has room for.
       rows: all that they take, and `prompt` what one more takes that is being read.
       temporary: about what a step takes while it runs.
@@ -32,14 +34,17 @@ class Capacity:
     @classmethod
     def of(cls, footprint: Footprint, sequences: int, num_tokens: int, free_bytes: int | None) -> "Capacity":
         """Of so many sequences of so many tokens, where the weights leave so many bytes free."""
-        num_rows, length = row_counts(sequences)[-1], cache_len(num_tokens, footprint.config.max_position_embeddings)
+        num_rows = row_counts(sequences)[-1]
+        length = cache_len(num_tokens, footprint.config.max_position_embeddings)
+        if footprint.is_paged:
+            num_rows, length = sequences, pages(num_tokens) * PAGE_LEN
         prompt = 1, length, min(length, CHUNKS[-1])
         fitting = [1, *row_counts(_MOST_ROWS)]
         return cls(
             num_rows,
             length,
             footprint.rows(num_rows, length),
-            footprint.rows(1, length),
+            footprint.rows(1, 0 if footprint.is_paged else length),  # its pages are its row's
             footprint.temporary(num_rows, length, *prompt),
             None
             if free_bytes is None

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llamajax import checks
-from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Prompts, Size
+from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Needs, Prompts, Size
 from llamajax.engine.memory import is_out_of_memory
 from llamajax.engine.runner import Runner, chunk_lens
 from llamajax.engine.scheduler import Job, Listener, Scheduler
 from llamajax.engine.steps import BLOCK_LEN, Drawn
 from llamajax.errors import DeviceMemoryError, PromptTooLongError
+from llamajax.ops import PAGE_LEN
 from llamajax.types import FinishReason, Request
 
 # Of a block: short enough to read along and to cancel, long enough to hide the dispatch of the next.
@@ -35,11 +36,16 @@ class Engine:
       scheduler: who waits and who runs.
     """
 
-    def __init__(self, runner: Runner, *, num_slots: int, max_waiting: int = 1024) -> None:
+    def __init__(
+        self, runner: Runner, *, num_slots: int, max_waiting: int = 1024, prefix_bytes: int | None = None
+    ) -> None:
+        """`prefix_bytes` is what may be kept of prompts that have ended, in bytes; by default a share of the memory."""
         num_slots = checks.integer("slots", num_slots, 1)
         self.scheduler = Scheduler(num_slots, checks.integer("max_waiting", max_waiting, 1))
         self._runner = runner
-        self._batch = Batch(runner, num_slots)
+        if prefix_bytes is not None:
+            prefix_bytes = checks.integer("prefix_cache", prefix_bytes, 0)
+        self._batch = Batch(runner, num_slots, prefix_bytes)
         self._prompts: Prompts | None = None
         self._group: list[Job] = []  # whose prompts they are
         # Blocks that the device works on, with the job of each row.
@@ -130,19 +136,21 @@ class Engine:
         if self._prompts and not self._prompts.left and scheduler.reading:
             self._run_group()
         if not scheduler.reading:  # or all that were being read were given up
-            self._prompts = None
-            self._group = list(scheduler.admit(self._most_to_admit()))
+            self._drop_prompts()
+            self._group = self._next_group()
             if not self._group:
                 return
             if saved := self._group[0].saved:
-                self._fit(self._len_of_reading)
+                self._fit()
                 for row in scheduler.free_rows():  # none if the others need the memory
                     self._batch.restore(saved, row)
                     self._group[0].saved = None
                 scheduler.place()
                 return
             requests, limits = zip(*((job.request, job.limit) for job in self._group), strict=True)
-            self._prompts = self._batch.prompts(requests, limits)
+            self._prompts = self._batch.prompts(requests, limits, self._group[0].num_cached)
+            for job in self._group:
+                job.begin()
         assert self._prompts is not None
         drawn = self._batch.read(self._prompts)
         if self._prompts.left:
@@ -152,20 +160,42 @@ class Engine:
         if scheduler.running:  # else whoever comes while the prompts are read has a row from the start
             self._run_group()
 
+    def _next_group(self) -> list[Job]:
+        """The next prompts to read. One that begins like another waits until that one is read."""
+        if self.scheduler.num_admitted == self.scheduler.num_slots:
+            return []
+        self._find_cached()
+        return self.scheduler.admit(min(self._most_to_admit(), self._num_different()), GROUP_LEN)
+
+    def _find_cached(self) -> None:
+        """What the cache has of the prompts that are next."""
+        for job in self.scheduler.first(GROUP_LEN):
+            if not job.saved:
+                job.num_cached = self._batch.num_cached(job.request.token_ids)
+                job.plan = chunk_lens(len(job.request.token_ids), job.num_cached)
+
+    def _num_different(self) -> int:
+        """How many that wait have no whole page in common with each other that is still to be read."""
+        if not self._batch.shares:
+            return GROUP_LEN
+        found = set[tuple[int, ...]]()
+        for number, job in enumerate(self.scheduler.first(GROUP_LEN)):
+            page = tuple(job.request.token_ids[job.num_cached : job.num_cached + PAGE_LEN])
+            if len(page) == PAGE_LEN and page in found:
+                return number
+            found.add(page)
+        return GROUP_LEN
+
     @property
     def _readers(self) -> dict[int, Job]:
         """Whose prompts are being read, by their place in the group."""
         return {place: job for place, job in enumerate(self._group) if job.state == "reading"}
 
-    def _len_of_reading(self) -> int:
-        """Positions that those need whose prompts are being read."""
-        return max(map(_first_len, self.scheduler.reading), default=0)
-
     def _run_group(self) -> None:
         """Those whose prompts are read begin to run."""
         scheduler, prompts = self.scheduler, self._prompts
         assert prompts is not None
-        self._fit(self._len_of_reading)
+        self._fit()
         if not scheduler.reading:  # the others need the memory
             return
         for job in scheduler.reading:
@@ -174,6 +204,11 @@ class Engine:
                 job.position, job.left = job.position - 1, job.limit
         self._batch.insert(prompts, list(self._readers), scheduler.free_rows())
         scheduler.place()
+        self._drop_prompts()
+
+    def _drop_prompts(self) -> None:
+        if self._prompts:
+            self._batch.drop(self._prompts)
         self._prompts = None
 
     def _decode(self) -> bool:
@@ -183,7 +218,8 @@ class Engine:
             return False
         constrained = any(job.matcher for job in running.values())
         num_steps = 1 if constrained else self._block_len(max(job.left for job in running.values()))
-        self._fit(lambda: max((job.position + min(num_steps, job.left) for job in self.scheduler.running), default=0))
+        self._fit(num_steps)
+        self._batch.reserve(self._needs(num_steps).rows)
         # The rows may have moved.
         running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
         drawn = self._draw_constrained() if constrained else self._batch.decode(num_steps)
@@ -249,21 +285,27 @@ class Engine:
 
     def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> None:
         row = self.scheduler.end(job, reason, error)
-        if row is not None and job.left > 0:
+        if row is not None:
+            self._leave(row, draws=job.left > 0)
+
+    def _leave(self, row: int, *, draws: bool) -> None:
+        """Frees a row, which may still draw."""
+        if draws:
             self._batch.stop(row)
+        self._batch.leave(row)
 
-    def _fit(self, num_positions: Callable[[], int]) -> None:
-        """Gives the batch a row for each job that has a slot or will get one, with room for so many positions: which
-        is asked again if jobs had to be put back.
+    def _fit(self, num_steps: int = 0) -> None:
+        """Gives the batch a row for each job that has a slot or will get one, with room for so many tokens more. If
+        there is none, those that came last wait again.
 
-        Jobs that wait count, too: to grow from size to size copies the caches each time, and loads more programs.
+        Jobs that wait count, too: to grow from size to size copies the rows each time, and loads more programs.
         """
         scheduler, batch = self.scheduler, self._batch
-        num_rows, length = self._fitting(num_positions())
-        while not batch.fits(num_rows, length, self._being_read) and scheduler.num_admitted > 1:
+        num_rows, length = self._fitting(num_steps)
+        while not batch.fits(num_rows, length, self._needs(num_steps)) and scheduler.num_admitted > 1:
             for row in self._put_back(scheduler.latest):
-                batch.stop(row)
-            num_rows, length = self._fitting(num_positions())
+                self._leave(row, draws=True)
+            num_rows, length = self._fitting(num_steps)
         if not scheduler.running and (num_rows, length) != (batch.num_rows, batch.length):
             batch.start(num_rows, length)
             scheduler.rows = [None] * num_rows
@@ -274,35 +316,41 @@ class Engine:
         while batch.num_rows != num_rows:
             self._approach_rows(num_rows)
 
-    def _fitting(self, num_positions: int) -> tuple[int, int]:
-        scheduler = self.scheduler
+    def _fitting(self, num_steps: int) -> tuple[int, int]:
+        scheduler, needs = self.scheduler, self._needs(num_steps)
         num_jobs = min(scheduler.num_jobs, scheduler.num_slots)
-        num_positions = max([num_positions, *(job.position for job in scheduler.running)])
-        prompts = self._being_read
         if not self._prompts and scheduler.next:  # what waits should find room, too
-            prompts = self._size(scheduler.next)
-        return self._batch.fitting(num_jobs, num_positions, at_least=max(scheduler.num_admitted, 1), prompts=prompts)
+            needs = needs._replace(prompts=self._size(scheduler.next))
+        return self._batch.fitting(num_jobs, needs, at_least=max(scheduler.num_admitted, 1))
+
+    def _needs(self, num_steps: int = 0) -> Needs:
+        """Of those that have a slot, for so many tokens more."""
+        scheduler = self.scheduler
+        running = {row: job for row, job in enumerate(scheduler.rows) if job is not None}
+        rows = {row: job.position + min(num_steps, job.left) for row, job in running.items()}
+        reading = {job: _first_len(job) for job in scheduler.reading}
+        new = [num_positions for job, num_positions in reading.items() if job.saved]
+        prompts = self._prompts.size if self._prompts else NO_PROMPTS
+        return Needs(rows, new, max([0, *rows.values(), *reading.values()]), prompts)
 
     def _approach_rows(self, num_rows: int) -> None:
         kept = self.scheduler.kept(self._batch.next_size(num_rows))
         self._batch.take(kept)
         self.scheduler.resize(kept)
 
-    @property
-    def _being_read(self) -> Size:
-        return self._prompts.size if self._prompts else NO_PROMPTS
-
     def _most_to_admit(self) -> int:
         """How many of those that wait there is memory for now: a group, one or none. Ends one that can never run."""
         scheduler, batch, job = self.scheduler, self._batch, self.scheduler.next
-        if job is None or scheduler.num_admitted == scheduler.num_slots:
+        if job is None:
             return 0
-        num_positions = max([_first_len(job), *(job.position for job in scheduler.running)])
+        needs, num_positions = self._needs(), _first_len(job)
+        needs = needs._replace(longest=max(needs.longest, num_positions))
 
         def is_room(number: int) -> bool:
-            admitted, prompts = min(scheduler.num_admitted + number, scheduler.num_slots), self._size(job, number)
-            size = batch.fitting(admitted, num_positions, at_least=admitted, prompts=prompts)
-            return batch.fits(batch.num_rows, batch.length, prompts) and batch.fits(*size, prompts)
+            admitted = min(scheduler.num_admitted + number, scheduler.num_slots)
+            wanted = needs._replace(new=[num_positions] * number, prompts=self._size(job, number))
+            size = batch.fitting(admitted, wanted, at_least=admitted)
+            return batch.fits(batch.num_rows, batch.length, wanted) and batch.fits(*size, wanted)
 
         for number in (1,) if job.saved else (GROUP_LEN, 1):
             if is_room(number):
@@ -310,17 +358,23 @@ class Engine:
         if scheduler.running:
             return 0
         batch.clear()  # idle rows
+        self._find_cached()
         if not is_room(1):  # what it learned may be too little: the first of them is tried alone
-            if job.tried_at == job.position:
-                message = f"the memory of {self._runner.device} has no room for this request: make it shorter"
-                self._end(job, "cancelled", DeviceMemoryError(message))
-                return 0
-            job.tried_at = job.position
+            return int(self._try_again(job))
         return 1
+
+    def _try_again(self, job: Job) -> bool:
+        """Whether a job that had no room alone is tried once more. If it was already, it ends."""
+        if job.tried_at == job.position:
+            message = f"the memory of {self._runner.device} has no room for this request: make it shorter"
+            self._end(job, "cancelled", DeviceMemoryError(message))
+            return False
+        job.tried_at = job.position
+        return True
 
     def _size(self, job: Job, number: int = 1) -> Size:
         """Of so many prompts like a job's that waits."""
-        return NO_PROMPTS if job.saved else (number, self._runner.bucket(sum(job.plan)), job.plan[0])
+        return NO_PROMPTS if job.saved else (number, _first_len(job), job.plan[0])
 
     def _put_back(self, jobs: Sequence[Job]) -> list[int]:
         """Lets jobs wait again: their rows, which are returned, are saved; prompts will be read anew."""
@@ -330,7 +384,7 @@ class Engine:
             for job, rows in zip(running.values(), saved, strict=True):
                 job.saved = rows
         if len(running) < len(jobs):
-            self._prompts = None
+            self._drop_prompts()
             for _, owners in self._pending:  # first tokens that are drawn anew
                 for place in [
                     place for place, job in owners.items() if job in jobs and job.state == "reading" and not job.saved
@@ -343,15 +397,19 @@ class Engine:
         """After the device's memory ran out: prompts that are read, or else all that runs, wait until there is room."""
         scheduler, batch = self.scheduler, self._batch
         batch.expect_less_memory()
+        if batch.is_paged and len(scheduler.reading) == 1 and not scheduler.running:
+            [job] = scheduler.reading
+            self._try_again(job)
         if scheduler.reading and (batch.can_go_on or not scheduler.running):
             self._put_back(scheduler.reading)
         else:
             self._put_back([*scheduler.running, *scheduler.reading])
         if not scheduler.running:  # idle rows may have been destroyed
+            self._drop_prompts()
             batch.clear()
             scheduler.rows = []
 
 
 def _first_len(job: Job) -> int:
     """Positions of a job that waits, when its prompt is read, or after its next block."""
-    return job.position + min(BLOCK_LEN, job.left) if job.saved else sum(job.plan)
+    return job.position + min(BLOCK_LEN, job.left) if job.saved else job.num_cached + sum(job.plan)

@@ -1,7 +1,10 @@
 """What rows take of a device's memory, by formula. Asks no device."""
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +22,9 @@ _GPU_SAMPLING_ARRAYS, _SAMPLING_ARRAYS = 9, 5
 _TPU_LANES = 128
 
 
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What a model's rows take of a device, in bytes.
@@ -33,8 +39,13 @@ class Footprint:
     platform: str
     has_kernels: bool
 
+    @property
+    def is_paged(self) -> bool:
+        """Whether the cache is in pages, as `ops.has_pages` tells of a device."""
+        return self.platform == "cpu" and self.has_kernels and self.config.head_dim % 8 == 0
+
     def rows(self, num_rows: int, length: int) -> int:
-        """Of rows with room for so many positions, as `steps.empty_rows` makes them: exact."""
+        """Of rows with room for so many positions, or with pages for them: exact."""
         return num_rows * (bytes_per_token(self.config, self.cache_dtype) * length + self._beside_cache)
 
     def needed(self, num_rows: int, length: int, num_prompts: int = 0, prompt_len: int = 0, chunk_len: int = 0) -> int:
@@ -49,7 +60,7 @@ class Footprint:
     @cached_property
     def _beside_cache(self) -> int:
         """Of one row: what was asked for, and how far it is."""
-        settings = {"config": self.config, "cache_dtype": self.cache_dtype, "shared": False}
+        settings = {"config": self.config, "cache_dtype": self.cache_dtype, "paged": True}
         _, *others = jax.eval_shape(partial(steps.empty_rows, num_rows=1, length=1, **settings))
         return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(others))
 
@@ -64,6 +75,20 @@ class Footprint:
         copied = self.platform == "tpu" and self.config.head_dim % _TPU_LANES
         copies = 2 * bytes_per_token(self.config, self.cache_dtype) * length if copied else 0
         return num_rows * (sampling + scores + copies)
+
+
+@cache
+def cache_bytes() -> int:
+    """What pages of a cache may take of the computer's memory, or of the container's: half of it."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # "max" is no number
+        total = min(total, int(_CONTAINER_LIMIT.read_text()))
+    return total // 2
+
+
+def prefix_cache_bytes() -> int:
+    """What is kept of prompts that have ended, unless the user says how much: a 32nd of the computer's memory."""
+    return cache_bytes() // 16
 
 
 def is_out_of_memory(error: Exception) -> bool:

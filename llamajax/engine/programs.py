@@ -4,6 +4,7 @@ Knows what each step takes; not when it is needed.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache, partial
 from threading import Lock
@@ -19,7 +20,8 @@ from llamajax.engine import steps
 from llamajax.engine.executables import Executables
 from llamajax.engine.steps import FlatModel, Rewind, Rows
 from llamajax.errors import PlatformError
-from llamajax.ops import layers_share_arrays
+from llamajax.model.cache import Cache
+from llamajax.ops import PAGE_LEN
 from llamajax.types import mask_len
 
 # XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
@@ -46,7 +48,8 @@ class Program(NamedTuple):
     """A step compiled for rows of one shape.
 
     Attributes:
-      cache_len: positions that each row has room for, when the step has run; tokens, of logits and prompt_logprobs.
+      cache_len: positions that each row has room for, or, with pages, all of them have, when the step has run; tokens,
+        of logits and prompt_logprobs.
       chunk_len: of a prefill.
       num_rows: when the step has run.
       source: rows and positions of what an insert takes them from, or of what is grown or resized.
@@ -54,6 +57,8 @@ class Program(NamedTuple):
 
     step: Literal[
         "empty_rows",
+        "empty_pages",
+        "put_page",
         "grow",
         "prefill",
         "decode",
@@ -75,18 +80,19 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """What a model's programs are called by."""
+    """What a model's programs are called by. If the cache is in pages, a row has up to `table_len`."""
 
-    def __init__(self, model: FlatModel, device: jax.Device, cache_dtype: DTypeLike) -> None:
+    def __init__(
+        self, model: FlatModel, device: jax.Device, cache_dtype: DTypeLike, table_len: int | None = None
+    ) -> None:
         self._model = model
         self._device = device
-        self._cache_settings = {
-            "cache_dtype": cache_dtype,
-            "shared": layers_share_arrays(device, model.structure.config.head_dim),
-        }
+        self._table_len = table_len
+        self._cache_settings = {"cache_dtype": cache_dtype, "paged": table_len is not None}
         arrays = [(array.shape, array.dtype.name) for array in model.arrays]
         self._options = graph_options() if device.platform == "gpu" else {}
-        self._on_disk = Executables(device, repr((arrays, model.structure, self._cache_settings, self._options)))
+        settings = arrays, model.structure, self._cache_settings, table_len, self._options
+        self._on_disk = Executables(device, repr(settings))
 
     def compile(self, program: Program) -> Compiled:
         """The program, ready to run: its arguments are the arrays that its step takes.
@@ -122,22 +128,37 @@ class Programs:
 
     def shapes(self, num_rows: int, length: int) -> Rows:
         """Rows' arrays, without their values."""
+        return self._without_values(partial(steps.empty_rows, **self._rows_settings(num_rows, length)))
+
+    def _pages(self, length: int, num_rows: int | None = None) -> Cache:
+        """Pages of so many positions, and a table for so many rows, without their values."""
+        [pages] = self._without_values(partial(steps.empty_pages, **self._pages_settings(length)))
+        if num_rows is not None:
+            pages = pages._replace(table=jax.ShapeDtypeStruct((num_rows, self._table_len), np.int32))
+        return (pages,)
+
+    def _without_values(self, make: Callable[[], Any]) -> Any:
         sharding = jax.sharding.SingleDeviceSharding(self._device)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(partial(steps.empty_rows, **self._rows_settings(num_rows, length))),
-        )
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
 
     def lowered(self, program: Program) -> Lowered:
         """A program for the compiler. Arrays may be shapes: no device need be there."""
         step, length, chunk_len, num_rows, source = program
         arrays, structure = self._model
         cache, slots, requests = rows = self.shapes(num_rows, length)
+        if self._table_len is not None:
+            cache = self._pages(length, num_rows)
         ids, number, places = np.zeros(length, np.int32), np.int32(1), np.zeros(source[0], np.int32)
         match step:
             case "empty_rows":
                 with jax.default_device(self._device):
                     return steps.empty_rows.lower(**self._rows_settings(num_rows, length))
+            case "empty_pages":
+                with jax.default_device(self._device):
+                    return steps.empty_pages.lower(**self._pages_settings(length))
+            case "put_page":
+                page = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), self._pages(PAGE_LEN))
+                return steps.put_page.lower(self._pages(length), page, number)
             case "grow":
                 return steps.grow.lower(self.shapes(*source).cache[:1], length=length)
             case "prefill":
@@ -165,8 +186,7 @@ class Programs:
             case "stop":
                 return steps.stop.lower(slots.left, number)
             case "logits":
-                dtype = self._cache_settings["cache_dtype"]
-                return steps.logits.lower(arrays, ids, structure=structure, cache_dtype=dtype)
+                return steps.logits.lower(arrays, ids, structure=structure, **self._cache_settings)
             case "prompt_logprobs":
                 return steps.prompt_logprobs.lower(arrays, ids, number, structure=structure, **self._cache_settings)
 
@@ -179,6 +199,10 @@ class Programs:
     def _rows_settings(self, num_rows: int, length: int) -> dict[str, Any]:
         config = self._model.structure.config
         return {"num_rows": num_rows, "length": length, "config": config, **self._cache_settings}
+
+    def _pages_settings(self, length: int) -> dict[str, Any]:
+        dtype = self._cache_settings["cache_dtype"]
+        return {"num_pages": length // PAGE_LEN, "config": self._model.structure.config, "cache_dtype": dtype}
 
 
 def _name(program: Program) -> str:

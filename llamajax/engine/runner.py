@@ -6,7 +6,7 @@ Knows token ids and slots; knows nothing of text, queues or strategies.
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache as once
+from functools import cached_property, lru_cache
 from threading import RLock
 from typing import Any, Literal
 
@@ -18,17 +18,21 @@ from jaxtyping import Float32, Int32
 
 from llamajax import checks
 from llamajax.config import LlamaConfig
+from llamajax.engine.memory import cache_bytes
 from llamajax.engine.programs import Program, Programs
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rewind, Rows, Slots, by_layer
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
-from llamajax.ops import Weight, native
+from llamajax.ops import PAGE_LEN, Weight, has_pages, native
+from llamajax.placement import bytes_per_token
 from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs, mask_len
 
 # Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
 # programs are few: at most len(CHUNKS) + 1 for each length of the cache.
 CHUNKS = (16, 48, 64, 128, 512)
+# How much of its last page a prompt may fill, and a chunk that costs too much.
+_FILLED, _NO_CHUNK = (16, 48, PAGE_LEN), 1 << 40
 # A call costs as much as this many tokens more, on a CPU.
 CALL_COST = 32
 MIN_CACHE_LEN = 128
@@ -38,23 +42,47 @@ LAST_CACHE_STEP = 1024
 RESERVED_LEN = 512
 
 
-@once
-def chunk_lens(num_tokens: int) -> tuple[int, ...]:
-    """The chunks in which so many tokens are read, the longest first, at the least cost; the last one is padded.
+@lru_cache(1 << 12)
+def chunk_lens(num_tokens: int, num_cached: int = 0) -> tuple[int, ...]:
+    """The chunks in which so many tokens are read, at the least cost, if the first of them are in whole pages already.
 
-    The number of tokens alone decides, so that a prompt is computed in the same way whoever reads it.
+    The last chunk is padded. All others end with a page, and how much of the last page is filled depends on the number
+    of tokens alone: native attention rounds the keys and values of a page together. So a prompt gives the same bits
+    whoever reads it, and however much of it was there.
+    """
+    plans = [_chunks(num_tokens, filled, _NO_CHUNK) for filled in _FILLED]
+    best = min(plans, key=_cost)
+    return _chunks(num_tokens - num_cached, _FILLED[plans.index(best)], sum(best) - num_cached)
+
+
+@lru_cache(1 << 12)
+def _chunks(num_tokens: int, filled: int, room: int) -> tuple[int, ...]:
+    """The best chunks that fill so much of the last page and take no more room than this, the longest first.
+
+    If there are none, one of a vast cost.
     """
     if num_tokens <= 0:
         return ()
     longest = CHUNKS[-1]
     if whole := (num_tokens - 1) // longest:
-        return (longest,) * whole + chunk_lens(num_tokens - whole * longest)
-    plans = [(first, *chunk_lens(num_tokens - first)) for first in reversed(CHUNKS)]
-    return min(plans, key=lambda plan: sum(plan) + CALL_COST * len(plan))
+        return (longest,) * whole + _chunks(num_tokens - whole * longest, filled, room - whole * longest)
+    last = (num_tokens - 1) // PAGE_LEN * PAGE_LEN  # where the last page begins
+
+    def may_begin(chunk: int) -> bool:
+        if chunk < num_tokens:
+            return chunk % PAGE_LEN == 0
+        return chunk <= room and min(chunk - last, PAGE_LEN) == filled
+
+    plans = [(first, *_chunks(num_tokens - first, filled, room - first)) for first in CHUNKS[::-1] if may_begin(first)]
+    return min(plans, key=_cost, default=(_NO_CHUNK,))
+
+
+def _cost(plan: Sequence[int]) -> int:
+    return sum(plan) + CALL_COST * len(plan)
 
 
 class Runner:
-    """One sequence on a device. The cache grows by doubling, up to the context.
+    """One sequence on a device. Its cache is in pages, or else grows by doubling, up to the context.
 
     Attributes:
       config: the model's.
@@ -65,6 +93,7 @@ class Runner:
         along with.
       step_counts: the numbers from 0 to BLOCK_LEN, on the device.
       can_ask: whether steps can ask the host for masks.
+      paged: whether caches are in pages.
     """
 
     def __init__(
@@ -75,13 +104,18 @@ class Runner:
         device: jax.Device,
         max_seq_len: int | None = None,
         cache_dtype: DTypeLike,
+        paged: bool | None = None,
     ) -> None:
+        """`paged` is for tests: by default caches are in pages where they can be."""
         self.config = config
-        context = self.config.max_position_embeddings
-        self.max_seq_len = context if max_seq_len is None else max_seq_len
-        expected = f"from 2 to the model's context, {context}"
-        self.max_seq_len = checks.integer("max_seq_len", self.max_seq_len, 2, context, expected)
         self.device = device
+        self.cache_dtype = cache_dtype
+        self.paged = has_pages(device, config.head_dim) if paged is None else paged
+        context = self.config.max_position_embeddings
+        if max_seq_len is None:
+            max_seq_len = min(context, self._most_positions) if self.paged else context
+        expected = f"from 2 to the model's context, {context}"
+        self.max_seq_len = checks.integer("max_seq_len", max_seq_len, 2, context, expected)
         self.cached_ids: list[int] = []
         self.current: Request | None = None
         self.turn = RLock()
@@ -89,8 +123,7 @@ class Runner:
         # To bring a number there takes 0.05 ms of each call.
         self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], device)
         self.can_ask = device.platform == "cpu" and native.available()
-        self.cache_dtype = cache_dtype
-        self._programs = Programs(self.model, device, cache_dtype)
+        self._programs = Programs(self.model, device, cache_dtype, self.table_len if self.paged else None)
         self._cache: Cache = ()
         self._slots: Slots
         self._requests: Requests
@@ -100,7 +133,24 @@ class Runner:
     @property
     def cache_len(self) -> int:
         """Positions that the cache has room for at present."""
-        return self._cache[0].key.shape[-2] if self._cache else 0
+        if not self._cache:
+            return 0
+        return self.bucket(1) if self.paged else self._cache[0].key.shape[-2]
+
+    @cached_property
+    def table_len(self) -> int:
+        """Pages that a sequence may have: those of the context, which need no memory before they are written, so that
+        programs are the same for any `max_seq_len`, unless the computer has less.
+        """
+        context = self.config.max_position_embeddings
+        longest = context if context <= self._most_positions else self.max_seq_len
+        return cache_len(longest, longest) // PAGE_LEN
+
+    @property
+    def _most_positions(self) -> int:
+        """A power of two that the memory for caches has room for."""
+        most = cache_bytes() // bytes_per_token(self.config, self.cache_dtype)
+        return max(MIN_CACHE_LEN, power_of_two(most + 1) // 2)
 
     def free_bytes(self) -> float:
         """What the device has left; infinite if it does not tell, as a CPU."""
@@ -263,7 +313,7 @@ class Runner:
         if needed <= self.cache_len:
             return
         if not self.cached_ids or not self._cache:
-            self._cache = self.empty_rows(1, needed).cache
+            self._cache = self._one_sequence() if self.paged else self.empty_rows(1, needed).cache
         while self.cache_len < needed:
             grow, layers = self.compile(_grow(self.bucket(self.cache_len + 1))), list(self._take_cache())
             by_layer(grow, layers)
@@ -271,13 +321,23 @@ class Runner:
 
     def bucket(self, num_positions: int) -> int:
         """The length of a cache with room for this many positions."""
-        return cache_len(num_positions, self.max_seq_len)
+        return self.table_len * PAGE_LEN if self.paged else cache_len(num_positions, self.max_seq_len)
 
     def empty_rows(self, num_rows: int, length: int) -> Rows:
         """Idle rows on the device."""
         rows = self.compile(Program("empty_rows", length, num_rows=num_rows))()
         # Bound to the device as what the steps return is.
         return jax.device_put(rows, self.device)
+
+    def empty_pages(self, length: int) -> Cache:
+        """Pages of so many positions on the device, without a table."""
+        return jax.device_put(self.compile(Program("empty_pages", length))(), self.device)
+
+    def _one_sequence(self) -> Cache:
+        """As many pages as a sequence may have, in their order."""
+        [pages] = self.empty_pages(self.bucket(1))
+        table: Any = np.arange(self.table_len, dtype=np.int32)[None]
+        return (pages._replace(table=table),)
 
     def warm_up(self, num_positions: int = 1) -> None:
         """Compiles all programs for a cache of this length, so that no request waits for them. Empties the cache."""
@@ -305,8 +365,8 @@ class Runner:
         """All that sequences need whose caches have room for this many positions, the shortest first."""
         for length in self.lengths(longest):
             if length >= self.bucket(shortest):
-                yield from (Program("empty_rows", length), Program("decode", length))
-                if length > MIN_CACHE_LEN:
+                yield from (self._empty(length), Program("decode", length))
+                if length > MIN_CACHE_LEN and not self.paged:
                     yield _grow(length)
                 yield from self.prefills(1, length)
 
@@ -316,7 +376,7 @@ class Runner:
         length, needed = self.cache_len, max(self.bucket(room), self.cache_len)
         if length < needed and not reused:
             length = needed
-            yield Program("empty_rows", length)
+            yield self._empty(length)
         while length < needed:
             length = self.bucket(length + 1)
             yield _grow(length)
@@ -329,6 +389,9 @@ class Runner:
                 yield from (Program("draw", self.bucket(1)), Program("forward", length))
         else:
             yield Program("decode", length)
+
+    def _empty(self, length: int) -> Program:
+        return Program("empty_pages" if self.paged else "empty_rows", length)
 
     def compile(self, program: Program) -> Compiled:
         """A program, ready to run. Any thread may ask: no array on the device is touched."""

@@ -15,6 +15,9 @@ from llamajax.types import FinishReason, Matcher, Request, Token
 class Listener(Protocol):
     """Who a request's tokens are for. Called by the engine, and must not block."""
 
+    def begin(self, num_cached: int) -> None:
+        """Its prompt is read now, but for so many tokens that are in the cache already."""
+
     def token(self, token: Token) -> bool:
         """One more token. False: no more are wanted, since the answer has ended by its text."""
 
@@ -27,7 +30,8 @@ class Job:
     """A request on its way through the engine.
 
     Attributes:
-      plan: the chunks in which its prompt is read; prompts of one plan can be read together.
+      num_cached: tokens of its prompt that are in the cache already, in whole pages.
+      plan: the chunks in which the others are read; prompts of one plan can be read together.
       matcher: follows the answer if it must fit a constraint.
       deadline: on the monotonic clock, in seconds; None is never.
       limit: tokens that it may draw.
@@ -45,6 +49,7 @@ class Job:
     limit: int
     deadline: float | None = None
     matcher: Matcher | None = None
+    num_cached: int = 0
     cancelled: bool = False
     state: Literal["new", "waiting", "reading", "running", "ended"] = "new"
     drawn: int = 0
@@ -52,12 +57,19 @@ class Job:
     position: int = 0
     saved: Any = None
     tried_at: int | None = None
+    _has_begun: bool = False
     _made: float = field(default_factory=time.perf_counter)
     _admitted: float | None = None
 
     def admit(self) -> None:
         """Its prompt is going to be read."""
         self.state, self._admitted = "reading", self._admitted or time.perf_counter()
+
+    def begin(self) -> None:
+        """Tells the listener what the cache has of its prompt, the first time that it is read."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.listener.begin(self.num_cached)
 
     @property
     def queue_time(self) -> float:
@@ -129,21 +141,25 @@ class Scheduler:
         job.state = "waiting"
         self._waiting.append(job)
 
-    def admit(self, limit: int) -> list[Job]:
+    def admit(self, limit: int, group_len: int) -> list[Job]:
         """The next group to read: the first that wait, as long as their plan is the same and slots are free.
 
         If at most half a group waits, one prompt alone: a padded group costs as much as a full one.
         """
         assert not self.reading
         first = islice(self._waiting, min(limit, self.num_slots - self.num_admitted))
-        group = list(takewhile(lambda job: job.plan == self._waiting[0].plan, first))
-        if 2 * len(group) <= limit:
+        group = list(takewhile(lambda job: _chunks(job) == _chunks(self._waiting[0]), first))
+        if 2 * len(group) <= group_len:
             group = group[:1]
         for job in group:
             self._waiting.remove(job)
             job.admit()
         self.reading = group
         return group
+
+    def first(self, number: int) -> list[Job]:
+        """So many of those that wait."""
+        return list(islice(self._waiting, number))
 
     @property
     def next(self) -> Job | None:
@@ -221,3 +237,8 @@ class Scheduler:
         assert {job.state for job in self.running} <= {"running"}
         assert {job.state for job in self.reading} <= {"reading"}
         assert {job.state for job in self._waiting} <= {"waiting"}
+
+
+def _chunks(job: Job) -> tuple[int, tuple[int, ...]]:
+    """Where a prompt's chunks begin, and how long they are."""
+    return job.num_cached, job.plan

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from llamajax.config import LlamaConfig
-from llamajax.model.cache import Cache, KeysValues, empty_cache
-from llamajax.ops import Weight, native
+from llamajax.model.cache import Cache, KeysValues, empty_cache, paged_cache
+from llamajax.ops import PAGE_LEN, Weight, native
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs, wanted_logprobs
 from llamajax.types import SamplingParams
 
@@ -111,7 +111,7 @@ class Drawn(NamedTuple):
 class Rows(NamedTuple):
     """All that B sequences are, on the device."""
 
-    cache: Cache  # each with B in front
+    cache: Cache  # each with B in front; none if the cache is in pages, which no row has for itself
     slots: Slots
     requests: Requests
 
@@ -168,7 +168,7 @@ def decode(
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
         token = slots.token if asked is None else native.begin_to_ask(asked, slots.token, model.config.vocab_size)
-        x, cache = _over_slots(model, token[:, None], cache, _places(slots))
+        x, cache = _over_slots(model, token[:, None], cache, _places(slots, cache))
         logits = scores = jax.vmap(model.logits)(x)[:, 0]
         if asked is not None:
             scores, ended = native.ask(asked, logits)
@@ -194,7 +194,7 @@ def forward(
 ) -> tuple[Float32[Array, "B V"], Cache]:
     """Scores of the token after each slot's last one; nothing is drawn."""
     model = FlatModel(arrays, structure).llama()
-    x, cache = _over_slots(model, slots.token[:, None], _enter(cache), _places(slots))
+    x, cache = _over_slots(model, slots.token[:, None], _enter(cache), _places(slots, cache))
     return jax.vmap(model.logits)(x)[:, 0], _leave(cache)
 
 
@@ -242,18 +242,18 @@ def rewind(slots: Slots, to: Rewind) -> Slots:
     )
 
 
-@partial(jax.jit, static_argnames=("structure", "cache_dtype"))
+@partial(jax.jit, static_argnames=("structure", "cache_dtype", "paged"))
 def logits(
-    arrays: list[Array], token_ids: Int32[Array, "T"], *, structure: Structure, cache_dtype: DTypeLike
+    arrays: list[Array], token_ids: Int32[Array, "T"], *, structure: Structure, cache_dtype: DTypeLike, paged: bool
 ) -> Float32[Array, "T V"]:
     """Scores of the next token after each of T tokens; nothing is drawn."""
     model = FlatModel(arrays, structure).llama()
-    cache = empty_cache(model.config, token_ids.shape[0], cache_dtype)
-    x, _ = model(token_ids, cache, jnp.int32(0))
-    return model.logits(x)
+    cache = _enter(_cache_of_one(model.config, token_ids.shape[0], cache_dtype, paged))
+    x, _ = _over_slots(model, token_ids[None], cache, jnp.zeros(1, jnp.int32))
+    return model.logits(x[0])
 
 
-@partial(jax.jit, static_argnames=("structure", "cache_dtype", "shared"))
+@partial(jax.jit, static_argnames=("structure", "cache_dtype", "paged"))
 def prompt_logprobs(
     arrays: list[Array],
     token_ids: Int32[Array, "T"],
@@ -261,7 +261,7 @@ def prompt_logprobs(
     *,
     structure: Structure,
     cache_dtype: DTypeLike,
-    shared: bool,
+    paged: bool,
 ) -> TopLogprobs:
     """Of the token after each of the first `length` of T, given those up to it; what comes later is not read.
 
@@ -269,7 +269,7 @@ def prompt_logprobs(
     """
     model, T = FlatModel(arrays, structure).llama(), token_ids.shape[0]
     read_len, next_ids = min(T, _READ_LEN), jnp.roll(token_ids, -1)
-    cache = jax.tree.map(lambda x: x[None], empty_cache(model.config, T, cache_dtype, shared=shared))
+    cache = _cache_of_one(model.config, T, cache_dtype, paged)
 
     def read(number: Int32[Array, ""], carry: tuple[Cache, TopLogprobs]) -> tuple[Cache, TopLogprobs]:
         cache, found = carry
@@ -295,17 +295,29 @@ def grow(cache: Cache, *, length: int) -> Cache:
     return jax.tree.map(lambda x: _of_length(x, length), cache)
 
 
-@partial(jax.jit, static_argnames=("num_rows", "length", "config", "cache_dtype", "shared"))
-def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: DTypeLike, shared: bool) -> Rows:
-    """Idle rows with caches of `length` positions, whose layers may share their arrays."""
+@partial(jax.jit, static_argnames=("num_rows", "length", "config", "cache_dtype", "paged"))
+def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: DTypeLike, paged: bool) -> Rows:
+    """Idle rows, with caches of `length` positions if the cache is not in pages."""
     B, V = num_rows, config.vocab_size
     zeros = partial(jnp.zeros, (B,), jnp.int32)
-    one = empty_cache(config, length, cache_dtype, shared=shared)
+    one = () if paged else empty_cache(config, length, cache_dtype)
     cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), one)
     slots = Slots(zeros(), zeros(), zeros(), jnp.zeros((B, V), jnp.int32))
     stop_ids, mask = jnp.full((B, MAX_STOP_IDS), -1, jnp.int32), jnp.zeros((B, V), bool)
     sampling, wants_logprobs = Sampling.of([SamplingParams(temperature=0)] * B), jnp.zeros(B, bool)
     return Rows(cache, slots, Requests(sampling, stop_ids, zeros(), mask, wants_logprobs))
+
+
+@partial(jax.jit, static_argnames=("num_pages", "config", "cache_dtype"))
+def empty_pages(*, num_pages: int, config: LlamaConfig, cache_dtype: DTypeLike) -> Cache:
+    """So many pages, without a table."""
+    return paged_cache(config, num_pages, cache_dtype)
+
+
+@partial(jax.jit, donate_argnames="pages")
+def put_page(pages: Cache, page: Cache, number: Int32[Array, ""]) -> Cache:
+    """Writes one page over the one of this number."""
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, 0), pages, page)
 
 
 @partial(jax.jit, donate_argnames=("rows",))
@@ -343,7 +355,7 @@ def by_layer(step: Callable[[Cache], Cache], layers: list[KeysValues]) -> None:
     """
     for i, layer in enumerate(layers):
         [layers[i]] = step((layer,))
-        for array in layer:
+        for array in jax.tree.leaves(layer):
             array.delete()
 
 
@@ -359,18 +371,33 @@ def stop(left: Int32[Array, "B"], row: Int32[Array, ""]) -> Int32[Array, "B"]:
     return left.at[row].set(0)
 
 
-def _places(slots: Slots) -> Int32[Array, "B"]:
-    """The position of the next token of each slot. Idle slots, which are computed too, are where any cache has room:
-    one that has ended at a cache's last position would be after it.
+def _places(slots: Slots, cache: Cache) -> Int32[Array, "B"]:
+    """The position of the next token of each slot.
 
-    An only slot is not computed when it is idle, and keeps its text, which the next request may go on from.
+    Idle slots are computed, too. With pages they attend to nothing. Else they are where any cache has room: one that
+    has ended at a cache's last position would be after it. An only slot is not computed when it is idle, and keeps its
+    text, which the next request may go on from.
     """
+    if _is_paged(cache):
+        return jnp.where(slots.left > 0, slots.position, -1)
     return slots.position if slots.position.shape[0] == 1 else jnp.where(slots.left > 0, slots.position, 0)
 
 
+def _is_paged(cache: Cache) -> bool:
+    return cache[0].table is not None
+
+
+def _cache_of_one(config: LlamaConfig, length: int, dtype: DTypeLike, paged: bool) -> Cache:
+    """A new cache of one slot, with room for so many positions."""
+    if paged:
+        num_pages = -(-length // PAGE_LEN)
+        return paged_cache(config, num_pages, dtype, jnp.arange(num_pages)[None])
+    return jax.tree.map(lambda x: x[None], empty_cache(config, length, dtype))
+
+
 # One slot is no batch: with a batch axis of one, XLA's CPU compiler makes two of each cache, one to attend to and
-# one to keep, and copies both at each step. So inside a step the cache of one slot goes without that axis. The native
-# kernels, whose layers share arrays, write in place, and only if the axis stays.
+# one to keep, and copies both at each step. So inside a step the cache of one slot goes without that axis. Pages have
+# none: the rows share them.
 
 
 def _enter(cache: Cache) -> Cache:
@@ -388,9 +415,11 @@ def _over_slots(
     start: Int32[Array, "B"],
     only: Int32[Array, "B"] | None = None,
 ) -> tuple[Float32[Array, "B T D"], Cache]:
-    if cache[0].key.ndim > 3:
+    if _is_paged(cache) or cache[0].key.ndim > 3:
+        axes: Any = (KeysValues(None, None, 0),) if _is_paged(cache) else 0  # type: ignore[arg-type]  # numbers of axes
         # Of a model itself, jax would make a text at each trace, which takes 0.1 s.
-        return jax.vmap(model.__call__)(token_ids, cache, start, only)
+        step = jax.vmap(model.__call__, in_axes=(0, axes, 0, 0), out_axes=(0, axes))
+        return step(token_ids, cache, start, only)
     x, cache = model(token_ids[0], cache, start[0], None if only is None else only[0])
     return x[None], cache
 

@@ -29,7 +29,9 @@ class Attention(nnx.Module):
         only: Int[Array, ""] | None = None,
     ) -> tuple[Float32[Array, "T D"], KeysValues]:
         """All tokens are stored; what comes out is of the token `only` if there is one."""
-        mixed, key, value = ops.attention(self.qkv_proj(x, norm), *rope, *cache, start, layer)
+        mixed, key, value = ops.attention(
+            self.qkv_proj(x, norm), *rope, cache.key, cache.value, start, layer, cache.table
+        )
         if only is not None:
             mixed, x = (jax.lax.dynamic_slice_in_dim(rows, only, 1) for rows in (mixed, x))
-        return self.o_proj(mixed, residual=x), KeysValues(key, value)
+        return self.o_proj(mixed, residual=x), KeysValues(key, value, cache.table)

@@ -113,7 +113,7 @@ class Llama(nnx.Module):
         """
         x = self.embed_tokens(token_ids)
         rope = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
-        written, shared = list(cache), cache[0].key.ndim == 4
+        written, shared = list(cache), cache[0].table is not None
         layers = [nnx.split(layer) for layer in self.layers]
         for run in _runs(layers[:-1], shared):
             step = partial(_step, layers[run.start], run.start if shared else None, rope, start)

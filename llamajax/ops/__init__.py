@@ -1,11 +1,12 @@
 """Arithmetic that has more than one implementation. The choice between them is made here and nowhere else."""
 
-from llamajax.ops.attention import attention, layers_share_arrays
+from llamajax.ops.attention import PAGE_LEN, attention, has_pages
 from llamajax.ops.linear import Int8Weight, Norm, Weight, embed, gated_linear, linear, quantize_int8
 from llamajax.ops.packed import PackedWeight
 from llamajax.ops.stacked import Stacked
 
 __all__ = [
+    "PAGE_LEN",
     "Int8Weight",
     "Norm",
     "PackedWeight",
@@ -14,7 +15,7 @@ __all__ = [
     "attention",
     "embed",
     "gated_linear",
-    "layers_share_arrays",
+    "has_pages",
     "linear",
     "quantize_int8",
 ]

@@ -1,9 +1,6 @@
 """Causal attention of one sequence over its KV cache: RoPE, the cache's writing, and the mixing of values."""
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +9,10 @@ from jaxtyping import Array, Float, Float32, Int, Real
 
 from llamajax.ops import native
 
-Mixed = tuple[Float32[Array, "T N*H"], Real[Array, "*L K S R"], Real[Array, "*L K S R"]]
+# Positions of a page: the block of the native kernels.
+PAGE_LEN = 64
+
+Mixed = tuple[Float32[Array, "T N*H"], Real[Array, "*PL K S R"], Real[Array, "*PL K S R"]]
 
 
 @custom_vmap
@@ -20,67 +20,51 @@ def attention(
     qkv: Float32[Array, "T (N+2K)*H"],
     cos: Float32[Array, "T H/2"],
     sin: Float32[Array, "T H/2"],
-    key: Real[Array, "*L K S R"],
-    value: Real[Array, "*L K S R"],
+    key: Real[Array, "*PL K S R"],
+    value: Real[Array, "*PL K S R"],
     start: Int[Array, ""],
     layer: Int[Array, ""] | None = None,
+    table: Int[Array, "M"] | None = None,
 ) -> Mixed:
     """Token t is at position start + t and attends to the cache's positions up to its own.
 
-    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. Caches of L layers are read
-    and written at `layer`. start + T must not pass S, nor `layer` L - 1: natively it is an error, and XLA would shift
-    the write. Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds queries and weights to its dtype; natively
-    many queries are multiplied in numbers of 12 bits, one in f32. A cache of int8 has rows of `placement.row_len`
-    numbers, and is for the native kernels only.
+    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. For XLA the cache is one
+    layer's, [K, S, H]. For the native kernels it is a pool of P pages of all layers, [P, L, K, 64, R], and a table of
+    this sequence's pages in their order. The sequences of a batch have one pool, and may share pages that the call does
+    not write. Of int8, R is `placement.row_len`. start + T must not pass S or 64 M: XLA would shift the write, and
+    natively it is an error. A sequence with pages and a negative start is idle: nothing of it is read or written, and
+    it gets zeros.
 
-    Returns the mixed values, and the caches with the T positions written.
+    Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds queries and weights to its dtype. Natively 16 queries
+    or more are multiplied in numbers of 12 bits; fewer in f32, each to the same bits as if it were alone.
+
+    Returns the mixed values, and the cache with the T positions written.
     """
-    return _either(_attention, qkv, cos, sin, key, value, start, layer)
+    if table is None:
+        return _attention(qkv, cos, sin, key, value, start)
+    assert layer is not None  # pages are of all layers
+    return native.attention(qkv, cos, sin, key, value, start, layer, table)
 
 
-def layers_share_arrays(device: jax.Device, head_dim: int) -> bool:
-    """Whether the caches of all layers had better be one array, L of them, rather than one each.
-
-    Each array costs a call about 5 us on a CPU, and 30 layers have 60. XLA would copy an array of all at each step.
-    """
-    return device.platform == "cpu" and _is_native(head_dim)
+def has_pages(device: jax.Device, head_dim: int) -> bool:
+    """Whether this device's cache is in pages: where native kernels read them. XLA would copy them at each step."""
+    return device.platform == "cpu" and head_dim % 8 == 0 and native.available()
 
 
 @attention.def_vmap
 def _(axis_size: int, in_batched: list[bool], *arguments: Array) -> tuple[Mixed, tuple[bool, bool, bool]]:
-    *rows, layer = arguments  # which is the same for all rows
+    has_pages = arguments[-1] is not None
+    shared = (3, 4, 6) if has_pages else (6, 7)  # by all rows
     rows = [
-        x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        for x, batched in zip(rows, in_batched[:-1], strict=True)
+        x if batched or i in shared else jnp.broadcast_to(x, (axis_size, *x.shape))
+        for i, (x, batched) in enumerate(zip(arguments, in_batched, strict=True))
     ]
-    return _either(jax.vmap(_attention, in_axes=(*[0] * len(rows), None)), *rows, layer), (True, True, True)
+    if has_pages:
+        return native.attention(*rows), (True, False, False)
+    return jax.vmap(_attention)(*rows[:6]), (True, True, True)
 
 
-def _either(xla_attention: Callable[..., Mixed], *arguments: Any) -> Mixed:
-    _, cos, _, key, *_ = arguments
-    if key.dtype == jnp.int8:
-        return native.attention(*arguments)
-    if not _is_native(head_dim=2 * cos.shape[-1]):
-        return xla_attention(*arguments)
-    return jax.lax.platform_dependent(*arguments, cpu=native.attention, default=xla_attention)
-
-
-def _is_native(head_dim: int) -> bool:
-    return head_dim % 8 == 0 and native.available()
-
-
-def _attention(
-    qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array, layer: Array | None
-) -> Mixed:
-    if layer is None:
-        return _of_one_layer(qkv, cos, sin, key, value, start)
-    take = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-    put = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
-    mixed, new_key, new_value = _of_one_layer(qkv, cos, sin, take(key), take(value), start)
-    return mixed, put(key, new_key), put(value, new_value)
-
-
-def _of_one_layer(qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array) -> Mixed:
+def _attention(qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array) -> Mixed:
     T, (K, S, H) = qkv.shape[0], key.shape
     heads = qkv.reshape(T, -1, H)
     query, new_key, new_value = jnp.split(heads, [heads.shape[1] - 2 * K, heads.shape[1] - K], axis=1)

@@ -14,6 +14,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32, Real, UInt8
 
 from llamajax import kernels
@@ -47,7 +48,7 @@ def _library() -> ctypes.CDLL | str:
     library = kernels.library()
     if isinstance(library, ctypes.CDLL):
         try:
-            for name in ("linear", "attention", "sample", "begin_to_ask", "ask"):
+            for name in ("linear", "attention", "unwritten", "sample", "begin_to_ask", "ask"):
                 target = f"llamajax_{name}"
                 jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
             library.llamajax_answer(_answer)
@@ -116,24 +117,32 @@ def attention(
     qkv: Float32[Array, "*B T (N+2K)*H"],
     cos: Float32[Array, "*B T H/2"],
     sin: Float32[Array, "*B T H/2"],
-    key: Real[Array, "*BL K S R"],
-    value: Real[Array, "*BL K S R"],
+    key: Real[Array, "P L K 64 R"],
+    value: Real[Array, "P L K 64 R"],
     start: Int32[Array, "*B"],
-    layer: Int32[Array, ""] | None,
-) -> tuple[Float32[Array, "*B T N*H"], Real[Array, "*BL K S R"], Real[Array, "*BL K S R"]]:
-    """As `ops.attention`, of one sequence or a batch. The caches are written in place where they may be.
+    layer: Int32[Array, ""],
+    table: Int32[Array, "*B M"],
+) -> tuple[Float32[Array, "*B T N*H"], Real[Array, "P L K 64 R"], Real[Array, "P L K 64 R"]]:
+    """As `ops.attention`, of one sequence or a batch over pages. They are written in place where they may be.
 
-    Fails, at run time, for start < 0 or start + T > S, for a layer outside of 0 to L - 1, and for an H that is no
-    multiple of 8.
+    Fails, at run time, for start + T > 64 M, and for a page or a layer that there is not. Fails for an H that is no
+    multiple of 8. Table entries behind the last position may be anything.
     """
-    width = qkv.shape[-1] - 2 * key.shape[-3] * 2 * cos.shape[-1]
+    width = qkv.shape[-1] - 2 * key.shape[2] * 2 * cos.shape[-1]
     shapes = [((*qkv.shape[:-1], width), jnp.float32), (key.shape, key.dtype), (value.shape, value.dtype)]
     mixed, key, value = jax.ffi.ffi_call(
         "llamajax_attention",
         tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
-        input_output_aliases={5: 1, 6: 2},
-    )(qkv, cos, sin, start, jnp.int32(0) if layer is None else layer, key, value)
+        input_output_aliases={6: 1, 7: 2},
+    )(qkv, cos, sin, start, layer, table, key, value)
     return mixed, key, value
+
+
+def unwritten(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[Array, Array]:
+    """Two arrays of any content, which take no memory until they are written."""
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    first, second = jax.ffi.ffi_call("llamajax_unwritten", (array, array))()
+    return first, second
 
 
 def sample(

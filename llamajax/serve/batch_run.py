@@ -100,10 +100,10 @@ class BatchRun:
             self._is_done(line)
         self._check_length(number)
 
-    def run(self, llm: "LLM", *, slots: int, keep_order: bool) -> None:
-        """Answers the lines."""
+    def run(self, llm: "LLM", *, slots: int, keep_order: bool, prefix_cache: int | None = None) -> None:
+        """Answers the lines; the options are those of `LLM.stream_batch`."""
         self.work.num_slots = slots
-        answers = llm.stream_batch(self._requests(llm), slots=slots, on_token=self._token)
+        answers = llm.stream_batch(self._requests(llm), slots=slots, prefix_cache=prefix_cache, on_token=self._token)
         for index, answer in _in_order(answers) if keep_order else answers:
             self._take(index, answer, llm)
 

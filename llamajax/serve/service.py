@@ -46,6 +46,7 @@ class Service:
         slots: int = 16,
         max_waiting: int = 256,
         deadline: float | None = None,
+        prefix_cache: int | None = None,
     ) -> None:
         self.name = name
         self.created = int(time.time())
@@ -62,6 +63,7 @@ class Service:
         self._slots = slots
         self._max_waiting = max_waiting
         self._deadline = deadline
+        self._prefix_cache = prefix_cache
         self._server: Server | None = None
         self._progress = 0, 0  # programs compiled, of how many
         self._is_compiled = self._is_stopping = self._is_closed = False
@@ -170,6 +172,7 @@ class Service:
                 self._server = llm.serve_requests(
                     slots=self._slots,
                     max_waiting=self._max_waiting,
+                    prefix_cache=self._prefix_cache,
                     on_answer=self.metrics.answered,
                     on_step=self.bell.ring,
                 )

@@ -17,7 +17,7 @@ import pytest
 from llamajax import LLM, load
 from llamajax.bench.perplexity import measure
 from llamajax.config import LlamaConfig
-from llamajax.model.cache import Cache, empty_cache
+from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight
 from llamajax.ops.linear import MANY_TOKENS
@@ -25,6 +25,7 @@ from llamajax.types import DType
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
+from ..caches import caches
 from .tiny import DATA, WINDOW, goldens
 
 TEXT = (DATA / "text.txt").read_text(encoding="utf-8")
@@ -90,7 +91,7 @@ def in_chunks(config: LlamaConfig, weights: dict[str, Weight], ids: list[int], r
     """Scores, computed for this many tokens at a time."""
     padded = np.zeros(WINDOW, np.int32)
     padded[: len(ids)] = ids
-    cache = empty_cache(config, WINDOW, jnp.float32)
+    (cache,) = caches(config, WINDOW, jnp.float32)
     scores = []
     for start in range(0, len(ids), rows):
         chunk, cache = forward(weights, cache, padded[start : start + rows], jnp.int32(start), config=config)

@@ -19,7 +19,7 @@ from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CheckpointError, ConfigError, RequestError
-from llamajax.model.cache import Cache, empty_cache
+from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight
 from llamajax.tokenizers.hf import byte_alphabet
@@ -28,6 +28,7 @@ from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
 from .. import tiny_model
+from ..caches import batched, caches, contents, full_of_noise, row_of
 from .tiny import CASES, PROMPT_LEN, goldens, prompt, state_dict, write_gguf, write_hf, write_meta
 
 strict_promotion = tiny_model.strict_promotion
@@ -345,12 +346,6 @@ def forward(
     return model.logits(x), cache
 
 
-def full_of_noise(cache: Cache) -> Cache:
-    """As a cache that other text was in before."""
-    noise = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(10 * noise.standard_normal(x.shape), x.dtype), cache)
-
-
 @settings(max_examples=12, deadline=None)
 @given(
     chunks=st.lists(st.sampled_from((1, 3, 12)), max_size=PROMPT_LEN),
@@ -359,7 +354,7 @@ def full_of_noise(cache: Cache) -> Cache:
 def test_any_split_is_the_full_forward(model: Model, chunks: list[int], used: bool) -> None:
     ids = np.array(prompt(SPLIT_CASE), np.int32)
     config, weights = model
-    cache = empty_cache(config, PROMPT_LEN + 3, jnp.float32)
+    (cache,) = caches(config, PROMPT_LEN + 3, jnp.float32)
     if used:
         cache = full_of_noise(cache)
     rows: list[np.ndarray] = []
@@ -375,15 +370,15 @@ def test_a_batch_is_its_rows(model: Model) -> None:
     config, weights = model
     ids = np.array(prompt(SPLIT_CASE), np.int32).reshape(5, 8)
     starts = np.array([0, 3, 30, 32, 17], np.int32)
-    caches = [full_of_noise(empty_cache(config, PROMPT_LEN, jnp.float32))] * len(starts)
+    rows = [full_of_noise(cache) for cache in caches(config, PROMPT_LEN, jnp.float32, len(starts))]
     run = partial(forward, weights, config=config)
-    batch = jax.tree.map(lambda *rows: jnp.stack(rows), *caches)
-    scores, batch = jax.vmap(run)(ids, batch, starts)
+    batch, axes = batched(rows)
+    scores, batch = jax.vmap(run, in_axes=(0, axes, 0), out_axes=(0, axes))(ids, batch, starts)
     for row, start in enumerate(starts):
-        expected, cache = run(ids[row], caches[row], jnp.int32(start))
+        expected, cache = run(ids[row], rows[row], jnp.int32(start))
         assert relative_error(np.asarray(scores[row]), np.asarray(expected)) < 1e-5
-        for x, y in zip(jax.tree.leaves(batch), jax.tree.leaves(cache), strict=True):
-            np.testing.assert_allclose(x[row], y, atol=1e-4)
+        for x, y in zip(contents(row_of(batch, row)), contents(cache), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-4)
 
 
 # The runner: chunks of fixed lengths, and a cache that is used again

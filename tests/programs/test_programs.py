@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import Array
+from jax.custom_batching import sequential_vmap
 from jax.stages import Lowered
 
-from llamajax import sampling
+from llamajax import ops, sampling
 from llamajax.config import CONFIGS
 from llamajax.engine import programs, steps
 from llamajax.engine.programs import Program
@@ -150,7 +151,18 @@ def planting(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def native_attention(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attention, "_either", lambda xla, *arguments: native.attention(*arguments))
+    """Of one row, to its cache as if that were pages."""
+
+    def of_pages(
+        qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array
+    ) -> tuple[Array, Array, Array]:
+        K, S, R = key.shape
+        table = jnp.arange(S // ops.PAGE_LEN, dtype=jnp.int32)
+        pools = (x.reshape(K, -1, ops.PAGE_LEN, R).swapaxes(0, 1)[:, None] for x in (key, value))
+        mixed, *pools = native.attention(qkv, cos, sin, *pools, start, jnp.int32(0), table)
+        return mixed, *(pool[:, 0].swapaxes(0, 1).reshape(K, S, R) for pool in pools)
+
+    patch.setattr(attention, "_attention", sequential_vmap(of_pages))
 
 
 def a_cache_that_is_not_donated(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from llamajax.config import CONFIGS, LlamaConfig
 from llamajax.errors import ConfigError
-from llamajax.model.cache import empty_cache
+from llamajax.model.cache import empty_cache, paged_cache
+from llamajax.ops import PAGE_LEN
 from llamajax.placement import bytes_per_token
 
 _LLAMA3_ROPE = {
@@ -198,8 +199,11 @@ def test_bytes_of_a_cache(name: str, kib: float) -> None:
     assert bytes_per_token(config, np.float16) == kib * 1024
     assert bytes_per_token(config, np.int8) <= 0.52 * kib * 1024
     for dtype in (np.float16, np.int8):
-        arrays = jax.tree.leaves(jax.eval_shape(partial(empty_cache, config, 10, dtype)))
-        assert sum(array.size * array.dtype.itemsize for array in arrays) == 10 * bytes_per_token(config, dtype)
+        whole, pages = partial(empty_cache, config, 10, dtype), partial(paged_cache, config, 3, dtype, None)
+        for length, cache in ((10, whole), (3 * PAGE_LEN, pages)):
+            arrays = jax.tree.leaves(jax.eval_shape(cache))
+            num_bytes = sum(array.size * array.dtype.itemsize for array in arrays)
+            assert num_bytes == length * bytes_per_token(config, dtype)
 
 
 # The files

@@ -305,26 +305,27 @@ inline void attend_many(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   using N = Number<T>;
   const int64_t B = a.batch, K = a.kv_heads, H = a.head_dim;
   int64_t count = 0;  // of blocks in the longest sequence
-  for (int64_t b = 0; b < B; ++b) count = std::max<int64_t>(count, (a.start[b] + a.queries + kKeys - 1) / kKeys);
+  for (int64_t b = 0; b < B; ++b) count = std::max(count, (a.end(b) + kKeys - 1) / kKeys);
   static thread_local Blocks<N> scratch;
   Blocks<N>& blocks = scratch;  // this thread's, in the others too
   blocks.resize(B * K * count, H);
   parallel_for(pool, B * K * count, 1, [&](int64_t i) {
     const int64_t b = i / (K * count), k = i / count % K, s = i % count * kKeys;
-    const int64_t start = a.start[b], end = std::min(s + kKeys, start + a.queries);
-    for (int64_t t = std::max(s, start); t < end; ++t) write(a, b, k, t - start);
+    const int64_t end = std::min(s + kKeys, a.end(b));
+    for (int64_t t = std::max<int64_t>(s, a.start[b]); t < end; ++t) write(a, b, k, t - a.start[b]);
     if (s < end) pack(a, b, k, s, end - s, blocks.width, blocks[i]);
   });
   const int64_t rows = a.queries * a.group(), each = kTiles * kColumns, parts = (rows + each - 1) / each;
   parallel_for(pool, B * K * parts, 1, [&](int64_t i) {
     const int64_t head = i / parts, b = head / K, k = head % K;
     const int64_t first = (parts - 1 - i % parts) * each;  // the longest first
+    if (a.idle(b)) return;
     static thread_local std::vector<Tile<T, N>> tiles;
     tiles.resize((std::min(first + each, rows) - first + kColumns - 1) / kColumns);
     const auto row = [&](const auto& tile) { return first + (&tile - tiles.data()) * kColumns; };
     const Operands<N> operands;
     for (auto& tile : tiles) tile.begin(a, b, k, row(tile), blocks.width);
-    for (int64_t s = 0; s < a.start[b] + a.queries; s += kKeys) {
+    for (int64_t s = 0; s < a.end(b); s += kKeys) {
       const Block<N> block = blocks[head * count + s / kKeys];
       for (auto begin = tiles.begin(); begin != tiles.end(); begin += std::min<int64_t>(kInStep<N>, tiles.end() - begin)) {
         Work<N> work[kInStep<N>];

@@ -107,10 +107,15 @@ inline float highest(float* scores, int64_t count) {
   return has_nan(nothing) ? NAN : maximum(most);
 }
 
-#include "attend_one.h"
+#include "attend_few.h"
 #include "attend_many.h"
 
+// Idle sequences get zeros.
 template <class T>
 inline void attention(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
-  a.queries == 1 ? attend_one(pool, a) : attend_many(pool, a);
+  const int64_t length = a.queries * a.heads * a.head_dim;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    if (a.idle(b)) std::fill_n(a.out + b * length, length, 0.0f);
+  }
+  a.queries < kMany ? attend_few(pool, a) : attend_many(pool, a);
 }

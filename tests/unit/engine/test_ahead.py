@@ -54,7 +54,7 @@ def test_after_it_nothing_compiles() -> None:
 
 
 def test_what_a_request_needs_comes_first() -> None:
-    runner = tiny_runner(256)
+    runner = tiny_runner(256, paged=False)
     runner.__class__ = Recorder
     compiler = AheadCompiler(runner, 256)
     request = Request(random_ids(140), 100, GREEDY)

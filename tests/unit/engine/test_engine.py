@@ -32,8 +32,13 @@ class Collected:
 
     fails_at: int | None = None
     wants: int | None = None
+    num_cached: int = 0
     tokens: list[Token] = field(default_factory=list)
     ends: list[tuple[FinishReason, Exception | None]] = field(default_factory=list)
+
+    def begin(self, num_cached: int) -> None:
+        assert not self.tokens or not self.ends
+        self.num_cached = num_cached
 
     def token(self, token: Token) -> bool:
         assert not self.ends
@@ -197,7 +202,9 @@ def test_one_that_ends_where_its_cache_does_disturbs_nobody(runner: Runner, limi
     assert [c.tokens for c in collected] == [list(Sequential(runner, it)) for it in requests]
 
 
-def test_a_few_slots_need_few_programs(runner: Runner) -> None:
+def test_a_few_slots_need_few_programs() -> None:
+    runner = tiny_runner(1024, paged=False)
+
     def programs(slots: int) -> set[Program]:
         return set(Batch(runner, slots).programs(1024))
 
@@ -242,7 +249,8 @@ def test_those_that_run_go_on_while_a_long_prompt_is_read(engine: Engine) -> Non
     assert len(first.tokens) == 500 and len(second.tokens) == 2
 
 
-def test_rows_and_length_follow_what_runs(engine: Engine) -> None:
+def test_rows_and_length_follow_what_runs() -> None:
+    engine = Engine(tiny_runner(1024, paged=False), num_slots=8)
     batch = engine._batch
     jobs = [submit(engine, Request([1 + i], 60 if i else 300, SamplingParams(temperature=0)))[0] for i in range(8)]
     sizes = set()

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 
 from llamajax.engine import steps
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import CHUNKS, Runner
+from llamajax.engine.runner import CHUNKS, Runner, chunk_lens
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
-from llamajax.ops import native
+from llamajax.ops import PAGE_LEN, native
 from llamajax.types import Request, SamplingParams
 
 from ... import tiny_model
@@ -38,12 +38,13 @@ def test_nothing_compiles_in_the_steady_state() -> None:
     with no_programs(), count_compilations() as compiled:
         runner = tiny_runner(1024)
         runner.warm_up(512)
-    assert runner.cache_len == 512
+    length = runner.cache_len
+    assert length == runner.bucket(512)
     assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1)
     list(Sequential(runner, Request([1, 2, 3], 5)))
     with count_compilations() as compiled:
         _run_requests(runner, 512)
-    assert runner.cache_len == 512
+    assert runner.cache_len == length
     assert compiled == []
 
 
@@ -66,7 +67,9 @@ def _run_requests(runner: Runner, room: int) -> None:
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_no_step_copies_the_cache(step: str, num_rows: int) -> None:
     runner = tiny_runner()
-    rows = runner.empty_rows(num_rows, 1 << 16)
+    rows = runner.empty_rows(num_rows, 1)
+    [pages] = runner.empty_pages(1 << 16)
+    cache = (pages._replace(table=np.zeros((num_rows, 4), np.int32)),)
     zeros = np.zeros(num_rows, np.int32)
     given = {
         "prefill": (np.zeros((num_rows, 16), np.int32), zeros, zeros, zeros),
@@ -74,10 +77,10 @@ def test_no_step_copies_the_cache(step: str, num_rows: int) -> None:
     }
     arrays, structure = runner.model
     jitted = jax.jit(getattr(steps, step).__wrapped__, static_argnames="structure", donate_argnames="cache")
-    lowered = jitted.lower(arrays, rows.cache, *given[step], rows.requests, structure=structure)
+    lowered = jitted.lower(arrays, cache, *given[step], rows.requests, structure=structure)
     memory = lowered.compile().memory_analysis()
     assert memory is not None
-    assert memory.temp_size_in_bytes < sum(x.nbytes for x in jax.tree.leaves(rows.cache)) / 10
+    assert memory.temp_size_in_bytes < sum(x.nbytes for x in jax.tree.leaves(cache)) / 10
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 300, 512])
@@ -209,7 +212,7 @@ def test_decode_draws_no_more_than_was_asked_for() -> None:
     ],
 )
 def test_the_cache_has_few_lengths(max_seq_len: int, num_positions: int, cache_len: int) -> None:
-    runner = tiny_runner(max_seq_len)
+    runner = tiny_runner(max_seq_len, paged=False)
     assert runner.cache_len == 0
     runner.reserve(num_positions)
     assert runner.cache_len == cache_len
@@ -218,7 +221,7 @@ def test_the_cache_has_few_lengths(max_seq_len: int, num_positions: int, cache_l
 
 
 def test_reserve_keeps_what_the_cache_holds() -> None:
-    runner, ids = tiny_runner(1024), random_ids(60)
+    runner, ids = tiny_runner(1024, paged=False), random_ids(60)
     runner.read(runner.prefill(Request(ids, 1, GREEDY))[0])
     runner.reserve(1000)
     assert runner.cached_ids == ids and runner.cache_len == 1024
@@ -233,7 +236,7 @@ def test_reserve_keeps_what_the_cache_holds() -> None:
 def test_warm_up_of_a_short_context(max_seq_len: int) -> None:
     runner = tiny_runner(max_seq_len)
     runner.warm_up(1024)
-    assert runner.cache_len == max(128, max_seq_len)
+    assert runner.cache_len == runner.bucket(max_seq_len)
     assert len(list(Sequential(runner, Request([1], 1000, GREEDY)))) == max_seq_len - 1
 
 
@@ -261,3 +264,17 @@ def test_a_step_that_ctrl_c_ends_takes_the_cache_with_it(step: str, monkeypatch:
         list(Sequential(runner, replace(request, token_ids=[1, 2, 4])))
     monkeypatch.undo()
     assert [token.id for token in Sequential(runner, request)] == expected
+
+
+@pytest.mark.parametrize("num_tokens", [*range(1, 700), 1000, 2047])
+def test_how_a_prompt_ends_depends_on_its_length_alone(num_tokens: int) -> None:
+    plan = chunk_lens(num_tokens)
+    last = (num_tokens - 1) // PAGE_LEN * PAGE_LEN
+    filled = min(sum(plan) - last, PAGE_LEN)
+    for num_cached in range(0, num_tokens, PAGE_LEN):
+        chunks = chunk_lens(num_tokens, num_cached)
+        end = num_cached + sum(chunks)
+        assert set(chunks) <= set(CHUNKS) and num_tokens <= end <= sum(plan) < num_tokens + CHUNKS[-1]
+        assert all(chunk % PAGE_LEN == 0 for chunk in chunks[:-1])
+        assert min(end - last, PAGE_LEN) == filled
+        assert sum(chunks[:-1]) + num_cached < num_tokens

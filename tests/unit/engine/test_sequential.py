@@ -87,7 +87,7 @@ def test_an_answer_ends_with_the_context(length: int, max_seq_len: int) -> None:
 def test_the_cache_grows_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "RESERVED_LEN", 1)
     prompt, sampling = random_ids(40), SamplingParams(temperature=1, top_p=0.95)
-    growing, roomy = tiny_runner(1024), tiny_runner(1024)
+    growing, roomy = tiny_runner(1024, paged=False), tiny_runner(1024, paged=False)
     roomy.reserve(1024)
     found, lengths = [], set()
     for token in Sequential(growing, Request(prompt, 984, sampling)):
@@ -103,7 +103,7 @@ def test_the_cache_grows_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_answer_that_fits_does_not_grow_the_cache() -> None:
-    runner = tiny_runner(1024)
+    runner = tiny_runner(1024, paged=False)
     assert len(answer(runner, random_ids(456), 56)) == 56
     assert runner.cache_len == 512
 
@@ -218,7 +218,7 @@ def test_what_was_asked_before_does_not_matter() -> None:
     def cached(runner: Runner) -> list[np.ndarray]:
         return [np.asarray(x)[0, ..., :69, :] for x in jax.tree.leaves(runner._cache)]
 
-    runner, fresh = tiny_runner(1024), tiny_runner(1024)
+    runner, fresh = tiny_runner(1024, paged=False), tiny_runner(1024, paged=False)
     expected = list(Sequential(fresh, request))
     for before in (random_ids(30), random_ids(30) + random_ids(90, seed=1), random_ids(600, seed=2)):
         answer(runner, before, 5)

@@ -20,31 +20,31 @@ def test_a_layer_is_gone_before_the_next_one_is_made() -> None:
 
     def grow(layer: Cache) -> Cache:
         at = next(i for i, other in enumerate(old) if other is layer[0])
-        assert all(array.is_deleted() for before in old[:at] for array in before)
+        assert all(array.is_deleted() for before in old[:at] for array in (before.key, before.value))
         return steps.grow(layer, length=256)
 
     layers = list(old)
     steps.by_layer(grow, layers)
-    assert all(array.is_deleted() for layer in old for array in layer)
+    assert all(array.is_deleted() for layer in old for array in (layer.key, layer.value))
     for i, layer in enumerate(layers, 1):
         assert layer.key.shape == (2, 3, 256, 8)
         assert (np.asarray(layer.key[:, :, :128]) == i).all() and (np.asarray(layer.value[:, :, :128]) == -i).all()
 
 
 def test_the_old_cache_of_a_growing_answer_is_gone() -> None:
-    runner = tiny_runner(1024)
+    runner = tiny_runner(1024, paged=False)
     list(Sequential(runner, Request(random_ids(100), 4, SamplingParams(temperature=0))))
     old = runner._cache
     runner.reserve(runner.cache_len + 1)
-    assert all(array.is_deleted() for layer in old for array in layer)
+    assert all(array.is_deleted() for layer in old for array in (layer.key, layer.value))
 
 
 def test_the_old_cache_of_rows_is_gone() -> None:
-    batch = Batch(tiny_runner(1024), 4)
+    batch = Batch(tiny_runner(1024, paged=False), 4)
     batch.start(2, 128)
     for change in (lambda: batch.approach(256), lambda: batch.take([0, 1, -1, -1]), lambda: batch.approach(128)):
         assert batch._rows
         old = batch._rows.cache
         change()
-        assert all(array.is_deleted() for layer in old for array in layer)
+        assert all(array.is_deleted() for layer in old for array in (layer.key, layer.value))
     assert (batch.num_rows, batch.length) == (4, 128)

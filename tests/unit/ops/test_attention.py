@@ -1,6 +1,6 @@
 """Attention over a cache, of each implementation, against sums written out in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamajax import ops
-from llamajax.ops import native
+from llamajax.ops import PAGE_LEN, native
 
 from ... import tiny_model
 
@@ -58,7 +58,9 @@ def arguments(rng: np.random.Generator, *shape: int, dtype: type = np.float32) -
     angles = rng.uniform(0, 7, (T, H // 2))
     numbers = [rng.normal(size=(T, K * (G + 2) * H)), np.cos(angles), np.sin(angles)]
     caches = rng.normal(size=(2, LAYERS, K, S, H)).astype(np.float32)
-    return [x.astype(np.float32) for x in numbers] + [x.astype(dtype) for x in caches]
+    return [x.astype(np.float32) for x in numbers] + [
+        to_int8(x) if dtype == np.int8 else x.astype(dtype) for x in caches
+    ]
 
 
 # T, K, G, H, S. Each is a program: few. Heads that are no multiple of 8 are XLA's.
@@ -72,68 +74,20 @@ SHAPES = [
     (70, 1, 3, 40, 200),
     (150, 1, 4, 64, 420),
     (13, 3, 1, 64, 130),
+    (18, 2, 4, 8, 33),
     (1, 1, 8, 128, 70),
     (1, 1, 3, 64, 700),
 ]
+DTYPES = [np.float32, jnp.bfloat16, np.float16, np.int8]
 layers = st.integers(0, LAYERS - 1)
 _attention = jax.jit(ops.attention)
+# Of sequences with pages in one pool.
+_batch = jax.jit(jax.vmap(ops.attention, in_axes=(0, 0, 0, None, None, 0, None, 0), out_axes=(0, None, None)))
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.sampled_from(SHAPES), st.integers(0, 700), st.sampled_from([0.1, 1, 30]), layers, st.integers(0, 2**32))
-def test_attention(
-    implementation: str, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
-) -> None:
-    T, S = shape[0], shape[-1]
-    start = min(start, S - T)
-    qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape)
-    qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
-    # What stands after the last query's position is not read.
-    key[..., start + T :, :], value[..., start + T :, :] = 1e4, 1e6
-    expected = reference(qkv, cos, sin, key, value, start, layer)
-    found = _attention(qkv, cos, sin, key, value, jnp.int32(start), jnp.int32(layer))
-    for actual, wanted in zip(found, expected, strict=True):
-        assert actual.dtype == jnp.float32
-        np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-4)
-
-
-def test_attention_by_hand(implementation: str) -> None:
-    """Scores 0 and ln 3 at two positions weigh their values 1 to 3; the first position sees itself only."""
-    H = 8
-    qkv = np.zeros((2, 3, H), np.float32)
-    qkv[0, :, 0] = [1, 0, 4]
-    qkv[1, :, 0] = [np.sqrt(H), np.log(3), 0]
-    one, zero = np.ones((2, H // 2), np.float32), np.zeros((2, H // 2), np.float32)
-    cache = np.full((1, 1, 3, H), 100, np.float32)
-    mixed, key, value = _attention(qkv.reshape(2, -1), one, zero, cache, cache, jnp.int32(0), jnp.int32(0))
-    np.testing.assert_allclose(np.asarray(mixed)[:, :2], [[4, 0], [1, 0]], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(key)[0, 0, :, 0], [0, np.log(3), 100], rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(value)[0, 0, :, 0], [4, 0, 100])
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@settings(deadline=None, max_examples=30)
-@given(st.sampled_from(SHAPES), st.integers(0, 700), st.sampled_from([0.1, 1, 5]), layers, st.integers(0, 2**32))
-def test_attention_of_a_cache_of_16_bits(
-    implementation: str, dtype: type, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
-) -> None:
-    T, S = shape[0], shape[-1]
-    start = min(start, S - T)
-    qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape, dtype=dtype)
-    qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
-    key[..., start + T :, :], value[..., start + T :, :] = 1e4, 6e4
-    mixed, new_key, new_value = _attention(qkv, cos, sin, key, value, jnp.int32(start), jnp.int32(layer))
-    assert mixed.dtype == jnp.float32 and new_key.dtype == new_value.dtype == dtype
-    expected = reference(qkv, cos, sin, key, value, start, layer)
-    # A number nearly half way between two may go to either.
-    ulp = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.asarray(new_key, float), expected[1].astype(float), rtol=ulp, atol=1e-7)
-    np.testing.assert_array_equal(new_value, expected[2])
-    # An error of a score moves as large a part of the values: XLA rounds queries and weights to the cache's dtype, and
-    # many queries at once are rounded to 12 bits. Five standard deviations.
-    step = ulp if implementation == "xla" or shape[3] % 8 else 1 / 1024
-    scores = np.square(qkv).mean() ** 0.5 * scale
-    np.testing.assert_allclose(mixed, expected[0], atol=4 * step * (1 + 5 * scores))
+def skip_xla(implementation: str) -> None:
+    if implementation == "xla":
+        pytest.skip("XLA has no pages, and shifts writes that pass the cache's end")
 
 
 def to_int8(x: np.ndarray) -> np.ndarray:
@@ -147,9 +101,119 @@ def from_int8(rows: np.ndarray) -> np.ndarray:
     return rows[..., :-2] * np.ascontiguousarray(rows[..., -2:]).view(np.float16).astype(float)
 
 
-def skip_xla(implementation: str) -> None:
-    if implementation == "xla":
-        pytest.skip("a cache of int8 is for the native kernels")
+def not_numbers(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """NaN in any dtype: int8's steps are f16."""
+    return np.full((*shape[:-1], shape[-1] * dtype.itemsize), 0xFF, np.uint8).view(dtype)
+
+
+def same_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(*(np.ascontiguousarray(z).view(np.uint8) for z in (x, y)))
+
+
+def paged(*caches: np.ndarray, order: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Pools of keys and of values [2, P, L, K, 64, R] and tables [B, M] of sequences' caches [2, L, K, S, R].
+
+    The pages are in a random order if none is given. All that is not of the caches is NaN, in other pages, too.
+    """
+    _, L, K, S, R = caches[0].shape
+    M = -(-S // PAGE_LEN)
+    if order is None:
+        order = np.random.default_rng(S).permutation(len(caches) * M + 3)
+    tables = np.reshape(order[: len(caches) * M], (-1, M)).astype(np.int32)
+    pools = not_numbers((2, len(order), L, K, PAGE_LEN, R), caches[0].dtype)
+    for cache, table in zip(caches, tables, strict=True):
+        for page, begin in zip(table, range(0, S, PAGE_LEN), strict=True):
+            part = cache[..., begin : begin + PAGE_LEN, :]
+            pools[:, page, ..., : part.shape[-2], :] = part
+    return pools, tables
+
+
+def unpaged(pools: np.ndarray, table: np.ndarray, length: int) -> np.ndarray:
+    """The first positions of a cache [2, L, K, S, R] that `paged` has put into pages."""
+    return np.concatenate(list(pools[:, table].swapaxes(0, 1)), axis=-2)[..., :length, :]
+
+
+def attend(
+    implementation: str, given: Sequence[np.ndarray], start: int, layer: int, order: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Attention to a layer of caches [L, K, S, R]: XLA's to that layer alone, or the native one to pages of all.
+
+    Returns the mixed values, and the caches up to the last token's position. Nothing behind it is read: it is NaN in
+    pages. Nothing but the tokens' positions is written.
+    """
+    *tokens, key, value = given
+    caches, end = np.stack([key, value]), start + len(tokens[0])
+    if implementation == "xla" or 2 * tokens[1].shape[1] % 8:  # the head's length
+        caches[..., end:, :] = 1e4  # XLA multiplies it by zero
+        mixed, *written = _attention(*tokens, *caches[:, layer], jnp.int32(start))
+        caches[:, layer] = np.stack(written)
+        return np.asarray(mixed), *caches[..., :end, :]
+    caches[..., end:, :] = not_numbers(caches[..., end:, :].shape, caches.dtype)
+    pools, (table,) = paged(caches, order=order)
+    mixed, *written = _attention(*tokens, *pools, jnp.int32(start), jnp.int32(layer), table)
+    found = np.stack(written)
+    others = found.copy()
+    for position in range(start, end):
+        place = slice(None), table[position // PAGE_LEN], layer, slice(None), position % PAGE_LEN
+        others[place] = pools[place]
+    same_bits(others, pools)
+    return np.asarray(mixed), *unpaged(found, table, end)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(SHAPES), st.integers(0, 700), st.sampled_from([0.1, 1, 30]), layers, st.integers(0, 2**32))
+def test_attention(
+    implementation: str, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
+) -> None:
+    T, S = shape[0], shape[-1]
+    start = min(start, S - T)
+    qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape)
+    qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
+    mixed, keys, values = reference(qkv, cos, sin, key, value, start, layer)
+    expected = mixed, keys[..., : start + T, :], values[..., : start + T, :]
+    found = attend(implementation, (qkv, cos, sin, key, value), start, layer)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_attention_by_hand(implementation: str) -> None:
+    """Scores 0 and ln 3 at two positions weigh their values 1 to 3; the first position sees itself only."""
+    H = 8
+    qkv = np.zeros((2, 3, H), np.float32)
+    qkv[0, :, 0] = [1, 0, 4]
+    qkv[1, :, 0] = [np.sqrt(H), np.log(3), 0]
+    one, zero = np.ones((2, H // 2), np.float32), np.zeros((2, H // 2), np.float32)
+    cache = np.full((1, 1, 3, H), 100, np.float32)
+    mixed, key, value = attend(implementation, (qkv.reshape(2, -1), one, zero, cache, cache), start=0, layer=0)
+    np.testing.assert_allclose(mixed[:, :2], [[4, 0], [1, 0]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(key[0, 0, :, 0], [0, np.log(3)], rtol=1e-6)
+    np.testing.assert_allclose(value[0, 0, :, 0], [4, 0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(SHAPES), st.integers(0, 700), st.sampled_from([0.1, 1, 5]), layers, st.integers(0, 2**32))
+def test_attention_of_a_cache_of_16_bits(
+    implementation: str, dtype: type, shape: tuple[int, ...], start: int, scale: float, layer: int, seed: int
+) -> None:
+    T, S = shape[0], shape[-1]
+    start = min(start, S - T)
+    qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape, dtype=dtype)
+    qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
+    mixed, new_key, new_value = attend(implementation, (qkv, cos, sin, key, value), start, layer)
+    assert mixed.dtype == jnp.float32 and new_key.dtype == new_value.dtype == dtype
+    expected = reference(qkv, cos, sin, key[..., : start + T, :], value[..., : start + T, :], start, layer)
+    # A number nearly half way between two may go to either.
+    ulp = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(new_key.astype(float), expected[1].astype(float), rtol=ulp, atol=1e-7)
+    np.testing.assert_array_equal(new_value, expected[2])
+    # An error of a score moves as large a part of the values: XLA rounds queries and weights to the cache's dtype, and
+    # many queries at once are rounded to 12 bits. Five standard deviations.
+    step = ulp if implementation == "xla" or shape[3] % 8 else 1 / 1024
+    scores = np.square(qkv).mean() ** 0.5 * scale
+    np.testing.assert_allclose(mixed, expected[0], atol=4 * step * (1 + 5 * scores))
 
 
 @settings(deadline=None, max_examples=40)
@@ -166,21 +230,17 @@ def test_attention_of_a_cache_of_int8(
     skip_xla(implementation)
     T, S = shape[0], shape[-1]
     start = min(start, S - T)
-    qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape)
+    qkv, cos, sin, key, value = arguments(np.random.default_rng(seed), *shape, dtype=np.int8)
     qkv[:, : -2 * shape[1] * shape[3]] *= np.float32(scale)
-    key, value = to_int8(key), to_int8(value)
-    key[..., start + T :, :], value[..., start + T :, :] = 123, 123
-    mixed, new_key, new_value = _attention(qkv, cos, sin, key, value, jnp.int32(start), jnp.int32(layer))
-    assert new_key.dtype == new_value.dtype == jnp.int8 and new_key.shape == key.shape
+    mixed, *written = attend(implementation, (qkv, cos, sin, key, value), start, layer)
     rounded = lambda x: from_int8(to_int8(x))  # noqa: E731
-    wide = from_int8(key), from_int8(value)
+    wide = (from_int8(x[..., : start + T, :]) for x in (key, value))
     expected = reference(qkv, cos, sin, *wide, start, layer, rounded)
     # A number nearly half way between two multiples may go to either.
-    for actual, wanted in ((new_key, expected[1]), (new_value, expected[2])):
-        rows = np.asarray(actual)
-        near = np.abs(from_int8(rows) - wanted) <= from_int8(np.insert(rows[..., -2:], 0, 1, axis=-1)) * 1.01
-        assert near[..., : start + T, :].all() and near.mean() > 0.999
-        np.testing.assert_array_equal(rows[:, :, start + T :], 123)
+    for rows, wanted in zip(written, expected[1:], strict=True):
+        assert rows.dtype == np.int8
+        step = from_int8(np.insert(rows[..., -2:], 0, 1, axis=-1))
+        assert (np.abs(from_int8(rows) - wanted) <= step * 1.01).all()
     scores = np.square(qkv).mean() ** 0.5 * scale
     np.testing.assert_allclose(mixed, expected[0], atol=4 / 1024 * (1 + 5 * scores))
 
@@ -192,42 +252,17 @@ def test_what_a_cache_of_int8_holds(implementation: str) -> None:
     cache = np.zeros((1, 1, 2, 10), np.int8)
     for number in (0, 3, -1e-4, 1e-5, 1e-9):
         qkv = np.array([[0] * 16 + [number] * 7 + [number / 2]], np.float32)
-        value = np.asarray(_attention(qkv, one, zero, cache, cache, jnp.int32(1), jnp.int32(0))[2])[0, 0, 1]
+        value = attend(implementation, (qkv, one, zero, cache, cache), start=1, layer=0)[2][0, 0, 1]
         np.testing.assert_allclose(from_int8(value), qkv[0, 16:], rtol=0.01, atol=2e-5 if abs(number) < 0.01 else 0)
-    for T in (1, 9):
-        qkv = arguments(np.random.default_rng(0), T, 1, 1, 64, 80)[0]
-        qkv[0, 133] = np.nan
-        caches = np.zeros((2, 1, 80, 66), np.int8)
-        mixed = _attention(
-            qkv, np.ones((T, 32), np.float32), np.zeros((T, 32), np.float32), *caches, jnp.int32(9), None
-        )
-        assert np.isnan(np.asarray(mixed[0])[:, 5]).all()
-
-
-@pytest.mark.parametrize("T", [1, 9])
-def test_a_row_of_int8_does_not_depend_on_its_batch_or_the_cache(implementation: str, T: int) -> None:
-    skip_xla(implementation)
-    rng = np.random.default_rng(0)
-    rows = [arguments(rng, T, 2, 3, 16, 600) for _ in range(3)]
-    rows = [[*row[:3], to_int8(row[3]), to_int8(row[4])] for row in rows]
-    start = np.array([0, 590, 300], np.int32)
-    batch = jax.jit(jax.vmap(ops.attention, in_axes=(*[0] * 6, None)))
-    found = batch(*(np.stack(x) for x in zip(*rows, strict=True)), start, jnp.int32(1))
-    for b, row in enumerate(rows):
-        alone = _attention(*row, jnp.int32(start[b]), jnp.int32(1))
-        for actual, wanted in zip(found, alone, strict=True):
-            np.testing.assert_array_equal(actual[b], wanted)
-        longer = [np.pad(x, ((0, 0), (0, 0), (0, 70), (0, 0))) for x in row[3:]]
-        np.testing.assert_array_equal(_attention(*row[:3], *longer, jnp.int32(start[b]), jnp.int32(1))[0], alone[0])
 
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("T", [1, 9, 20])
 def test_what_is_not_a_number_stays_so(implementation: str, T: int, where: str) -> None:
-    for dtype in (np.float32, np.float16):
-        given = arguments(np.random.default_rng(0), T, 1, 1, 64, 80, dtype=dtype)
+    for dtype in DTYPES[: 3 if implementation == "xla" else 4]:
+        given = arguments(np.random.default_rng(0), T, 1, 1, 64, 90, dtype=dtype)
         given[0][0, {"query": 5, "key": 69, "value": 133}[where]] = np.nan
-        mixed = np.asarray(_attention(*given, jnp.int32(70), jnp.int32(1))[0])
+        mixed = attend(implementation, given, start=70, layer=1)[0]
         seen = mixed[:1] if where == "query" else mixed
         assert np.isnan(seen[:, 5]).all()
 
@@ -239,73 +274,145 @@ def test_what_a_cache_of_16_bits_holds(implementation: str) -> None:
     one, zero = np.ones((1, 4), np.float32), np.zeros((1, 4), np.float32)
     for dtype in (jnp.float16, jnp.bfloat16):
         cache = np.zeros((1, 1, 2, 8), dtype)
-        _, _, value = _attention(qkv, one, zero, cache, cache, jnp.int32(1), jnp.int32(0))
+        value = attend(implementation, (qkv, one, zero, cache, cache), start=1, layer=0)[2]
         with np.errstate(over="ignore"):
-            np.testing.assert_array_equal(np.asarray(value)[0, 0, 1], np.array(numbers, np.float32).astype(dtype))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_cache_of_one_layer(implementation: str, shape: tuple[int, ...]) -> None:
-    *given, keys, values = arguments(np.random.default_rng(0), *shape)
-    start = jnp.int32(shape[-1] - shape[0])
-    found = _attention(*given, keys[1], values[1], start)
-    mixed, keys, values = _attention(*given, keys, values, start, jnp.int32(1))
-    for actual, wanted in zip(found, (mixed, keys[1], values[1]), strict=True):
-        np.testing.assert_array_equal(actual, wanted)
+            np.testing.assert_array_equal(value[0, 0, 1], np.array(numbers, np.float32).astype(dtype))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 8, 90), (5, 1, 2, 16, 12), (3, 2, 2, 6, 9)])
-def test_vmap_is_a_batch(implementation: str, shape: tuple[int, ...]) -> None:
-    T, S = shape[0], shape[-1]
-    rng = np.random.default_rng(0)
-    start = np.array([0, S - T, 3, 1], np.int32)
-    rows = [arguments(rng, *shape) for _ in range(4)]
-    batch = jax.jit(jax.vmap(ops.attention, in_axes=(*[0] * 6, None)))
-    found = batch(*(np.stack(x) for x in zip(*rows, strict=True)), start, jnp.int32(1))
+def test_vmap_is_a_batch(shape: tuple[int, ...]) -> None:
+    """Of XLA."""
+    rng, start = np.random.default_rng(0), np.array([0, shape[-1] - shape[0], 3, 1], np.int32)
+    rows = [arguments(rng, *shape) for _ in start]
+    *tokens, keys, values = (np.stack(x) for x in zip(*rows, strict=True))
+    found = jax.jit(jax.vmap(ops.attention))(*tokens, keys[:, 1], values[:, 1], start)
     for b, row in enumerate(rows):
-        for actual, wanted in zip(found, reference(*row, start[b], 1), strict=True):
+        mixed, *caches = reference(*row, start[b], layer=1)
+        for actual, wanted in zip(found, (mixed, *(cache[1] for cache in caches)), strict=True):
             np.testing.assert_allclose(actual[b], wanted, rtol=1e-4, atol=1e-4)
-        if implementation != "xla" and shape[3] % 8 == 0:
-            for actual, alone in zip(found, _attention(*row, start[b], jnp.int32(1)), strict=True):
-                np.testing.assert_array_equal(actual[b], alone)
 
 
-@pytest.mark.parametrize("shape", [(5, 2, 3, 64, 70), (90, 1, 4, 128, 500), (200, 1, 3, 40, 300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 9, 20])
+def test_a_row_depends_neither_on_its_batch_nor_on_its_pages(implementation: str, T: int, dtype: type) -> None:
+    """In a batch whose last two rows share pages; in a pool of its own; with pages in order and a longer table."""
+    skip_xla(implementation)
+    rng, start = np.random.default_rng(0), np.array([0, 580, 300], np.int32)
+    rows = [arguments(rng, T, 2, 3, 16, 600, dtype=dtype) for _ in start]
+    for cache, shared in zip(rows[2][3:], rows[1][3:], strict=True):
+        cache[..., : 4 * PAGE_LEN, :] = shared[..., : 4 * PAGE_LEN, :]
+    pools, tables = paged(*(np.stack(row[3:]) for row in rows))
+    pools[:, tables[2, :4]] = not_numbers(pools[:, tables[2, :4]].shape, pools.dtype)
+    tables[2, :4] = tables[1, :4]
+    tokens = (np.stack(x) for x in zip(*(row[:3] for row in rows), strict=True))
+    mixed, *written = _batch(*tokens, *pools, start, jnp.int32(1), tables)
+    for b, row in enumerate(rows):
+        alone = attend(implementation, row, start[b], layer=1)
+        same_bits(alone, (mixed[b], *unpaged(np.stack(written), tables[b], start[b] + T)))
+        longer = [np.pad(x, ((0, 0), (0, 0), (0, 70), (0, 0))) for x in row[3:]]
+        same_bits(attend(implementation, [*row[:3], *longer], start[b], layer=1, order=range(11)), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=15)
+@given(
+    st.tuples(st.integers(2, 15), st.integers(1, 3), st.integers(1, 6), st.sampled_from([8, 24, 64, 136])),
+    st.sampled_from([0, 60, 250, 255, 500]) | st.integers(0, 600),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_few_queries_are_as_if_each_were_alone(
+    implementation: str, dtype: type, shape: tuple[int, ...], start: int, ends_with_nan: bool, seed: int
+) -> None:
+    skip_xla(implementation)
+    *tokens, keys, values = arguments(np.random.default_rng(seed), *shape, start + shape[0], dtype=dtype)
+    if ends_with_nan:
+        tokens[0][-1] = np.nan
+    mixed, *together = attend(implementation, [*tokens, keys, values], start, layer=1)
+    for t in range(shape[0]):
+        one = [x[t : t + 1] for x in tokens]
+        alone, *written = attend(implementation, [*one, keys, values], start + t, layer=1)
+        keys[..., : start + t + 1, :], values[..., : start + t + 1, :] = written
+        same_bits(alone[0], mixed[t])
+    same_bits((keys, values), together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 9, 20])
+def test_an_idle_row_is_neither_read_nor_written(implementation: str, T: int, dtype: type) -> None:
+    """Its tokens are NaN, and there are no such pages."""
+    skip_xla(implementation)
+    row = arguments(np.random.default_rng(0), T, 2, 3, 16, 70, dtype=dtype)
+    pools, tables = paged(np.stack(row[3:]))
+    idle = [np.full_like(x, np.nan) for x in row[:3]]
+    tokens = [np.stack(x) for x in zip(idle, row[:3], idle, strict=True)]
+    missing = np.full_like(tables[0], len(pools[0])), np.full_like(tables[0], -1)
+    tables = np.stack([missing[0], tables[0], missing[1]])
+    for start in (-1, 50, -1), (-(2**31), -700, -64):
+        start = np.array(start, np.int32)
+        mixed, *written = _batch(*tokens, *pools, start, jnp.int32(1), tables)
+        np.testing.assert_array_equal(np.asarray(mixed)[start < 0], 0)
+        if start[1] < 0:
+            same_bits(np.stack(written), pools)
+        else:
+            alone = attend(implementation, row, 50, layer=1)
+            same_bits(alone, (mixed[1], *unpaged(np.stack(written), tables[1], 50 + T)))
+
+
+@pytest.mark.parametrize("shape", [(20, 2, 3, 64, 70), (90, 1, 4, 128, 500), (200, 1, 3, 40, 300)])
 def test_tiles_of_bytes_give_the_sums_of_numbers_of_16_bits(implementation: str, shape: tuple[int, ...]) -> None:
     if implementation != "amx":
         pytest.skip("what AMX does otherwise")
-    *given, keys, values = arguments(np.random.default_rng(0), *shape)
-    start = jnp.int32(shape[-1] - shape[0])
-    for caches in ((keys.astype(np.float16), values.astype(np.float16)), (to_int8(keys), to_int8(values))):
-        found = []
+    for dtype in (np.float16, np.int8):
+        given, found = arguments(np.random.default_rng(0), *shape, dtype=dtype), []
         for instruction_set in ("avx512", implementation):
             native.limit(instruction_set)
-            found.append(jax.block_until_ready(_attention(*given, *caches, start, jnp.int32(1))))
-        for actual, wanted in zip(*found, strict=True):
-            np.testing.assert_array_equal(actual, wanted)
+            found.append(attend(implementation, given, start=shape[-1] - shape[0], layer=1))
+        same_bits(*found)
 
 
 def test_caches_are_written_in_place_where_they_are_donated(implementation: str) -> None:
-    qkv, cos, sin, key, value = (jnp.asarray(x) for x in arguments(np.random.default_rng(0), 1, 2, 3, 8, 64))
-    step = jax.jit(ops.attention, donate_argnums=(3, 4))
-    before = key.unsafe_buffer_pointer(), value.unsafe_buffer_pointer()
-    _, key, value = step(qkv, cos, sin, key, value, jnp.int32(5), jnp.int32(2))
-    assert (key.unsafe_buffer_pointer(), value.unsafe_buffer_pointer()) == before
-
-
-@pytest.mark.parametrize("start", [-1, 28, 2**31 - 2])
-def test_positions_outside_the_cache_are_refused(implementation: str, start: int) -> None:
+    *tokens, key, value = arguments(np.random.default_rng(0), 1, 2, 3, 8, 64)
     if implementation == "xla":
-        pytest.skip("XLA shifts the write")
-    given = arguments(np.random.default_rng(0), 3, 2, 3, 8, 30)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="of a cache of 30"):
-        jax.block_until_ready(_attention(*given, jnp.int32(start), jnp.int32(0)))
+        caches, rest = [jnp.asarray(key[2]), jnp.asarray(value[2])], []
+    else:
+        pools, (table,) = paged(np.stack([key, value]))
+        caches, rest = [jnp.asarray(pool) for pool in pools], [jnp.int32(2), table]
+    before = [cache.unsafe_buffer_pointer() for cache in caches]
+    _, *written = jax.jit(ops.attention, donate_argnums=(3, 4))(*tokens, *caches, jnp.int32(5), *rest)
+    assert [cache.unsafe_buffer_pointer() for cache in written] == before
+
+
+def attend_to_two_pages(start: int = 0, layer: int = 0, table: Sequence[int] = (4, 0)) -> None:
+    """Three tokens, with pages of 5."""
+    *tokens, key, value = arguments(np.random.default_rng(0), 3, 2, 3, 8, 5 * PAGE_LEN)
+    pools, _ = paged(np.stack([key, value]), order=range(5))
+    table = np.array(table, np.int32)
+    jax.block_until_ready(_attention(*tokens, *pools, jnp.int32(start), jnp.int32(layer), table))
+
+
+@pytest.mark.parametrize("start", [126, 2**31 - 2])
+def test_positions_outside_the_cache_are_refused(implementation: str, start: int) -> None:
+    skip_xla(implementation)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"positions {start} to {start + 2} of a cache of 128"):
+        attend_to_two_pages(start=start)
+    attend_to_two_pages(start=125)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of a cache of 0"):
+        attend_to_two_pages(table=[])
+
+
+@pytest.mark.parametrize("page", [-1, 5, 2**31 - 1])
+def test_pages_outside_the_pool_are_refused(implementation: str, page: int) -> None:
+    """Those behind the last position may have any number."""
+    skip_xla(implementation)
+    for table, start in [([page, 0], 64), ([0, page], 62)]:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"page {page} of 5"):
+            attend_to_two_pages(start, table=table)
+    attend_to_two_pages(start=61, table=[0, page])
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS])
 def test_layers_outside_the_cache_are_refused(implementation: str, layer: int) -> None:
-    if implementation == "xla":
-        pytest.skip("XLA shifts the write")
-    given = arguments(np.random.default_rng(0), 3, 2, 3, 8, 30)
+    skip_xla(implementation)
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"layer {layer} of {LAYERS}"):
-        jax.block_until_ready(_attention(*given, jnp.int32(0), jnp.int32(layer)))
+        attend_to_two_pages(layer=layer)

@@ -27,6 +27,7 @@ from llamajax import (
     UnavailableError,
     load,
 )
+from llamajax.ops import native
 from llamajax.serve import generation, middleware, openapi, protocol
 from llamajax.serve.answers import error_status
 from llamajax.serve.connection import Connection
@@ -107,6 +108,20 @@ def test_a_chat_is_answered_as_by_the_library(llama: LLM, server: Running) -> No
     assert body["usage"]["prompt_tokens"] == alone.prompt_tokens
     assert body["usage"]["completion_tokens"] == len(alone.token_ids)
     assert (body["object"], body["model"], body["seed"]) == ("chat.completion", "small", 7)
+
+
+def test_prompts_that_begin_alike_are_read_once_and_answered_as_alone(llama: LLM, server: Running) -> None:
+    begin = "A cat, a dog and a bird live in a house near the river. " * 12
+    for number, question in enumerate(("Who lives there?", "Where is the house?", "Who lives there?")):
+        asked = {"temperature": 0.9, "seed": number, "logprobs": 1, "ignore_eos": True}
+        body = server.post(protocol.COMPLETIONS, prompt=begin + question, max_tokens=10, **asked)
+        alone = llama.generate(begin + question, max_new_tokens=10, **asked)
+        [choice] = body["choices"]
+        assert alone.logprobs and choice["text"] == alone.text
+        assert choice["logprobs"]["token_logprobs"] == [it.logprob for it in alone.logprobs]
+        cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+        most = (alone.prompt_tokens - 1) // 64 * 64
+        assert cached == (most if number and native.available() else 0) and most >= 128
 
 
 def test_a_stream_says_what_the_whole_answer_says(server: Running) -> None:

@@ -18,7 +18,6 @@ from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
 from llamajax.formats import FORMATS
 from llamajax.model import llama
-from llamajax.model.cache import empty_cache
 from llamajax.model.llama import Llama
 from llamajax.ops import native
 from llamajax.types import DType
@@ -27,6 +26,7 @@ from llamajax.weights.kept import bytes_in_memory
 from llamajax.weights.load import load_weights
 from llamajax.weights.tensor import StoredTensor
 
+from ...caches import caches
 from ..ops.test_quants import random_blocks
 
 
@@ -103,7 +103,7 @@ def test_layers_of_one_kind_run_in_a_loop(smollm2_gguf: Path, monkeypatch: pytes
         tensors[name] = in_q8_0(tensors[name])
     tensors = {name: x for name, x in tensors.items() if not name.startswith("blk.9.")}
     model = Llama.with_weights(config, load_weights(config, tensors, jax.devices("cpu")[0]))
-    cache = empty_cache(config, 32, np.float16, shared=True)
+    (cache,) = caches(config, 70, np.float16)
     loops = []
 
     def scores(looped: bool) -> tuple[jax.Array, ...]:

@@ -24,8 +24,13 @@ inline void multiply(const float* queries, int64_t H, const T* keys, int64_t row
   }
 }
 
-// scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys of a cache's rows. The values, which are next,
-// are fetched meanwhile.
+// Fetches `count` numbers into the first-level cache.
+template <class T>
+inline void fetch(const T* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(numbers + i);
+}
+
+// scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys of a page, whose values are fetched meanwhile.
 template <int kRows, class T>
 inline void score_stored(const float* queries, int64_t H, const T* keys, const T* values, int64_t row_len,
                          int64_t count, float* scores) {
@@ -34,10 +39,7 @@ inline void score_stored(const float* queries, int64_t H, const T* keys, const T
   Floats products[kRows * kLanes];
   std::fill_n(products, kRows * kLanes, all(0.0f));
   for (int64_t s = 0; s < count; s += kTogether) {
-    for (int64_t h = 0; h < kTogether * row_len; h += kLine / sizeof(T)) {
-      __builtin_prefetch(keys + (s + kAhead) * row_len + h);
-      __builtin_prefetch(values + s * row_len + h);
-    }
+    fetch(values + s * row_len, kTogether * row_len);
     const int64_t lane = s % kLanes;
     multiply<kRows>(queries, H, keys + s * row_len, row_len, count - s, products + lane);
     if (lane + kTogether == kLanes || s + kTogether >= count) {
@@ -47,17 +49,18 @@ inline void score_stored(const float* queries, int64_t H, const T* keys, const T
   }
 }
 
-// sums [kRows, H] = factor[r] * sums + weights [kRows, kKeys] times `count` values of a cache's rows, of kWide vectors
-// from h on, or of one with less than kLanes numbers.
+// sums [kRows, H] = factor[r] * sums + weights [kRows, kKeys] times `count` values of a page, of kWide vectors from h
+// on, or of one with less than kLanes numbers. The keys that are read next are fetched meanwhile.
 template <int kRows, int kWide, bool kWhole, class T>
-inline void mix_part(const float* weights, const float* factor, const T* values, int64_t row_len, int64_t count,
-                     int64_t H, int64_t h, float* sums) {
+inline void mix_part(const float* weights, const float* factor, const T* values, const T* next_keys, int64_t row_len,
+                     int64_t count, int64_t H, int64_t h, float* sums) {
   const auto get = [&](const auto* p) { return kWhole ? load(p) : load_first(p, H - h); };
   Floats total[kRows][kWide];
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int i = 0; i < kWide; ++i) total[r][i] = get(sums + r * H + h + i * kLanes) * all(factor[r]);
   }
   for (int64_t s = 0; s < count; ++s) {
+    fetch(next_keys + h * kKeys + s * kWide * kLanes, kWide * kLanes);
     Floats value[kWide];
     UNROLL for (int i = 0; i < kWide; ++i) value[i] = get(values + s * row_len + h + i * kLanes);
     UNROLL for (int r = 0; r < kRows; ++r) {
@@ -77,10 +80,10 @@ inline void mix_part(const float* weights, const float* factor, const T* values,
 }
 
 template <int kRows, int kWide, class T>
-inline void mix(const float* weights, const float* factor, const T* values, int64_t row_len, int64_t count, int64_t H,
-                float* sums) {
+inline void mix(const float* weights, const float* factor, const T* values, const T* next_keys, int64_t row_len,
+                int64_t count, int64_t H, float* sums) {
   const auto part = [&](auto wide, auto whole, int64_t h) {
-    mix_part<kRows, wide, whole>(weights, factor, values, row_len, count, H, h, sums);
+    mix_part<kRows, wide, whole>(weights, factor, values, next_keys, row_len, count, H, h, sums);
   };
   constexpr std::integral_constant<int, kWide> kMany;
   constexpr std::integral_constant<int, 1> kOne;
@@ -101,11 +104,12 @@ constexpr int64_t kPiece = 256;
 // that score, and the weights' sum.
 inline int64_t part_len(int64_t H) { return H + 2; }
 
-// The query of kRows heads from `head` on, over a piece. Fills kRows parts.
+// Query t of kRows heads from `head` on, over a piece. Fills kRows parts. `next` is where the next piece's keys begin.
 template <int kRows, class T>
-inline void attend_piece(const Attention<T>& a, const Piece& piece, int64_t head, float* parts) {
+inline void attend_piece(const Attention<T>& a, const Piece& piece, const T* next, int64_t t, int64_t head,
+                         float* parts) {
   const auto [b, k, first] = piece;
-  const int64_t H = a.head_dim, end = std::min<int64_t>(a.start[b] + 1, first + kPiece);
+  const int64_t H = a.head_dim, end = std::min(a.start[b] + t + 1, first + kPiece);
   static thread_local std::vector<float> scratch;
   scratch.resize(2 * kRows * H);
   float *queries = scratch.data(), *sums = queries + kRows * H, scores[kRows * kKeys];
@@ -113,7 +117,7 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, int64_t head
   float most[softmax.kWhole] = {};
   std::fill(sums, sums + kRows * H, 0);
   const float scale = kLog2e / std::sqrt(float(H));  // scores are of powers of two
-  for (int r = 0; r < kRows; ++r) rotate(a, b, 0, k * a.group() + head + r, scale, queries + r * H);
+  for (int r = 0; r < kRows; ++r) rotate(a, b, t, k * a.group() + head + r, scale, queries + r * H);
   for (int64_t s = first; s < end; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, end - s);
     const T *keys = a.row(a.keys, b, k, s), *values = a.row(a.values, b, k, s);
@@ -134,7 +138,8 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, int64_t head
       read_steps(values, H, a.row_len(), count, steps);
       for (int i = 0; i < kRows * kKeys; i += kLanes) store(scores + i, load(scores + i) * load(steps + i % kKeys));
     }
-    mix<kRows, 4>(scores, softmax.factor, values, a.row_len(), count, H, sums);
+    const T* next_keys = s + kKeys < end ? a.row(a.keys, b, k, s + kKeys) : next;
+    mix<kRows, 4>(scores, softmax.factor, values, next_keys, a.row_len(), count, H, sums);
   }
   for (int r = 0; r < kRows; ++r, parts += part_len(H)) {
     std::copy_n(sums + r * H, H, parts);
@@ -144,21 +149,22 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, int64_t head
 }
 
 template <class T, int kRows = 4>
-inline void attend_group(const Attention<T>& a, const Piece& piece, float* parts) {
+inline void attend_group(const Attention<T>& a, const Piece& piece, const T* next, int64_t t, float* parts) {
   if constexpr (kRows > 1) {
-    if (a.group() % kRows != 0) return attend_group<T, kRows - 1>(a, piece, parts);
+    if (a.group() % kRows != 0) return attend_group<T, kRows - 1>(a, piece, next, t, parts);
   }
   for (int64_t head = 0; head < a.group(); head += kRows) {
-    attend_piece<kRows>(a, piece, head, parts + head * part_len(a.head_dim));
+    attend_piece<kRows>(a, piece, next, t, head, parts + head * part_len(a.head_dim));
   }
 }
 
-// The mixed values of a KV head's group, from the parts of `count` pieces.
+// The mixed values of query t for a KV head's group, from the parts of the `count` pieces that it sees.
 template <class T>
-inline void join(const Attention<T>& a, int64_t b, int64_t k, const float* parts, int64_t count) {
-  const int64_t H = a.head_dim, stride = a.group() * part_len(H);
+inline void join(const Attention<T>& a, int64_t b, int64_t k, int64_t t, const float* parts, int64_t stride,
+                 int64_t count) {
+  const int64_t H = a.head_dim;
   for (int64_t g = 0; g < a.group(); ++g, parts += part_len(H)) {
-    float *out = a.out + (b * a.heads + k * a.group() + g) * H, most = kLowest;
+    float *out = a.out + ((b * a.queries + t) * a.heads + k * a.group() + g) * H, most = kLowest;
     for (const float* part = parts; part < parts + count * stride; part += stride) most = std::max(most, part[H]);
     Floats total = all(0.0f);
     std::fill_n(out, H, 0);
@@ -173,34 +179,40 @@ inline void join(const Attention<T>& a, int64_t b, int64_t k, const float* parts
   }
 }
 
-// One query of each sequence.
+// A few queries of each sequence, each to the same bits as if it were alone. What they have in common is a piece's keys
+// and values, which stay in a core's second-level cache.
 template <class T>
-inline void attend_one(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
+inline void attend_few(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   struct Scratch {
-    std::vector<Piece> pieces;
+    std::vector<Piece> pieces;  // a sequence's, of all KV heads, one after the other: their pages are neighbours
     std::vector<int64_t> left;  // of each KV head, the pieces that are not done
-    std::vector<float> parts;   // [pieces, group, part_len]
+    std::vector<float> parts;   // [pieces, queries, group, part_len]
   };
   static thread_local Scratch scratch;
   auto& [pieces, left, parts] = scratch;
   pieces.clear();
   left.clear();
   for (int64_t b = 0; b < a.batch; ++b) {
-    for (int64_t k = 0; k < a.kv_heads; ++k) {
-      left.push_back(a.start[b] / kPiece + 1);
-      for (int64_t first = 0; first <= a.start[b]; first += kPiece) pieces.push_back({b, k, first});
+    left.insert(left.end(), a.kv_heads, (a.end(b) + kPiece - 1) / kPiece);
+    for (int64_t first = 0; first < a.end(b); first += kPiece) {
+      for (int64_t k = 0; k < a.kv_heads; ++k) pieces.push_back({b, k, first});
     }
   }
-  const int64_t length = a.group() * part_len(a.head_dim);
-  parts.resize(pieces.size() * length);
+  const int64_t Q = a.queries, K = a.kv_heads, count = pieces.size(), length = a.group() * part_len(a.head_dim);
+  parts.resize(count * Q * length);
   // These arrays are the calling thread's, in all threads.
-  parallel_for(pool, pieces.size(), 1, [&, pieces = pieces.data(), left = left.data(), parts = parts.data()](int64_t i) {
+  parallel_for(pool, count, 1, [&, pieces = pieces.data(), left = left.data(), parts = parts.data()](int64_t i) {
     const auto [b, k, first] = pieces[i];
-    const int64_t number = first / kPiece, last = a.start[b] / kPiece;
-    if (number == last) write(a, b, k, 0);
-    attend_group(a, pieces[i], parts + i * length);
-    if (__atomic_sub_fetch(&left[b * a.kv_heads + k], 1, __ATOMIC_ACQ_REL) == 0) {
-      join(a, b, k, parts + (i - number) * length, last + 1);
+    const Piece& next = pieces[std::min(i + 1, count - 1)];
+    const int64_t start = a.start[b], number = first / kPiece, end = std::min(first + kPiece, a.end(b));
+    for (int64_t s = std::max(start, first); s < end; ++s) write(a, b, k, s - start);
+    for (int64_t t = std::max<int64_t>(first - start, 0); t < Q; ++t) {
+      attend_group(a, pieces[i], a.row(a.keys, next.b, next.k, next.first), t, parts + (i * Q + t) * length);
+    }
+    if (__atomic_sub_fetch(&left[b * K + k], 1, __ATOMIC_ACQ_REL) == 0) {
+      for (int64_t t = 0; t < Q; ++t) {
+        join(a, b, k, t, parts + ((i - number * K) * Q + t) * length, K * Q * length, (start + t) / kPiece + 1);
+      }
     }
   });
 }

@@ -1,0 +1,207 @@
+"""The pages of a KV cache: which sequence has which, and their arrays on a device.
+
+A page has the keys and values of PAGE_LEN positions, of all layers. Sequences take pages as they grow and leave them
+when they end, so that no cache is ever copied to a larger one. Those whose prompts begin alike share whole pages, which
+nobody writes again. Knows nothing of requests or of what a row is asked for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from llamajax.engine.prefixes import Prefixes
+from llamajax.model.cache import Cache, KeysValues
+from llamajax.ops import PAGE_LEN
+
+
+class Tables:
+    """The pages of B sequences.
+
+    Attributes:
+      ids: of sequence b the first `counts[b]` of row b, in the order of their positions; -1, which the kernels refuse,
+        where it has none.
+      counts: how many pages each sequence has.
+    """
+
+    def __init__(self, num_rows: int, table_len: int) -> None:
+        self.ids: Int32[np.ndarray, "B M"] = np.full((num_rows, table_len), -1, np.int32)
+        self.counts = [0] * num_rows
+
+    def kept(self, keep: Sequence[int]) -> "Tables":
+        """Those of the rows `keep`, none for -1."""
+        kept = Tables(len(keep), self.ids.shape[1])
+        for new, row in enumerate(keep):
+            if row >= 0:
+                kept.ids[new], kept.counts[new] = self.ids[row], self.counts[row]
+        return kept
+
+    def move(self, row: int, to: "Tables", at: int) -> None:
+        """Gives a sequence's pages to another row, which has none."""
+        assert to.counts[at] == 0
+        to.ids[at], to.counts[at] = self.ids[row], self.counts[row]
+        self.ids[row], self.counts[row] = -1, 0
+
+
+class Pool:
+    """A number of pages on a device.
+
+    Attributes:
+      num_pages: how many there are.
+      most_kept: pages that may be kept of prompts that have ended.
+    """
+
+    def __init__(self, num_pages: int, make: Callable[[], Cache], most_kept: int = 0) -> None:
+        """`make` makes their arrays on the device, when they are first needed."""
+        self.num_pages = num_pages
+        self.most_kept = most_kept
+        self._make = make
+        self.clear()
+
+    def clear(self) -> None:
+        """Takes all pages back, and their memory from the device."""
+        self._cache: Cache = ()
+        self._free = list(range(self.num_pages))[::-1]
+        self._owners = [0] * self.num_pages  # sequences that have a page
+        self._prefixes = Prefixes()
+        self._unused = set[int]()  # pages that only the tree of prefixes has
+
+    @property
+    def num_free(self) -> int:
+        """Pages that no sequence has. (One that has a page of the tree has those before it, too.)"""
+        return len(self._free) + len(self._unused)
+
+    @property
+    def length(self) -> int:
+        """Positions that all pages have room for."""
+        return self.num_pages * PAGE_LEN
+
+    def take(self, tables: Tables, row: int, num_positions: int) -> None:
+        """Gives a sequence the pages that it needs beside its own for so many positions.
+
+        Raises MemoryError if there are too few.
+        """
+        count, needed = tables.counts[row], pages(num_positions)
+        while len(self._free) < needed - count:
+            self._forget_one()
+        while tables.counts[row] < needed:
+            self._add(tables, row, self._free.pop())
+
+    def leave(self, tables: Tables, row: int) -> None:
+        """Takes a sequence's pages back.
+
+        A call that runs on the device may still write them: whoever has them next writes after it.
+        """
+        for page in tables.ids[row, : tables.counts[row]].tolist()[::-1]:
+            self._drop(page)
+        tables.ids[row], tables.counts[row] = -1, 0
+        self._trim()
+
+    def known(self, token_ids: Sequence[int]) -> list[int]:
+        """The pages that are there of a prompt's beginning, but for its last token."""
+        return self._prefixes.match(token_ids) if self.most_kept else []
+
+    def share(self, tables: Tables, row: int, known: Sequence[int]) -> None:
+        """Begins a sequence with pages that are known."""
+        for page in known:
+            self._add(tables, row, page)
+
+    def keep(self, tables: Tables, row: int, token_ids: Sequence[int]) -> None:
+        """Keeps the whole pages of a prompt that was read, for others that begin alike.
+
+        The last token is left out: if a constraint draws the first one, a step reads it again, and writes its page.
+        """
+        if not self.most_kept:
+            return
+        own = tables.ids[row, : tables.counts[row]].tolist()
+        for place, page in enumerate(self._prefixes.insert(token_ids[:-1], own)):
+            if page != own[place]:  # another prompt that begins so was read at the same time
+                self._own(page)
+                self._drop(own[place])
+                tables.ids[row, place] = page
+        self._trim()
+
+    def lend(self, tables: Tables) -> Cache:
+        """The cache for a step of these sequences, which returns it for `put`.
+
+        A step that fails leaves it as it was, or destroys it: `is_lost` tells which.
+        """
+        self._cache = self._cache or self._make()
+        [arrays] = self._cache
+        ids: Any = tables.ids.copy()
+        return (arrays._replace(table=ids),)
+
+    def put(self, cache: Cache) -> None:
+        """Takes back what was lent, as a step returns it."""
+        [arrays] = cache
+        self._cache = (arrays._replace(table=None),)
+
+    def save(self, tables: Tables, row: int, num_positions: int) -> list[Cache]:
+        """Copies a sequence's pages to the host, as far as there are so many positions."""
+        [arrays] = self._cache
+        ids = tables.ids[row, : pages(num_positions)]
+        key, value = (np.asarray(x) for x in (arrays.key, arrays.value))
+        return [(KeysValues(key[id].copy(), value[id].copy()),) for id in ids]
+
+    def restore(self, saved: Sequence[Cache], tables: Tables, row: int, put_page: Callable[..., Cache]) -> None:
+        """Gives a sequence pages, and writes into them what was saved."""
+        self.take(tables, row, len(saved) * PAGE_LEN)
+        for id, page in zip(tables.ids[row], saved, strict=False):
+            self._cache = put_page(self._cache or self._make(), page, id)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a step that failed has destroyed what it would have written in place."""
+        return any(x.is_deleted() for x in jax.tree.leaves(self._cache))
+
+    def check(self, tables: Sequence[Tables]) -> None:
+        """What always holds: each page is free, or those have it that are counted."""
+        rows = (row for table in tables for row in zip(table.ids, table.counts, strict=True))
+        owned = [page for ids, count in rows for page in ids[:count].tolist()]
+        for page, owners in enumerate(self._owners):
+            assert owners == owned.count(page)
+            assert (page in self._free) == (owners == 0 and page not in self._prefixes)
+            assert (page in self._unused) == (owners == 0 and page in self._prefixes)
+        assert len(set(self._free)) == len(self._free)
+
+    def _add(self, tables: Tables, row: int, page: int) -> None:
+        tables.ids[row, tables.counts[row]] = page
+        tables.counts[row] += 1
+        self._own(page)
+
+    def _own(self, page: int) -> None:
+        self._owners[page] += 1
+        self._unused.discard(page)
+
+    def _drop(self, page: int) -> None:
+        assert self._owners[page] > 0
+        self._owners[page] -= 1
+        if self._owners[page] == 0 and page in self._prefixes:
+            self._unused.add(page)
+        elif self._owners[page] == 0:
+            self._free.append(page)
+
+    def _trim(self) -> None:
+        while len(self._unused) > self.most_kept:
+            self._forget_one()
+
+    def _forget_one(self) -> None:
+        """Frees the page of the tree that was not needed for the longest time."""
+        page = self._prefixes.oldest(self._unused)
+        if page is None:
+            raise MemoryError("no page of the KV cache is free")
+        self._prefixes.remove(page)
+        self._unused.remove(page)
+        self._free.append(page)
+
+
+def pages(num_positions: int) -> int:
+    """How many pages have room for so many positions."""
+    return -(-num_positions // PAGE_LEN)
+
+
+def missing(tables: Tables, rows: Mapping[int, int]) -> int:
+    """Pages that sequences need beside their own for so many positions, by their rows."""
+    return sum(max(0, pages(n) - tables.counts[row]) for row, n in rows.items())

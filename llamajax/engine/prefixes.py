@@ -1,0 +1,79 @@
+"""Which pages hold the beginnings of prompts: a tree of whole pages, each the child of the page before it.
+
+Plain Python: knows page numbers and token ids, not what pages hold. Only what was read of prompts is kept: keys and
+values that a decode step wrote are rounded in another way.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from llamajax.ops import PAGE_LEN
+
+_Tokens = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Node:
+    """A page, and those that go on from it, by their tokens."""
+
+    page: int
+    parent: "_Node | None"
+    tokens: _Tokens
+    used: int = 0  # when it was last asked for
+    children: "dict[_Tokens, _Node]" = field(default_factory=dict)
+
+
+class Prefixes:
+    """A tree of pages."""
+
+    def __init__(self) -> None:
+        self._root = _Node(-1, None, ())
+        self._nodes: dict[int, _Node] = {}
+        self._clock = count(1)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._nodes
+
+    def match(self, token_ids: Sequence[int]) -> list[int]:
+        """The pages of the longest beginning that is known, without the last token: its scores are not kept."""
+        node, found, now = self._root, list[int](), next(self._clock)
+        for tokens in _pages(token_ids[:-1]):
+            if (child := node.children.get(tokens)) is None:
+                break
+            node, child.used = child, now
+            found.append(child.page)
+        return found
+
+    def insert(self, token_ids: Sequence[int], pages: Sequence[int]) -> list[int]:
+        """Keeps the whole pages of a prompt. Where the tree has the same page already, it keeps its own.
+
+        Returns the pages that the tree has of this prompt: they hold the same, to the last bit.
+        """
+        node, kept, now = self._root, list[int](), next(self._clock)
+        for tokens, page in zip(_pages(token_ids), pages, strict=False):
+            child = node.children.get(tokens)
+            if child is None:
+                child = node.children[tokens] = self._nodes[page] = _Node(page, node, tokens)
+            node, child.used = child, now
+            kept.append(child.page)
+        return kept
+
+    def oldest(self, pages: Iterable[int]) -> int | None:
+        """Of these pages, the one that was asked for the longest time ago and that nothing goes on from."""
+        leaves = [page for page in pages if not self._nodes[page].children]
+        return min(leaves, key=lambda page: self._nodes[page].used, default=None)
+
+    def remove(self, page: int) -> None:
+        """Forgets a page that nothing goes on from."""
+        node = self._nodes.pop(page)
+        assert node.parent and not node.children
+        del node.parent.children[node.tokens]
+
+
+def _pages(token_ids: Sequence[int]) -> Iterator[_Tokens]:
+    for end in range(PAGE_LEN, len(token_ids) + 1, PAGE_LEN):
+        yield tuple(token_ids[end - PAGE_LEN : end])

@@ -1,0 +1,278 @@
+"""Pages of a KV cache: each is free or one sequence's, and where they are few, those that come wait."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from llamajax.engine import batch as batch_module
+from llamajax.engine.batch import Batch
+from llamajax.engine.engine import Engine
+from llamajax.engine.pool import Pool, Tables, missing, pages
+from llamajax.engine.programs import Program
+from llamajax.engine.runner import Runner
+from llamajax.engine.sequential import Sequential
+from llamajax.errors import DeviceMemoryError
+from llamajax.ops import PAGE_LEN, native
+from llamajax.types import Request, SamplingParams, Token
+
+from ... import tiny_model
+from ...tiny_model import CONFIG, random_ids, random_weights, tiny_runner
+from .test_engine import KINDS, Collected
+from .test_memory import answers, exhausted, requests
+
+strict_promotion = tiny_model.strict_promotion
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.integers(3, 20),
+    st.integers(0, 12),
+    st.lists(st.tuples(st.sampled_from(["read", "grow", "leave", "move"]), st.integers(0, 3), st.integers(0, 2**32))),
+)
+def test_each_page_is_free_or_kept_or_a_sequence_s(
+    num_pages: int, most_kept: int, changes: list[tuple[str, int, int]]
+) -> None:
+    """Prompts of few different pages are read, answered and forgotten; what is shared is what was read for it."""
+    pool, tables = Pool(num_pages, lambda: (), most_kept), [Tables(4, 20), Tables(4, 20)]
+    written: dict[int, tuple[int, ...]] = {}  # by page, all tokens up to its end
+
+    def take(table: Tables, row: int, num_positions: int) -> bool:
+        needed, free = missing(table, {row: num_positions}), pool.num_free
+        if needed > free:
+            with pytest.raises(MemoryError):
+                pool.take(table, row, num_positions)
+            return False
+        pool.take(table, row, num_positions)
+        assert pool.num_free == free - needed
+        return True
+
+    for change, row, seed in changes:
+        rng = np.random.default_rng(seed)
+        mine, other = tables if rng.random() < 0.5 else tables[::-1]
+        if change == "read" and mine.counts[row] == 0:
+            ids = [id for kind in rng.integers(0, 2, rng.integers(0, 4)) for id in [int(kind)] * PAGE_LEN]
+            ids += [7] * int(rng.integers(1, PAGE_LEN + 1))
+            known = pool.known(ids)
+            assert [written[page] for page in known] == [tuple(ids[: i * PAGE_LEN]) for i in range(1, len(known) + 1)]
+            assert len(known) * PAGE_LEN < len(ids)
+            pool.share(mine, row, known)
+            if take(mine, row, len(ids)):
+                for i, page in enumerate(mine.ids[row, : mine.counts[row]].tolist()):
+                    assert i < len(known) or page not in known
+                    written[page] = tuple(ids[: (i + 1) * PAGE_LEN])
+                pool.keep(mine, row, ids)
+                kept = mine.ids[row, : (len(ids) - 1) // PAGE_LEN].tolist()
+                assert [written[page] for page in kept] == [tuple(ids[: i * PAGE_LEN]) for i in range(1, len(kept) + 1)]
+            else:
+                pool.leave(mine, row)
+        elif change == "grow" and mine.counts[row]:
+            before = mine.counts[row]
+            take(mine, row, int(rng.integers(1, 700)))
+            for page in mine.ids[row, before : mine.counts[row]].tolist():
+                written[page] = ()
+        elif change == "leave":
+            pool.leave(mine, row)
+        elif change == "move" and other.counts[row] == 0:
+            ids = mine.ids[row, : mine.counts[row]].tolist()
+            mine.move(row, other, row)
+            assert other.ids[row, : other.counts[row]].tolist() == ids and mine.counts[row] == 0
+        pool.check(tables)
+        assert len(pool._unused) <= most_kept
+
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason="pages are for the native kernels")
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    return tiny_runner(512, paged=True)
+
+
+@pytest.fixture(scope="module")
+def expected(runner: Runner) -> list[list[Token]]:
+    return [list(Sequential(runner, request)) for request in requests()]
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_pages", [8, 11, 16, 32])
+def test_where_pages_are_few_those_that_come_wait_and_all_get_their_tokens(
+    runner: Runner, expected: list[list[Token]], monkeypatch: pytest.MonkeyPatch, num_pages: int
+) -> None:
+    monkeypatch.setattr(batch_module, "_num_pages", lambda *_: num_pages)
+    saved, save, restored, restore = [], Batch.save, [], Batch.restore
+    monkeypatch.setattr(Batch, "save", lambda batch, rows: saved.extend(rows) or save(batch, rows))
+    monkeypatch.setattr(Batch, "restore", lambda batch, *args: restored.append(args) or restore(batch, *args))
+    engine = Engine(runner, num_slots=4, max_waiting=50)
+    step, pool = engine.step, engine._batch._pool
+    assert pool
+
+    def checked_step() -> bool:
+        busy, prompts = step(), engine._prompts
+        pool.check([engine._batch._tables, *([prompts.tables] if prompts and prompts.tables else [])])
+        return busy
+
+    monkeypatch.setattr(engine, "step", checked_step)
+    collected = answers(engine, requests())
+    assert [c.tokens for c in collected] == expected
+    assert {tuple(c.ends) for c in collected} == {(("length", None),)}
+    assert len(saved) == len(restored) and bool(saved) == (num_pages < 20)
+    assert pool.num_free == num_pages
+
+
+@needs_kernels
+def test_one_long_request_does_not_make_the_others_long(runner: Runner) -> None:
+    engine = Engine(runner, num_slots=4)
+    pool = engine._batch._pool
+    assert pool
+    for number, limit in enumerate((400, 5, 5, 5)):
+        engine.scheduler.submit(engine.job(Request(random_ids(5, number), limit), Collected()))
+    most = 0
+    while engine.step():
+        most = max(most, pool.num_pages - pool.num_free)
+    assert pages(405) <= most <= pages(405) + 3
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("step", "at"),
+    [
+        ("empty_pages", 1),
+        *itertools.product(["empty_rows"], [1, 2]),
+        *itertools.product(["prefill", "insert", "decode", "put_page"], [1, 2, 5]),
+    ],
+)
+def test_one_call_that_fails_for_want_of_memory_ends_nobody(
+    runner: Runner, expected: list[list[Token]], monkeypatch: pytest.MonkeyPatch, step: str, at: int
+) -> None:
+    monkeypatch.setattr(batch_module, "_num_pages", lambda *_: 11)
+    compile, calls = runner.compile, itertools.count(1)
+
+    def compiled(program: Program) -> Callable[..., object]:
+        if program.step == step and next(calls) == at:
+            raise exhausted()
+        return compile(program)
+
+    engine = Engine(runner, num_slots=4, max_waiting=50)
+    monkeypatch.setattr(runner, "compile", compiled)
+    collected = answers(engine, requests())
+    assert next(calls) > at
+    assert [c.tokens for c in collected] == expected
+    pool = engine._batch._pool
+    assert pool
+    pool.check([engine._batch._tables])
+    assert pool.num_free == pool.num_pages
+
+
+@needs_kernels
+def test_where_there_is_no_memory_for_pages_at_all_requests_end_with_an_error(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile = runner.compile
+
+    def compiled(program: Program) -> Callable[..., object]:
+        if program.step == "empty_pages":
+            raise exhausted()
+        return compile(program)
+
+    engine = Engine(runner, num_slots=4)
+    monkeypatch.setattr(runner, "compile", compiled)
+    collected = answers(engine, requests()[:3])
+    assert all(isinstance(c.ends[0][1], DeviceMemoryError) for c in collected)
+
+
+@needs_kernels
+def test_pages_that_a_failed_call_has_destroyed_end_those_that_run_with_its_error(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(runner, num_slots=4, max_waiting=50)
+    collected = [Collected() for _ in range(3)]
+    for listener in collected:
+        engine.scheduler.submit(engine.job(Request([1, 2], 50), listener))
+    while not engine.scheduler.running:
+        engine.step()
+    batch = engine._batch
+
+    def fail(num_steps: int) -> None:
+        assert batch._pool and batch._tables
+        jax.tree.map(lambda x: x.delete(), batch._pool._cache)
+        raise exhausted()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "decode", fail)
+        while engine.step():
+            pass
+    assert all(str(c.ends[0][1]).startswith("RESOURCE_EXHAUSTED") for c in collected)
+    again = Collected()
+    request = Request([1, 2], 5, SamplingParams(temperature=0))
+    engine.scheduler.submit(engine.job(request, again))
+    while engine.step():
+        pass
+    assert again.tokens == list(Sequential(runner, request))
+
+
+def shared_requests() -> list[Request]:
+    """Prompts that share up to five pages with others, of all lengths after them."""
+    rng = np.random.default_rng(1)
+    begins = [random_ids(5 * PAGE_LEN, seed) for seed in (0, 1)]
+    begins.append([*begins[0][: 2 * PAGE_LEN], *random_ids(3 * PAGE_LEN, 2)])
+    found = []
+    for number in range(40):
+        shared = begins[rng.integers(3)][: int(rng.choice([30, 64, 128, 200, 320]))]
+        ids = [*shared, *random_ids(int(rng.integers(1, 140)), number)] if number % 9 else shared
+        if number % 13 == 12:
+            ids = [*begins[number % 3], *random_ids(180, number)]
+        sampling = replace(KINDS[number % len(KINDS)], logprobs=2 if number % 5 == 0 else None)
+        found.append(Request(ids, int(rng.integers(1, min(40, 512 - len(ids)))), sampling))
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize("cache_dtype", [np.float32, np.float16, np.int8])
+@pytest.mark.parametrize("num_pages", [12, 64])
+def test_shared_prefixes_change_no_bit(monkeypatch: pytest.MonkeyPatch, num_pages: int, cache_dtype: type) -> None:
+    """Tokens and log-probabilities, with and without, alone and together, while pages are forgotten."""
+    kept = {"max_seq_len": 512, "cache_dtype": cache_dtype, "paged": True}
+    config = replace(CONFIG, max_position_embeddings=512)
+    runner = Runner(config, random_weights(), device=jax.devices()[0], **kept)
+    monkeypatch.setattr(batch_module, "_num_pages", lambda *_: num_pages)
+    asked, found = shared_requests(), {}
+    for slots, prefix_bytes in ((4, 0), (4, 1 << 30), (1, 1 << 30)):
+        engine = Engine(runner, num_slots=slots, max_waiting=50, prefix_bytes=prefix_bytes)
+        pool = engine._batch._pool
+        assert pool
+        collected = [Collected() for _ in asked]
+        for request, listener in zip(asked, collected, strict=True):
+            engine.scheduler.submit(engine.job(request, listener))
+            engine.step()
+        while engine.step():
+            prompts = engine._prompts
+            pool.check([engine._batch._tables, *([prompts.tables] if prompts and prompts.tables else [])])
+        found[slots, prefix_bytes] = [[(t.id, t.logprobs) for t in c.tokens] for c in collected]
+        assert {tuple(c.ends) for c in collected} == {(("length", None),)}
+        assert any(c.num_cached for c in collected) == bool(prefix_bytes)
+    assert found[4, 1 << 30] == found[4, 0]
+    ids = [[[id for id, _ in tokens] for tokens in answers] for answers in found.values()]
+    assert ids[0] == ids[2]
+
+
+@needs_kernels
+def test_those_that_begin_alike_wait_for_the_first_and_share_its_pages(runner: Runner) -> None:
+    begin, reads = random_ids(3 * PAGE_LEN), []
+    engine = Engine(runner, num_slots=8, prefix_bytes=1 << 30)
+    read = engine._batch.read
+    engine._batch.read = lambda prompts: reads.append(prompts.size) or read(prompts)  # type: ignore[method-assign]
+    collected = [Collected() for _ in range(5)]
+    for number, listener in enumerate(collected):
+        engine.scheduler.submit(engine.job(Request([*begin, number, 1], 5), listener))
+    while engine.step():
+        pass
+    assert [c.num_cached for c in collected] == [0, *[3 * PAGE_LEN] * 4]
+    assert [number for number, _, _ in reads] == [1, 1, 1, 4]  # the first one in three chunks, the others at once
+    pool = engine._batch._pool
+    assert pool and len(pool._prefixes) == 3 and pool.num_free == pool.num_pages
