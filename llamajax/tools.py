@@ -265,10 +265,10 @@ def written_out(messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> l
     if tools is None:
         return written
     offered = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.definitions)
-    told = _INSTRUCTIONS.format(offered)
+    instructions = _INSTRUCTIONS.format(offered)
     if written and written[0].get("role") == "system":
-        return [{"role": "system", "content": f"{written[0]['content']}\n\n{told}"}, *written[1:]]
-    return [{"role": "system", "content": told}, *written]
+        return [{"role": "system", "content": f"{written[0]['content']}\n\n{instructions}"}, *written[1:]]
+    return [{"role": "system", "content": instructions}, *written]
 
 
 _INSTRUCTIONS = """\

@@ -137,7 +137,7 @@ class Report:
     Attributes:
       greedy: the cheapest way. Nobody wants log-probabilities or adds to logits.
       chat: a token of the default chat: top-p alone, and no two logits are equal.
-      sampled: the dearest way: top-k, top-p and equal logits at once.
+      sampled: the costliest way: top-k, top-p and equal logits at once.
       ideal_bytes: weights, keys and values, read once.
       cache_bytes: of all keys and values.
       aliased_bytes: of results that are written over arguments.

@@ -44,7 +44,7 @@ def main() -> None:
     programs = [Program("decode", arguments.length, num_rows=rows) for rows in arguments.rows]
     programs += [Program("prefill", arguments.length, chunk) for chunk in arguments.chunks]
     what = f"{arguments.model}, {arguments.dtype}, cache {arguments.length:,}, {arguments.target}"
-    print(f"{what}: greedy / chat / dearest\n")
+    print(f"{what}: greedy / chat / costliest\n")
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
     for program in programs:
         found = report(model, program)

@@ -17,7 +17,7 @@ from llamajax.placement import bytes_per_token
 # Of a score in attention: in f32 as it is computed, and in 16 bits as a weight.
 _SCORE_BYTES = 6
 # Sampling has so many arrays of the vocabulary's length at once: on a GPU, and elsewhere.
-_GPU_SAMPLING_ARRAYS, _SAMPLING_ARRAYS = 9, 5
+_GPU_SAMPLING_ARRAYS, _SAMPLING_ARRAYS = 6, 5
 # A TPU's arrays have rows of so many numbers.
 _TPU_LANES = 128
 
