@@ -11,13 +11,14 @@ turns; the medians' ratio is printed.
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import jax
 
 import llamajax
-from llamajax.engine.batch import Batch
-from llamajax.engine.engine import Engine
+from llamajax.engine.batch import Batch, Needs
+from llamajax.engine.engine import Engine, make_batch
 from llamajax.types import FinishReason, Request, SamplingParams, Token
 
 
@@ -40,11 +41,11 @@ def through_engine(engine: Engine, requests: list[Request]) -> tuple[float, list
     began = 0.0
     decode = engine._batch.decode
 
-    def noted(num_steps: int) -> object:
+    def noted(rows: Sequence[int], num_steps: int) -> object:
         nonlocal began
         began = began or time.perf_counter()
         blocks.append(num_steps)
-        return decode(num_steps)
+        return decode(rows, num_steps)
 
     for request in requests:
         engine.scheduler.submit(engine.job(request, Discard()))
@@ -58,18 +59,19 @@ def through_engine(engine: Engine, requests: list[Request]) -> tuple[float, list
     return time.perf_counter() - began, blocks
 
 
-def on_device(batch: Batch, requests: list[Request], blocks: list[int], num_rows: int, length: int) -> float:
+def on_device(batch: Batch, requests: list[Request], blocks: list[int], length: int) -> float:
     """Seconds for the same blocks alone."""
-    batch.start(num_rows, length)
+    list(batch.fit(Needs({}, longest=length, num_wanted=len(requests))))
     for row, request in enumerate(requests):
         prompts = batch.prompts([request], [request.max_new_tokens])
         while prompts.left:
             batch.read(prompts)
         batch.insert(prompts, [0], [row])
+    batch.reserve(dict.fromkeys(range(len(requests)), length))
     jax.block_until_ready(batch._rows)
     began = time.perf_counter()
     for num_steps in blocks:
-        batch.decode(num_steps)
+        batch.decode(range(len(requests)), num_steps)
     jax.block_until_ready(batch._rows)
     return time.perf_counter() - began
 
@@ -82,14 +84,16 @@ def main() -> None:
     arguments = parser.parse_args()
     llm = llamajax.load(arguments.model, max_seq_len=128)
     for slots in (1, 8, 32):
-        engine, batch = Engine(llm._runner, num_slots=slots), Batch(llm._runner, slots)
+        engine, batch = Engine(llm._runner, num_slots=slots), make_batch(llm._runner, slots)
         requests = [
             Request([1 + i] * 20, arguments.new_tokens, SamplingParams(temperature=0.7, seed=i)) for i in range(slots)
         ]
         ratios, seconds = [], []
         for number in range(arguments.rounds + 1):  # the first one compiles
             engine_seconds, blocks = through_engine(engine, requests)
-            device_seconds = on_device(batch, requests, blocks, engine._batch.num_rows, engine._batch.length)
+            device_seconds = on_device(batch, requests, blocks, 20 + arguments.new_tokens)
+            for row in range(slots):
+                batch.leave(row, draws=False)
             if number:
                 ratios.append(engine_seconds / device_seconds)
                 seconds.append((engine_seconds, device_seconds))

@@ -12,6 +12,7 @@ from llamajax.bench.metrics import Alone, Spread
 from llamajax.bench.session import Session
 from llamajax.bench.workload import sampling_name, synthetic
 from llamajax.engine.batch import GROUP_LEN, Batch, Needs, Prompts, Saved
+from llamajax.engine.engine import make_batch
 from llamajax.engine.runner import chunk_lens
 from llamajax.engine.steps import BLOCK_LEN, Drawn
 from llamajax.types import Request, SamplingParams
@@ -25,28 +26,28 @@ def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, s
     Raises PromptTooLongError if they do not fit the context.
     """
     session.check(depth, tokens)
-    engine = Batch(session.llm._runner, batch, 0)
+    engine, chunks = make_batch(session.llm._runner, batch, 0), chunk_lens(tokens)
     token_ids = _token_ids(session, depth + tokens, seed)
     whole, rest = divmod(batch, GROUP_LEN)
     # As the scheduler does: a few are read one by one, since a group that is not full takes a full one's time.
     sizes = [GROUP_LEN] * whole + ([GROUP_LEN] if 2 * rest > GROUP_LEN else [1] * rest)
-    length = depth + sum(chunk_lens(tokens))
-    read = [Request(token_ids[:depth], 1, _GREEDY)]
-    groups = {size: engine.prompts(read * size, [1] * size, num_positions=length) for size in set(sizes)}
+    before, request = Request(token_ids[:depth], 1, _GREEDY), Request(token_ids, 1, _GREEDY)
+    groups: dict[int, Prompts] = {}
 
     def warm_up() -> None:
-        for prompts in groups.values():
-            _read(engine, prompts)
+        for size in set(sizes):
+            read = engine.prompts([before] * size, [1] * size, num_positions=depth + sum(chunks))
+            _read(engine, read)
+            groups[size] = Prompts(session.llm._runner, [request] * size, [1] * size, chunks, num_cached=depth)
+            groups[size].cache, groups[size].tables = read.cache, read.tables
         run()
 
     def run() -> float:
         began = time.perf_counter()
         for size in sizes:
-            requests = [Request(token_ids, 1, _GREEDY)] * size
-            before = groups[size]
-            groups[size] = Prompts(requests, [1] * size, before.rows, before.tables, chunk_lens(tokens), start=depth)
+            groups[size].left = len(chunks)
             _read(engine, groups[size])
-        jax.block_until_ready([prompts.rows.slots for prompts in groups.values()])
+        jax.block_until_ready([prompts.slots for prompts in groups.values()])
         return time.perf_counter() - began
 
     runs, measured = session.measure(warm_up, run)
@@ -70,7 +71,7 @@ def generate(
     """
     length = max(depth, 1) + tokens
     session.check(length - tokens, tokens)
-    engine = Batch(session.llm._runner, batch, 0)
+    engine = make_batch(session.llm._runner, batch, 0)
     # Its first token comes of reading the prompt, before the clock starts.
     request = Request(_token_ids(session, length - tokens, seed), tokens + 1, sampling)
     prompt = engine.prompts([request], [request.max_new_tokens], num_positions=length)
@@ -78,21 +79,21 @@ def generate(
 
     def warm_up() -> None:
         _read(engine, prompt)
-        engine.start(*engine.fitting(batch, Needs({}, longest=length)))
+        list(engine.fit(Needs({}, longest=length, num_wanted=batch)))
         engine.insert(prompt, [0], [0])
         saved.extend(engine.save({0: length - tokens}))
         run()
 
     def run() -> float:
         for row in range(batch):
-            engine.leave(row)
+            engine.leave(row, draws=False)
             engine.restore(saved[0], row)
         engine.reserve(dict.fromkeys(range(batch), length))
-        np.asarray(engine.decode(0).tokens)  # the copies are made
+        np.asarray(engine.decode(range(batch), 0).tokens)  # the copies are made
         began = time.perf_counter()
         pending: list[Drawn] = []
         for done in range(0, tokens, BLOCK_LEN):
-            pending.append(engine.decode(min(BLOCK_LEN, tokens - done)))
+            pending.append(engine.decode(range(batch), min(BLOCK_LEN, tokens - done)))
             if done:
                 np.asarray(pending[-2].tokens)
         last = np.asarray(pending[-1].tokens)

@@ -13,7 +13,9 @@ import numpy as np
 
 from llamajax import checks
 from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Needs, Prompts, Size
+from llamajax.engine.contiguous import ContiguousBatch
 from llamajax.engine.memory import is_out_of_memory
+from llamajax.engine.paged import PagedBatch
 from llamajax.engine.runner import Runner, chunk_lens
 from llamajax.engine.scheduler import Job, Listener, Scheduler
 from llamajax.engine.steps import BLOCK_LEN, Drawn
@@ -45,7 +47,7 @@ class Engine:
         self._runner = runner
         if prefix_bytes is not None:
             prefix_bytes = checks.integer("prefix_cache", prefix_bytes, 0)
-        self._batch = Batch(runner, num_slots, prefix_bytes)
+        self._batch = make_batch(runner, num_slots, prefix_bytes)
         self._prompts: Prompts | None = None
         self._group: list[Job] = []  # whose prompts they are
         # Blocks that the device works on, with the job of each row.
@@ -213,30 +215,34 @@ class Engine:
 
     def _decode(self) -> bool:
         """Dispatches a block, unless nothing is left to draw."""
-        running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
+        running = self._drawing
         if not running:
             return False
         constrained = any(job.matcher for job in running.values())
         num_steps = 1 if constrained else self._block_len(max(job.left for job in running.values()))
         self._fit(num_steps)
         self._batch.reserve(self._needs(num_steps).rows)
-        # The rows may have moved.
-        running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
-        drawn = self._draw_constrained() if constrained else self._batch.decode(num_steps)
+        running = self._drawing  # the rows may have moved
+        drawn = self._draw_constrained(running) if constrained else self._batch.decode(list(running), num_steps)
         self._pending.append((drawn, running))
         for job in running.values():
             job.position += min(num_steps, job.left)
             job.left -= min(num_steps, job.left)
         return True
 
-    def _draw_constrained(self) -> Drawn:
+    @property
+    def _drawing(self) -> dict[int, Job]:
+        """Those that have tokens to draw, by their rows."""
+        return {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
+
+    def _draw_constrained(self, running: dict[int, Job]) -> Drawn:
         """Dispatches one token. What may come next is found while the device computes the scores."""
-        self._batch.forward()
+        self._batch.forward(list(running))
         while self._pending:
             self._deliver()
         mask = self._runner.free_mask(self._batch.num_rows)
-        for row, job in enumerate(self.scheduler.rows):
-            if job is not None and job.matcher and job.left > 0:
+        for row, job in running.items():
+            if job.matcher and job.state == "running":
                 try:
                     mask[row] = np.frombuffer(job.matcher.mask(), np.int32)
                 except Exception as error:
@@ -286,13 +292,7 @@ class Engine:
     def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> None:
         row = self.scheduler.end(job, reason, error)
         if row is not None:
-            self._leave(row, draws=job.left > 0)
-
-    def _leave(self, row: int, *, draws: bool) -> None:
-        """Frees a row, which may still draw."""
-        if draws:
-            self._batch.stop(row)
-        self._batch.leave(row)
+            self._batch.leave(row, draws=job.left > 0)
 
     def _fit(self, num_steps: int = 0) -> None:
         """Gives the batch a row for each job that has a slot or will get one, with room for so many tokens more. If
@@ -301,27 +301,11 @@ class Engine:
         Jobs that wait count, too: to grow from size to size copies the rows each time, and loads more programs.
         """
         scheduler, batch = self.scheduler, self._batch
-        num_rows, length = self._fitting(num_steps)
-        while not batch.fits(num_rows, length, self._needs(num_steps)) and scheduler.num_admitted > 1:
+        while not batch.fits(self._needs(num_steps)) and scheduler.num_admitted > 1:
             for row in self._put_back(scheduler.latest):
-                self._leave(row, draws=True)
-            num_rows, length = self._fitting(num_steps)
-        if not scheduler.running and (num_rows, length) != (batch.num_rows, batch.length):
-            batch.start(num_rows, length)
-            scheduler.rows = [None] * num_rows
-        while batch.num_rows > num_rows:
-            self._approach_rows(num_rows)
-        while batch.length != length:
-            batch.approach(length)
-        while batch.num_rows != num_rows:
-            self._approach_rows(num_rows)
-
-    def _fitting(self, num_steps: int) -> tuple[int, int]:
-        scheduler, needs = self.scheduler, self._needs(num_steps)
-        num_jobs = min(scheduler.num_jobs, scheduler.num_slots)
-        if not self._prompts and scheduler.next:  # what waits should find room, too
-            needs = needs._replace(prompts=self._size(scheduler.next))
-        return self._batch.fitting(num_jobs, needs, at_least=max(scheduler.num_admitted, 1))
+                batch.leave(row, draws=True)
+        for kept in batch.fit(self._needs(num_steps)):
+            scheduler.move(kept)
 
     def _needs(self, num_steps: int = 0) -> Needs:
         """Of those that have a slot, for so many tokens more."""
@@ -330,13 +314,15 @@ class Engine:
         rows = {row: job.position + min(num_steps, job.left) for row, job in running.items()}
         reading = {job: _first_len(job) for job in scheduler.reading}
         new = [num_positions for job, num_positions in reading.items() if job.saved]
-        prompts = self._prompts.size if self._prompts else NO_PROMPTS
-        return Needs(rows, new, max([0, *rows.values(), *reading.values()]), prompts)
-
-    def _approach_rows(self, num_rows: int) -> None:
-        kept = self.scheduler.kept(self._batch.next_size(num_rows))
-        self._batch.take(kept)
-        self.scheduler.resize(kept)
+        return Needs(
+            rows,
+            new,
+            max([0, *rows.values(), *reading.values()]),
+            self._prompts.size if self._prompts else NO_PROMPTS,
+            min(scheduler.num_jobs, scheduler.num_slots),
+            max(scheduler.num_admitted, 1),
+            self._size(scheduler.next) if scheduler.next else NO_PROMPTS,
+        )
 
     def _most_to_admit(self) -> int:
         """How many of those that wait there is memory for now: a group, one or none. Ends one that can never run."""
@@ -344,13 +330,12 @@ class Engine:
         if job is None:
             return 0
         needs, num_positions = self._needs(), _first_len(job)
-        needs = needs._replace(longest=max(needs.longest, num_positions))
+        longest = max(needs.longest, num_positions)
 
         def is_room(number: int) -> bool:
             admitted = min(scheduler.num_admitted + number, scheduler.num_slots)
-            wanted = needs._replace(new=[num_positions] * number, prompts=self._size(job, number))
-            size = batch.fitting(admitted, wanted, at_least=admitted)
-            return batch.fits(batch.num_rows, batch.length, wanted) and batch.fits(*size, wanted)
+            new, size = [num_positions] * number, self._size(job, number)
+            return batch.can_admit(Needs(needs.rows, new, longest, size, num_wanted=admitted, num_needed=admitted))
 
         for number in (1,) if job.saved else (GROUP_LEN, 1):
             if is_room(number):
@@ -396,8 +381,7 @@ class Engine:
     def _give_way(self) -> None:
         """After the device's memory ran out: prompts that are read, or else all that runs, wait until there is room."""
         scheduler, batch = self.scheduler, self._batch
-        batch.expect_less_memory()
-        if batch.is_paged and len(scheduler.reading) == 1 and not scheduler.running:
+        if not batch.expect_less_memory() and len(scheduler.reading) == 1 and not scheduler.running:
             [job] = scheduler.reading
             self._try_again(job)
         if scheduler.reading and (batch.can_go_on or not scheduler.running):
@@ -408,6 +392,11 @@ class Engine:
             self._drop_prompts()
             batch.clear()
             scheduler.rows = []
+
+
+def make_batch(runner: Runner, max_rows: int, prefix_bytes: int | None = None) -> Batch:
+    """For so many rows. Keeps so many bytes of prompts that have ended; by default a share of the memory."""
+    return PagedBatch(runner, max_rows, prefix_bytes) if runner.paged else ContiguousBatch(runner, max_rows)
 
 
 def _first_len(job: Job) -> int:

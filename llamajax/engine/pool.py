@@ -30,14 +30,6 @@ class Tables:
         self.ids: Int32[np.ndarray, "B M"] = np.full((num_rows, table_len), -1, np.int32)
         self.counts = [0] * num_rows
 
-    def kept(self, keep: Sequence[int]) -> "Tables":
-        """Those of the rows `keep`, none for -1."""
-        kept = Tables(len(keep), self.ids.shape[1])
-        for new, row in enumerate(keep):
-            if row >= 0:
-                kept.ids[new], kept.counts[new] = self.ids[row], self.counts[row]
-        return kept
-
     def move(self, row: int, to: "Tables", at: int) -> None:
         """Gives a sequence's pages to another row, which has none."""
         assert to.counts[at] == 0
@@ -123,15 +115,15 @@ class Pool:
                 tables.ids[row, place] = page
         self._trim()
 
-    def lend(self, tables: Tables) -> Cache:
-        """The cache for a step of these sequences, which returns it for `put`.
+    def lend(self, ids: Int32[np.ndarray, "B M"]) -> Cache:
+        """The cache for a step of the sequences that have these pages, which returns it for `put`.
 
         A step that fails leaves it as it was, or destroys it: `is_lost` tells which.
         """
         self._cache = self._cache or self._make()
         [arrays] = self._cache
-        ids: Any = tables.ids.copy()
-        return (arrays._replace(table=ids),)
+        table: Any = ids.copy()  # which a step may read as it is
+        return (arrays._replace(table=table),)
 
     def put(self, cache: Cache) -> None:
         """Takes back what was lent, as a step returns it."""

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 
 from llamajax.engine import steps
 from llamajax.engine.executables import Executables
-from llamajax.engine.steps import FlatModel, Rewind, Rows
+from llamajax.engine.steps import FlatModel, Rows, Slots
 from llamajax.errors import PlatformError
 from llamajax.model.cache import Cache
 from llamajax.ops import PAGE_LEN
@@ -51,8 +51,9 @@ class Program(NamedTuple):
       cache_len: positions that each row has room for, or, with pages, all of them have, when the step has run; tokens,
         of logits and prompt_logprobs.
       chunk_len: of a prefill.
-      num_rows: when the step has run.
-      source: rows and positions of what an insert takes them from, or of what is grown or resized.
+      num_rows: when the step has run; of those that a step takes by their numbers, which have pages.
+      source: rows and positions of what an insert takes them from, or of what is grown or resized; how many rows there
+        are, of which a step takes some.
     """
 
     step: Literal[
@@ -63,9 +64,11 @@ class Program(NamedTuple):
         "prefill",
         "decode",
         "decode_asking",
+        "decode_rows",
         "forward",
+        "forward_rows",
         "draw",
-        "rewind",
+        "draw_rows",
         "insert",
         "resize",
         "keep",
@@ -149,6 +152,8 @@ class Programs:
         if self._table_len is not None:
             cache = self._pages(length, num_rows)
         ids, number, places = np.zeros(length, np.int32), np.int32(1), np.zeros(source[0], np.int32)
+        _, all_slots, all_requests = self.shapes(*source)
+        some = np.zeros(num_rows, np.int32)
         match step:
             case "empty_rows":
                 with jax.default_device(self._device):
@@ -169,20 +174,23 @@ class Programs:
             case "decode_asking":
                 asked = np.zeros(1, np.int32)
                 return steps.decode.lower(arrays, cache, slots, number, requests, asked, structure=structure)
+            case "decode_rows":
+                rest = all_slots, number, all_requests, None, some
+                return steps.decode.lower(arrays, cache, *rest, structure=structure)
             case "forward":
                 return steps.forward.lower(arrays, cache, slots, structure=structure)
+            case "forward_rows":
+                return steps.forward.lower(arrays, cache, all_slots, some, structure=structure)
             case "draw":
-                scores = jax.ShapeDtypeStruct(slots.counts.shape, np.float32, sharding=slots.counts.sharding)
-                return steps.draw.lower(scores, slots, requests, self._mask(num_rows))
-            case "rewind":
-                return steps.rewind.lower(slots, Rewind.none(num_rows))
+                return steps.draw.lower(self._scores(slots), slots, requests, self._mask(num_rows))
+            case "draw_rows":
+                return steps.draw.lower(self._scores(slots), all_slots, all_requests, self._mask(num_rows), some)
             case "insert":
                 return steps.insert.lower(rows, self.shapes(*source), places, places)
             case "resize":
-                return steps.resize.lower(self.shapes(*source).cache[:1], np.zeros(num_rows, np.int32), length=length)
+                return steps.resize.lower(self.shapes(*source).cache[:1], some, length=length)
             case "keep":
-                _, slots, requests = self.shapes(*source)
-                return steps.keep.lower(slots, requests, np.zeros(num_rows, np.int32))
+                return steps.keep.lower(all_slots, all_requests, some)
             case "stop":
                 return steps.stop.lower(slots.left, number)
             case "logits":
@@ -192,6 +200,9 @@ class Programs:
 
     def _compiler_options(self) -> dict[str, str | bool]:
         return {**_sums_in_one_order(), **self._options}
+
+    def _scores(self, slots: Slots) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(slots.counts.shape, np.float32, sharding=slots.counts.sharding)
 
     def _mask(self, num_rows: int) -> Int32[np.ndarray, "B W"]:
         return np.zeros((num_rows, mask_len(self._model.structure.config.vocab_size)), np.int32)

@@ -20,7 +20,7 @@ from llamajax import checks
 from llamajax.config import LlamaConfig
 from llamajax.engine.memory import cache_bytes
 from llamajax.engine.programs import Program, Programs
-from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, Drawn, FlatModel, Requests, Rewind, Rows, Slots, by_layer
+from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, READ_LEN, Drawn, FlatModel, Requests, Rows, Slots, by_layer
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.ops import PAGE_LEN, Weight, has_pages, native
@@ -218,11 +218,8 @@ class Runner:
             # A chunk that would pass the end of the cache begins earlier, and writes again what is there.
             start = min(end, self.cache_len - chunk_len)
             end = min(start + chunk_len, len(ids))
-            draws = end == len(ids) and request.constraint is None
-            drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if draws else 0)
+            drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if end == len(ids) else 0)
             self.cached_ids = ids[:end]
-        if request.constraint:
-            self._rewind(before_answer([request], [max_new_tokens]))
         return drawn, reused
 
     def _plan(self, request: Request) -> tuple[int, tuple[int, ...], int]:
@@ -267,9 +264,6 @@ class Runner:
         drawn, self._slots = draw(self._scores, self._slots, self._requests, mask)
         self.copy_ahead(drawn)
         return drawn
-
-    def _rewind(self, to: Rewind) -> None:
-        self._slots = self.compile(Program("rewind", self.bucket(1)))(self._slots, to)
 
     def _take_cache(self) -> Cache:
         """The cache, for a step that it is donated to: if Ctrl-C or an error comes meanwhile, nothing is left of it."""
@@ -382,7 +376,6 @@ class Runner:
             yield _grow(length)
         yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
         if request.constraint:
-            yield Program("rewind", self.bucket(1))
             if self.can_ask:
                 yield Program("decode_asking", length)
             else:
@@ -417,8 +410,7 @@ class Runner:
     def prompt_logprobs(self, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
         """Of each token but the first, given those before it. The cache is left as it is; any thread may call it."""
         self._check_text(token_ids)
-        # As in `logits`: what a text is padded to changes how attention rounds.
-        padded = np.zeros(power_of_two(len(token_ids), CHUNKS[0]), np.int32)
+        padded = np.zeros(next(n for n in self._scored_lens if n >= len(token_ids)), np.int32)
         padded[: len(token_ids)] = token_ids
         # What comes after the last token is nobody's.
         length = np.int32(len(token_ids) - 1)
@@ -427,10 +419,18 @@ class Runner:
 
     def scorings(self) -> list[Program]:
         """All that `prompt_logprobs` needs."""
-        lengths = [CHUNKS[0]]
-        while lengths[-1] < self.max_seq_len:
-            lengths.append(2 * lengths[-1])
-        return [Program("prompt_logprobs", length) for length in lengths]
+        return [Program("prompt_logprobs", length) for length in self._scored_lens]
+
+    @cached_property
+    def _scored_lens(self) -> list[int]:
+        """What texts to score are padded to, as in `logits`, since it changes how attention rounds: powers of two.
+
+        Those that are read in more than one chunk are all padded to the longest, if that takes no time: of pages only
+        what is read takes memory.
+        """
+        longest = power_of_two(self.max_seq_len, CHUNKS[0])
+        lengths = [1 << bits for bits in range(CHUNKS[0].bit_length() - 1, longest.bit_length())]
+        return [n for n in lengths if not self.paged or n <= READ_LEN or n == longest]
 
     def _check_text(self, ids: Sequence[int]) -> None:
         self._check_ids(ids)
@@ -479,22 +479,15 @@ class Runner:
             prompt_mask[row, list(request.token_ids)] = True
         sampling = Sampling.of([request.sampling for request in requests])
         wants_logprobs: Any = np.array([request.sampling.logprobs is not None for request in requests])
-        return jax.device_put(Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs), self.device)
+        constrained: Any = np.array([request.constraint is not None for request in requests])
+        asked = Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs, constrained)
+        return jax.device_put(asked, self.device)
 
 
 def cache_len(num_positions: int, max_seq_len: int) -> int:
     """The length of a cache with room for this many positions: a power of two, up to the context."""
     longest = min(power_of_two(max_seq_len, MIN_CACHE_LEN), _multiple(max_seq_len, LAST_CACHE_STEP))
     return min(power_of_two(num_positions, MIN_CACHE_LEN), longest)
-
-
-def before_answer(requests: Sequence[Request], limits: Sequence[int]) -> Rewind:
-    """Where requests begin to draw whose prompts were read, if they have a constraint. They may draw so many tokens."""
-    to = Rewind.none(len(requests))
-    for row, request in enumerate(requests):
-        if request.constraint:
-            to.back[row], to.token[row], to.left[row] = 1, request.token_ids[-1], limits[row]
-    return to
 
 
 def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:

@@ -193,14 +193,8 @@ class Scheduler:
             self.rows[row], job.state = job, "running"
         self.reading = []
 
-    def kept(self, num_rows: int) -> list[int]:
-        """If there were so many rows: which each was, -1 if it is new. In fewer, running jobs take the first."""
-        kept = [row for row, job in enumerate(self.rows) if job is not None or num_rows > len(self.rows)]
-        assert len(kept) <= num_rows
-        return kept + [-1] * (num_rows - len(kept))
-
-    def resize(self, kept: Sequence[int]) -> None:
-        """Moves the jobs, as `kept` says."""
+    def move(self, kept: Sequence[int]) -> None:
+        """Gives rows other places: which each was, -1 if it is new."""
         self.rows = [None if row < 0 else self.rows[row] for row in kept]
 
     def end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 BLOCK_LEN = 16
 MAX_STOP_IDS = 128
 # Tokens of a text to score that are read at once, and whose scores are in memory at once.
-_READ_LEN = 512
+READ_LEN = 512
 _SCORED_LEN = 64
+
+_Arrays = TypeVar("_Arrays")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Requests:
     first_stop: Int32[Array, "B"]  # the first position at which a stop token may be drawn
     prompt_mask: Bool[Array, "B V"]  # which tokens occur in the prompt
     wants_logprobs: Bool[Array, "B"]
+    constrained: Bool[Array, "B"]  # its tokens are drawn by `draw`, since they depend on a mask
 
 
 @jax.tree_util.register_dataclass
@@ -131,19 +134,26 @@ def prefill(
     """Reads `length` tokens of each row, which begin at `start`, and draws the token after them.
 
     Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
-    A chunk that is not a prompt's last one has no new tokens: it draws none.
+    A chunk that is not a prompt's last one has no new tokens: it draws none. A row with a constraint does not draw,
+    either, since prefill knows no masks: it goes back to its prompt's last token, for `forward` and `draw`.
     """
     model = FlatModel(arrays, structure).llama()
     x, cache = _over_slots(model, token_ids, _enter(cache), start, length - 1)
     cache = _leave(cache)
     logits = jax.vmap(model.logits)(x)[:, 0]
+    constrained = requests.constrained
     slots = Slots(
-        token=jnp.zeros_like(start),
+        token=jnp.take_along_axis(token_ids, length[:, None] - 1, axis=1)[:, 0],
         position=start + length,
-        left=max_new_tokens,
+        left=jnp.where(constrained, 0, max_new_tokens),
         counts=jnp.zeros(logits.shape, jnp.int32),
     )
     drawn, slots = _draw(logits, logits, slots, requests)
+    slots = replace(
+        slots,
+        position=slots.position - constrained.astype(jnp.int32),
+        left=jnp.where(constrained, max_new_tokens, slots.left),
+    )
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
@@ -155,6 +165,7 @@ def decode(
     steps: Int32[Array, ""],
     requests: Requests,
     asked: Int32[Array, "1"] | None = None,
+    rows: Int32[Array, "P"] | None = None,
     *,
     structure: Structure,
 ) -> tuple[Drawn, Cache, Slots]:
@@ -162,8 +173,12 @@ def decode(
 
     The loop ends early when no slot has: a stop token takes what its slot had left. If there is somebody to ask
     (`native.asked`), each step of the only slot asks for its mask, which is found while the scores are computed.
+
+    If there are rows, only those slots draw, whose tables of pages the cache has: as many programs as there are numbers
+    of rows, and no slot moves. A row that there is not is idle.
     """
     model = FlatModel(arrays, structure).llama()
+    part, requests = _slots_of(rows, slots), _of(rows, requests)
 
     def step(carry: tuple[Array, Drawn, Cache, Slots]) -> tuple[Array, Drawn, Cache, Slots]:
         t, block, cache, slots = carry
@@ -182,64 +197,35 @@ def decode(
         t, _, _, slots = carry
         return (t < steps) & (slots.left > 0).any()
 
-    shape = slots.token.shape[0], BLOCK_LEN
-    block = Drawn(jnp.full(shape, -1, jnp.int32), TopLogprobs.zeros(shape, slots.counts.shape[1]))
-    _, block, cache, slots = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, _enter(cache), slots))
-    return block, _leave(cache), slots
+    block = _nothing_drawn(part, BLOCK_LEN)
+    _, block, cache, part = jax.lax.while_loop(goes_on, step, (jnp.int32(0), block, _enter(cache), part))
+    return _put(rows, block, _nothing_drawn(slots, BLOCK_LEN)), _leave(cache), _put(rows, part, slots)
 
 
 @partial(jax.jit, static_argnames="structure", donate_argnames="cache")
 def forward(
-    arrays: list[Array], cache: Cache, slots: Slots, *, structure: Structure
-) -> tuple[Float32[Array, "B V"], Cache]:
-    """Scores of the token after each slot's last one; nothing is drawn."""
-    model = FlatModel(arrays, structure).llama()
+    arrays: list[Array], cache: Cache, slots: Slots, rows: Int32[Array, "P"] | None = None, *, structure: Structure
+) -> tuple[Float32[Array, "P V"], Cache]:
+    """Scores of the token after each slot's last one; nothing is drawn. Rows are as in `decode`."""
+    model, slots = FlatModel(arrays, structure).llama(), _slots_of(rows, slots)
     x, cache = _over_slots(model, slots.token[:, None], _enter(cache), _places(slots, cache))
     return jax.vmap(model.logits)(x)[:, 0], _leave(cache)
 
 
 @partial(jax.jit, donate_argnames="slots")
 def draw(
-    logits: Float32[Array, "B V"], slots: Slots, requests: Requests, mask: Int32[Array, "B W"]
+    logits: Float32[Array, "P V"],
+    slots: Slots,
+    requests: Requests,
+    mask: Int32[Array, "P W"],
+    rows: Int32[Array, "P"] | None = None,
 ) -> tuple[Drawn, Slots]:
-    """Draws a token of the mask for each slot that has any left."""
-    slots = replace(slots, position=slots.position + (slots.left > 0).astype(jnp.int32))
-    drawn, slots = _draw(logits, _masked(logits, mask), slots, requests)
-    return jax.tree.map(lambda x: x[:, None], drawn), slots
-
-
-class Rewind(NamedTuple):
-    """Where B slots go back to, in numpy.
-
-    Attributes:
-      back: by how many positions; 0 leaves a slot as it is.
-      token: the last one that stays.
-      left: tokens still to draw.
-    """
-
-    back: Int32[np.ndarray, "B"]
-    token: Int32[np.ndarray, "B"]
-    left: Int32[np.ndarray, "B"]
-
-    @classmethod
-    def none(cls, num_rows: int) -> "Rewind":
-        """Leaves all slots as they are."""
-        return cls(*np.zeros((3, num_rows), np.int32))
-
-
-@partial(jax.jit, donate_argnames="slots")
-def rewind(slots: Slots, to: Rewind) -> Slots:
-    """Slots back at an earlier token.
-
-    After a prompt, that is its last one: what comes next is drawn by `draw`, since prefill knows no masks, which spares
-    twice as many programs.
-    """
-    return replace(
-        slots,
-        token=jnp.where(to.back > 0, to.token, slots.token),
-        position=slots.position - to.back,
-        left=jnp.where(to.back > 0, to.left, slots.left),
-    )
+    """Draws a token of the mask for each slot that has any left. Rows are as in `decode`."""
+    part = _slots_of(rows, slots)
+    part = replace(part, position=part.position + (part.left > 0).astype(jnp.int32))
+    drawn, part = _draw(logits, _masked(logits, mask), part, _of(rows, requests))
+    drawn = jax.tree.map(lambda x: x[:, None], drawn)
+    return _put(rows, drawn, _nothing_drawn(slots, 1)), _put(rows, part, slots)
 
 
 @partial(jax.jit, static_argnames=("structure", "cache_dtype", "paged"))
@@ -268,7 +254,7 @@ def prompt_logprobs(
     T is a power of two. The text is read in chunks, since scores [T, V] may take gigabytes.
     """
     model, T = FlatModel(arrays, structure).llama(), token_ids.shape[0]
-    read_len, next_ids = min(T, _READ_LEN), jnp.roll(token_ids, -1)
+    read_len, next_ids = min(T, READ_LEN), jnp.roll(token_ids, -1)
     cache = _cache_of_one(model.config, T, cache_dtype, paged)
 
     def read(number: Int32[Array, ""], carry: tuple[Cache, TopLogprobs]) -> tuple[Cache, TopLogprobs]:
@@ -304,8 +290,8 @@ def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: 
     cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), one)
     slots = Slots(zeros(), zeros(), zeros(), jnp.zeros((B, V), jnp.int32))
     stop_ids, mask = jnp.full((B, MAX_STOP_IDS), -1, jnp.int32), jnp.zeros((B, V), bool)
-    sampling, wants_logprobs = Sampling.of([SamplingParams(temperature=0)] * B), jnp.zeros(B, bool)
-    return Rows(cache, slots, Requests(sampling, stop_ids, zeros(), mask, wants_logprobs))
+    sampling, no = Sampling.of([SamplingParams(temperature=0)] * B), jnp.zeros(B, bool)
+    return Rows(cache, slots, Requests(sampling, stop_ids, zeros(), mask, no, no))
 
 
 @partial(jax.jit, static_argnames=("num_pages", "config", "cache_dtype"))
@@ -422,6 +408,28 @@ def _over_slots(
         return step(token_ids, cache, start, only)
     x, cache = model(token_ids[0], cache, start[0], None if only is None else only[0])
     return x[None], cache
+
+
+def _of(rows: Int32[Array, "P"] | None, arrays: _Arrays) -> _Arrays:
+    """These rows of arrays, all if none are said."""
+    return arrays if rows is None else jax.tree.map(lambda x: x.at[rows].get(mode="clip"), arrays)
+
+
+def _slots_of(rows: Int32[Array, "P"] | None, slots: Slots) -> Slots:
+    if rows is None:
+        return slots
+    part = _of(rows, slots)
+    return replace(part, left=jnp.where(rows < slots.left.shape[0], part.left, 0))
+
+
+def _put(rows: Int32[Array, "P"] | None, part: _Arrays, whole: _Arrays) -> _Arrays:
+    """Arrays with these rows in place of theirs. What is in no row is left out."""
+    return part if rows is None else jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), whole, part)
+
+
+def _nothing_drawn(slots: Slots, length: int) -> Drawn:
+    shape = slots.token.shape[0], length
+    return Drawn(jnp.full(shape, -1, jnp.int32), TopLogprobs.zeros(shape, slots.counts.shape[1]))
 
 
 def _masked(logits: Float32[Array, "B V"], mask: Int32[Array, "B W"]) -> Float32[Array, "B V"]:

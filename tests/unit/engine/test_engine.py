@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from llamajax.engine.batch import Batch
-from llamajax.engine.engine import Engine
+from llamajax.engine.contiguous import ContiguousBatch
+from llamajax.engine.engine import Engine, make_batch
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
@@ -157,31 +157,36 @@ def test_once_all_is_compiled_nothing_compiles_whatever_is_asked() -> None:
     assert compiled == []
 
 
+@pytest.fixture(scope="module")
+def contiguous() -> Runner:
+    return tiny_runner(1024, paged=False)
+
+
 @pytest.fixture
 def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Batch, keep: Sequence[int]) -> None:
+    def refuse(self: ContiguousBatch, keep: Sequence[int]) -> None:
         raise AssertionError("rows were copied")
 
-    monkeypatch.setattr(Batch, "take", refuse)
+    monkeypatch.setattr(ContiguousBatch, "_take", refuse)
 
 
 @pytest.mark.usefixtures("no_copies")
-def test_idle_rows_are_not_copied_to_have_fewer_or_more(runner: Runner) -> None:
-    engine = Engine(runner, num_slots=8, max_waiting=50)
+def test_idle_rows_are_not_copied_to_have_fewer_or_more(contiguous: Runner) -> None:
+    engine = Engine(contiguous, num_slots=8, max_waiting=50)
     sizes = []
     for num_jobs in (8, 1, 6):
         requests = [Request(random_ids(5, number), 20, KINDS[1]) for number in range(num_jobs)]
         collected = [submit(engine, it)[1] for it in requests]
         for _ in run(engine):
             pass
-        assert [c.tokens for c in collected] == [list(Sequential(runner, it)) for it in requests]
+        assert [c.tokens for c in collected] == [list(Sequential(contiguous, it)) for it in requests]
         sizes.append(engine._batch.num_rows)
     assert sizes == [8, 2, 8]
 
 
 @pytest.mark.usefixtures("no_copies")
-def test_those_who_come_while_the_first_prompt_is_read_find_rows(runner: Runner) -> None:
-    engine = Engine(runner, num_slots=8, max_waiting=50)
+def test_those_who_come_while_the_first_prompt_is_read_find_rows(contiguous: Runner) -> None:
+    engine = Engine(contiguous, num_slots=8, max_waiting=50)
     requests = [Request(random_ids(5, number), 20, KINDS[1]) for number in range(6)]
     collected = [submit(engine, requests[0])[1]]
     engine.step()
@@ -189,7 +194,7 @@ def test_those_who_come_while_the_first_prompt_is_read_find_rows(runner: Runner)
     collected += [submit(engine, it)[1] for it in requests[1:]]
     for _ in run(engine):
         assert engine._batch.num_rows == 8
-    assert [c.tokens for c in collected] == [list(Sequential(runner, it)) for it in requests]
+    assert [c.tokens for c in collected] == [list(Sequential(contiguous, it)) for it in requests]
 
 
 @pytest.mark.parametrize("limit", [56, 57, 58])
@@ -206,12 +211,12 @@ def test_a_few_slots_need_few_programs() -> None:
     runner = tiny_runner(1024, paged=False)
 
     def programs(slots: int) -> set[Program]:
-        return set(Batch(runner, slots).programs(1024))
+        return set(make_batch(runner, slots).programs(1024))
 
     assert {p.num_rows for p in programs(1)} == {1}
     assert {p.num_rows for p in programs(2)} == {1, 2}  # never enough to be read as a group
     assert programs(2) < programs(3) < programs(8)
-    first = Batch(runner, 8).programs(1024)[:9]
+    first = make_batch(runner, 8).programs(1024)[:9]
     assert {p.cache_len for p in first} == {128}
     assert {p.step for p in first} == {"empty_rows", "prefill", "insert", "decode", "stop"}
 
@@ -252,6 +257,7 @@ def test_those_that_run_go_on_while_a_long_prompt_is_read(engine: Engine) -> Non
 def test_rows_and_length_follow_what_runs() -> None:
     engine = Engine(tiny_runner(1024, paged=False), num_slots=8)
     batch = engine._batch
+    assert isinstance(batch, ContiguousBatch)
     jobs = [submit(engine, Request([1 + i], 60 if i else 300, SamplingParams(temperature=0)))[0] for i in range(8)]
     sizes = set()
     for _ in run(engine):
@@ -264,7 +270,9 @@ def test_rows_and_length_follow_what_runs() -> None:
     assert (batch.num_rows, batch.length) == (2, 128)
 
 
-def test_a_cancelled_request_stops_within_a_block(engine: Engine, runner: Runner) -> None:
+def test_a_cancelled_request_stops_within_a_block(
+    engine: Engine, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, collected = submit(engine, Request([1], 400, SamplingParams(temperature=0)))
     _, other = submit(engine, request(2))
     while len(collected.tokens) < 5:
@@ -274,10 +282,12 @@ def test_a_cancelled_request_stops_within_a_block(engine: Engine, runner: Runner
     engine.step()
     assert collected.ends == [("cancelled", None)] and len(collected.tokens) == tokens
     assert job not in engine.scheduler.running
-    assert engine._batch._rows is not None
-    assert sum(np.asarray(engine._batch._rows.slots.left) > 0) <= 1
+    decoded: list[Sequence[int]] = []
+    decode = engine._batch.decode
+    monkeypatch.setattr(engine._batch, "decode", lambda rows, n: decoded.append(rows) or decode(rows, n))
     list(run(engine))
     assert other.tokens == alone(runner, 2)
+    assert {len(rows) for rows in decoded} <= {1}
 
 
 def test_a_deadline_ends_an_answer_wherever_it_is(engine: Engine) -> None:

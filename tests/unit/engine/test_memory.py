@@ -5,7 +5,7 @@ Each row has a cache of its own, as on an accelerator; `test_pool` does the same
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from llamajax.config import CONFIGS
-from llamajax.engine.batch import Batch
 from llamajax.engine.capacity import Capacity
+from llamajax.engine.contiguous import ContiguousBatch
 from llamajax.engine.engine import Engine
 from llamajax.engine.memory import Footprint
 from llamajax.engine.programs import Program
@@ -145,8 +145,10 @@ def test_the_capacity_is_told_as_the_engine_makes_rows(runner: Runner, sequences
     footprint = replace(FOOTPRINT, config=config)
     needed = footprint.needed(4, 512, 1, 512, 512)
     told = Capacity.of(footprint, sequences, length, needed)
-    assert told.rows == sum(x.nbytes for x in jax.tree.leaves(engine._batch._rows))
-    assert (told.num_rows, told.length) == (engine._batch.num_rows, engine._batch.length)
+    batch = engine._batch
+    assert isinstance(batch, ContiguousBatch)
+    assert told.rows == sum(x.nbytes for x in jax.tree.leaves(batch._rows))
+    assert (told.num_rows, told.length) == (batch.num_rows, batch.length)
     engine.abort()
 
 
@@ -176,8 +178,8 @@ def test_where_the_device_tells_its_memory_no_more_is_asked_for(
     monkeypatch.setattr(runner, "free_bytes", lambda: room)
     engine = Engine(runner, num_slots=4, max_waiting=50)
     saved = []
-    save = Batch.save
-    monkeypatch.setattr(Batch, "save", lambda batch, rows: saved.extend(rows) or save(batch, rows))
+    save = ContiguousBatch.save
+    monkeypatch.setattr(ContiguousBatch, "save", lambda batch, rows: saved.extend(rows) or save(batch, rows))
     with small_device(runner, room + FOOTPRINT.rows(8, 256), monkeypatch) as refused:
         collected = answers(engine, requests())
     assert refused == []
@@ -269,7 +271,7 @@ def test_rows_that_a_failed_call_has_destroyed_end_with_its_error(
         engine.step()
     assert engine._batch._rows
 
-    def fail(num_steps: int) -> None:
+    def fail(rows: Sequence[int], num_steps: int) -> None:
         jax.tree.map(lambda x: x.delete(), engine._batch._rows.cache)
         raise exhausted()
 

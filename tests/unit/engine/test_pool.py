@@ -1,7 +1,7 @@
 """Pages of a KV cache: each is free or one sequence's, and where they are few, those that come wait."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from llamajax.engine import batch as batch_module
-from llamajax.engine.batch import Batch
+from llamajax.engine import paged as paged_module
 from llamajax.engine.engine import Engine
+from llamajax.engine.paged import PagedBatch
 from llamajax.engine.pool import Pool, Tables, missing, pages
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
@@ -86,6 +86,11 @@ def test_each_page_is_free_or_kept_or_a_sequence_s(
         assert len(pool._unused) <= most_kept
 
 
+def paged(engine: Engine) -> PagedBatch:
+    assert isinstance(engine._batch, PagedBatch)
+    return engine._batch
+
+
 needs_kernels = pytest.mark.skipif(not native.available(), reason="pages are for the native kernels")
 
 
@@ -104,17 +109,16 @@ def expected(runner: Runner) -> list[list[Token]]:
 def test_where_pages_are_few_those_that_come_wait_and_all_get_their_tokens(
     runner: Runner, expected: list[list[Token]], monkeypatch: pytest.MonkeyPatch, num_pages: int
 ) -> None:
-    monkeypatch.setattr(batch_module, "_num_pages", lambda *_: num_pages)
-    saved, save, restored, restore = [], Batch.save, [], Batch.restore
-    monkeypatch.setattr(Batch, "save", lambda batch, rows: saved.extend(rows) or save(batch, rows))
-    monkeypatch.setattr(Batch, "restore", lambda batch, *args: restored.append(args) or restore(batch, *args))
+    monkeypatch.setattr(paged_module, "_num_pages", lambda *_: num_pages)
+    saved, save, restored, restore = [], PagedBatch.save, [], PagedBatch.restore
+    monkeypatch.setattr(PagedBatch, "save", lambda batch, rows: saved.extend(rows) or save(batch, rows))
+    monkeypatch.setattr(PagedBatch, "restore", lambda batch, *args: restored.append(args) or restore(batch, *args))
     engine = Engine(runner, num_slots=4, max_waiting=50)
-    step, pool = engine.step, engine._batch._pool
-    assert pool
+    step, pool = engine.step, paged(engine)._pool
 
     def checked_step() -> bool:
         busy, prompts = step(), engine._prompts
-        pool.check([engine._batch._tables, *([prompts.tables] if prompts and prompts.tables else [])])
+        pool.check([paged(engine)._tables, *([prompts.tables] if prompts else [])])
         return busy
 
     monkeypatch.setattr(engine, "step", checked_step)
@@ -128,8 +132,7 @@ def test_where_pages_are_few_those_that_come_wait_and_all_get_their_tokens(
 @needs_kernels
 def test_one_long_request_does_not_make_the_others_long(runner: Runner) -> None:
     engine = Engine(runner, num_slots=4)
-    pool = engine._batch._pool
-    assert pool
+    pool = paged(engine)._pool
     for number, limit in enumerate((400, 5, 5, 5)):
         engine.scheduler.submit(engine.job(Request(random_ids(5, number), limit), Collected()))
     most = 0
@@ -143,14 +146,14 @@ def test_one_long_request_does_not_make_the_others_long(runner: Runner) -> None:
     ("step", "at"),
     [
         ("empty_pages", 1),
-        *itertools.product(["empty_rows"], [1, 2]),
-        *itertools.product(["prefill", "insert", "decode", "put_page"], [1, 2, 5]),
+        ("empty_rows", 1),
+        *itertools.product(["prefill", "insert", "decode_rows", "put_page"], [1, 2, 5]),
     ],
 )
 def test_one_call_that_fails_for_want_of_memory_ends_nobody(
     runner: Runner, expected: list[list[Token]], monkeypatch: pytest.MonkeyPatch, step: str, at: int
 ) -> None:
-    monkeypatch.setattr(batch_module, "_num_pages", lambda *_: 11)
+    monkeypatch.setattr(paged_module, "_num_pages", lambda *_: 11)
     compile, calls = runner.compile, itertools.count(1)
 
     def compiled(program: Program) -> Callable[..., object]:
@@ -163,9 +166,8 @@ def test_one_call_that_fails_for_want_of_memory_ends_nobody(
     collected = answers(engine, requests())
     assert next(calls) > at
     assert [c.tokens for c in collected] == expected
-    pool = engine._batch._pool
-    assert pool
-    pool.check([engine._batch._tables])
+    pool = paged(engine)._pool
+    pool.check([paged(engine)._tables])
     assert pool.num_free == pool.num_pages
 
 
@@ -196,10 +198,9 @@ def test_pages_that_a_failed_call_has_destroyed_end_those_that_run_with_its_erro
         engine.scheduler.submit(engine.job(Request([1, 2], 50), listener))
     while not engine.scheduler.running:
         engine.step()
-    batch = engine._batch
+    batch = paged(engine)
 
-    def fail(num_steps: int) -> None:
-        assert batch._pool and batch._tables
+    def fail(rows: Sequence[int], num_steps: int) -> None:
         jax.tree.map(lambda x: x.delete(), batch._pool._cache)
         raise exhausted()
 
@@ -240,19 +241,18 @@ def test_shared_prefixes_change_no_bit(monkeypatch: pytest.MonkeyPatch, num_page
     kept = {"max_seq_len": 512, "cache_dtype": cache_dtype, "paged": True}
     config = replace(CONFIG, max_position_embeddings=512)
     runner = Runner(config, random_weights(), device=jax.devices()[0], **kept)
-    monkeypatch.setattr(batch_module, "_num_pages", lambda *_: num_pages)
+    monkeypatch.setattr(paged_module, "_num_pages", lambda *_: num_pages)
     asked, found = shared_requests(), {}
     for slots, prefix_bytes in ((4, 0), (4, 1 << 30), (1, 1 << 30)):
         engine = Engine(runner, num_slots=slots, max_waiting=50, prefix_bytes=prefix_bytes)
-        pool = engine._batch._pool
-        assert pool
+        pool = paged(engine)._pool
         collected = [Collected() for _ in asked]
         for request, listener in zip(asked, collected, strict=True):
             engine.scheduler.submit(engine.job(request, listener))
             engine.step()
         while engine.step():
             prompts = engine._prompts
-            pool.check([engine._batch._tables, *([prompts.tables] if prompts and prompts.tables else [])])
+            pool.check([paged(engine)._tables, *([prompts.tables] if prompts else [])])
         found[slots, prefix_bytes] = [[(t.id, t.logprobs) for t in c.tokens] for c in collected]
         assert {tuple(c.ends) for c in collected} == {(("length", None),)}
         assert any(c.num_cached for c in collected) == bool(prefix_bytes)
@@ -274,5 +274,5 @@ def test_those_that_begin_alike_wait_for_the_first_and_share_its_pages(runner: R
         pass
     assert [c.num_cached for c in collected] == [0, *[3 * PAGE_LEN] * 4]
     assert [number for number, _, _ in reads] == [1, 1, 1, 4]  # the first one in three chunks, the others at once
-    pool = engine._batch._pool
-    assert pool and len(pool._prefixes) == 3 and pool.num_free == pool.num_pages
+    pool = paged(engine)._pool
+    assert len(pool._prefixes) == 3 and pool.num_free == pool.num_pages

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.engine import steps
-from llamajax.engine.batch import Batch
+from llamajax.engine.batch import Needs
+from llamajax.engine.contiguous import ContiguousBatch
 from llamajax.engine.sequential import Sequential
 from llamajax.model.cache import Cache, KeysValues
 from llamajax.types import Request, SamplingParams
@@ -40,11 +41,11 @@ def test_the_old_cache_of_a_growing_answer_is_gone() -> None:
 
 
 def test_the_old_cache_of_rows_is_gone() -> None:
-    batch = Batch(tiny_runner(1024, paged=False), 4)
-    batch.start(2, 128)
-    for change in (lambda: batch.approach(256), lambda: batch.take([0, 1, -1, -1]), lambda: batch.approach(128)):
+    batch = ContiguousBatch(tiny_runner(1024, paged=False), 4)
+    list(batch.fit(Needs({}, longest=128, num_wanted=2)))
+    for num_rows, length in ((2, 1024), (4, 1024), (4, 128)):
         assert batch._rows
         old = batch._rows.cache
-        change()
+        list(batch.fit(Needs({0: 100, 1: 100}, longest=length, num_wanted=num_rows)))
         assert all(array.is_deleted() for layer in old for array in (layer.key, layer.value))
-    assert (batch.num_rows, batch.length) == (4, 128)
+        assert (batch.num_rows, batch.length) == (num_rows, length)

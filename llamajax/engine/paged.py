@@ -1,0 +1,204 @@
+"""Rows whose cache is in pages of one pool, where the native kernels compute.
+
+There are as many rows as sequences may run, and none ever moves: a step takes those that draw by their numbers. It is a
+program for each of a few counts of rows, since idle ones take time, too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from llamajax.engine.batch import Batch, Needs, Prompts, Saved
+from llamajax.engine.memory import cache_bytes, prefix_cache_bytes
+from llamajax.engine.pool import Pool, Tables, missing, pages
+from llamajax.engine.programs import Program
+from llamajax.engine.runner import Runner, power_of_two
+from llamajax.engine.steps import Drawn, Rows
+from llamajax.model.cache import Cache
+from llamajax.ops import PAGE_LEN
+from llamajax.placement import bytes_per_token
+
+
+class PagedBatch(Batch):
+    """Rows that have pages."""
+
+    def __init__(self, runner: Runner, max_rows: int, prefix_bytes: int | None = None) -> None:
+        """Keeps so many bytes of prompts that have ended; by default a share of the computer's memory."""
+        super().__init__(runner, max_rows)
+        self._width = power_of_two(max_rows)  # few numbers, since programs are made for each
+        page_bytes = bytes_per_token(runner.config, runner.cache_dtype) * PAGE_LEN
+        most_kept = (prefix_cache_bytes() if prefix_bytes is None else prefix_bytes) // page_bytes
+        self.shares = most_kept > 0
+        self._pool = Pool(_num_pages(runner, max_rows), self._empty_pages, most_kept)
+        self._tables = Tables(self._width, runner.table_len)
+        self._drawing = self._taken([], self._sizes)  # the rows that scores are of
+
+    def _empty_pages(self) -> Cache:
+        return self._runner.empty_pages(self._pool.length)
+
+    @property
+    def longest(self) -> int:
+        return self._runner.bucket(1)
+
+    def fits(self, needs: Needs) -> bool:
+        # Those that run will soon want a page more: none shall be put back for one that is new.
+        spare = len(needs.rows) if needs.new else 0
+        return missing(self._tables, needs.rows) + sum(map(pages, needs.new)) + spare <= self._pool.num_free
+
+    def fit(self, needs: Needs) -> Iterator[Sequence[int]]:
+        if self._rows is None:
+            self._rows = self._runner.empty_rows(self._width, self._runner.bucket(1))
+            yield [-1] * self._width
+
+    def expect_all_memory(self) -> None:
+        """`fits` has learned nothing."""
+
+    def num_cached(self, token_ids: Sequence[int]) -> int:
+        return PAGE_LEN * len(self._pool.known(token_ids))
+
+    def _make_room(self, prompts: Prompts, num_positions: int) -> None:
+        prompts.tables = Tables(len(prompts.requests), self._runner.table_len)
+        for row, request in enumerate(prompts.different):
+            known = self._pool.known(request.token_ids)[: pages(prompts.num_cached)]
+            assert len(known) == pages(prompts.num_cached)
+            self._pool.share(prompts.tables, row, known)
+        for row in range(len(prompts.different)):  # which may make the pool forget what nobody shares
+            self._pool.take(prompts.tables, row, num_positions)
+
+    def read(self, prompts: Prompts) -> Drawn:
+        token_ids, start, length = prompts.next_chunk()
+        counts = np.array(prompts.tables.counts)
+        chunk = token_ids, np.where(counts > 0, start, np.int32(-1)), length
+        drawn, cache = self._prefill(prompts, self._pool.lend(prompts.tables.ids), self._pool.length, chunk)
+        self._pool.put(cache)
+        if not prompts.left:
+            for row in counts.nonzero()[0].tolist():
+                self._pool.keep(prompts.tables, row, prompts.requests[row].token_ids)
+        return drawn
+
+    def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
+        assert self._rows is not None
+        self._rows = self._inserted(self._rows, prompts.rows, which, at)
+        for source, row in zip(which, at, strict=True):
+            prompts.tables.move(source, self._tables, row)
+
+    def drop(self, prompts: Prompts) -> None:
+        for row in range(len(prompts.tables.counts)):
+            self._pool.leave(prompts.tables, row)
+
+    def reserve(self, rows: Mapping[int, int]) -> None:
+        for row, num_positions in rows.items():
+            self._pool.take(self._tables, row, num_positions)
+
+    def decode(self, rows: Sequence[int], num_steps: int) -> Drawn:
+        assert self._rows is not None
+        taken = self._taken(rows, self._sizes)
+        program = self._of_rows("decode_rows", len(taken))
+        drawn, cache, slots = self._runner.compile(program)(
+            self._runner.model.arrays,
+            self._lend(taken),
+            self._rows.slots,
+            self._runner.step_counts[num_steps],
+            self._rows.requests,
+            None,
+            taken,
+        )
+        self._pool.put(cache)
+        self._rows = self._rows._replace(slots=slots)
+        self._runner.copy_ahead(drawn)
+        return drawn
+
+    def forward(self, rows: Sequence[int]) -> None:
+        assert self._rows is not None
+        self._drawing = self._taken(rows, self._drawn_sizes)
+        program = self._of_rows("forward_rows", len(self._drawing))
+        forward = self._runner.compile(program)
+        self._scores, cache = forward(
+            self._runner.model.arrays, self._lend(self._drawing), self._rows.slots, self._drawing
+        )
+        self._pool.put(cache)
+
+    def draw(self, mask: Int32[np.ndarray, "B W"]) -> Drawn:
+        assert self._rows is not None
+        rows = self._drawing
+        program = self._of_rows("draw_rows", len(rows))
+        drawn, slots = self._runner.compile(program)(
+            self._scores, self._rows.slots, self._rows.requests, mask.take(rows, axis=0, mode="clip"), rows
+        )
+        self._rows = self._rows._replace(slots=slots)
+        self._runner.copy_ahead(drawn)
+        return drawn
+
+    def leave(self, row: int, *, draws: bool) -> None:
+        self._pool.leave(self._tables, row)
+
+    @property
+    def is_lost(self) -> bool:
+        return super().is_lost or self._pool.is_lost
+
+    def save(self, rows: Mapping[int, int]) -> list[Saved]:
+        whole = jax.tree.map(np.asarray, self._rows)
+        return [
+            Saved(
+                jax.tree.map(lambda x, row=row: x[row : row + 1].copy(), whole), self._pool.save(self._tables, row, n)
+            )
+            for row, n in rows.items()
+        ]
+
+    def restore(self, saved: Saved, at: int) -> None:
+        assert self._rows is not None
+        try:
+            put_page = self._runner.compile(Program("put_page", self._pool.length))
+            self._pool.restore(saved.pages, self._tables, at, put_page)
+            self._rows = self._inserted(self._rows, jax.device_put(saved.rows, self._runner.device), [0], [at])
+        except BaseException:
+            self._pool.leave(self._tables, at)
+            raise
+
+    def clear(self) -> None:
+        self._rows, self._tables = None, Tables(self._width, self._runner.table_len)
+        self._pool.clear()
+
+    def programs(self, num_positions: int) -> list[Program]:
+        length, row_len = self._pool.length, self._runner.bucket(1)
+        programs = [Program("empty_pages", length), Program("empty_rows", row_len, num_rows=self._width)]
+        for group in self._groups:
+            programs += self._runner.prefills(group, length)
+            programs.append(Program("insert", row_len, num_rows=self._width, source=(group, row_len)))
+            if group == 1:
+                programs += [self._of_rows("decode_rows", n) for n in self._sizes]
+        programs.append(Program("put_page", length))
+        programs += [self._of_rows(step, n) for n in self._drawn_sizes for step in ("forward_rows", "draw_rows")]
+        return programs
+
+    def _of_rows(self, step: Literal["decode_rows", "forward_rows", "draw_rows"], num_rows: int) -> Program:
+        return Program(step, self._pool.length, num_rows=num_rows, source=(self._width, 0))
+
+    @property
+    def _drawn_sizes(self) -> list[int]:
+        """Numbers of rows that `draw` takes: fewer, since few requests have a constraint."""
+        return [size for size in self._sizes if size == power_of_two(size) or size == self._sizes[-1]]
+
+    def _taken(self, rows: Sequence[int], sizes: Sequence[int]) -> Int32[np.ndarray, "P"]:
+        """The rows, as many as a program takes: those that there are not are idle."""
+        size = next(size for size in sizes if size >= len(rows))
+        return np.array([*rows, *[self._width] * (size - len(rows))], np.int32)
+
+    def _lend(self, rows: Int32[np.ndarray, "P"]) -> Cache:
+        return self._pool.lend(self._tables.ids.take(rows, axis=0, mode="clip"))
+
+    def _row_len(self, rows: Rows) -> int:
+        return self._runner.bucket(1)
+
+
+def _num_pages(runner: Runner, max_rows: int) -> int:
+    """What so many rows may need, as far as the computer has memory for it, and at least what one needs.
+
+    Few numbers, since programs are made for each: without memory that is written, a page costs nothing.
+    """
+    most = max(1, cache_bytes() // (bytes_per_token(runner.config, runner.cache_dtype) * PAGE_LEN))
+    wanted = power_of_two(max_rows) * runner.table_len
+    return max(runner.table_len, min(wanted, power_of_two(most + 1) // 2))
