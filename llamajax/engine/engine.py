@@ -116,9 +116,11 @@ class Engine:
           progress: called with how many programs are compiled, of how many, before the first and after each.
         """
         programs = [*self._batch.programs(max_len), *self._runner.scorings()]
+        # With pages they are few. Without, those of all lengths would take gigabytes of the host's memory.
+        compile = self._runner.compile if self._runner.paged else self._runner.prepare
         progress(0, len(programs))
         for number, program in enumerate(programs, 1):
-            self._runner.prepare(program)
+            compile(program)
             progress(number, len(programs))
 
     def _go_on(self) -> None:
