@@ -1,5 +1,6 @@
 """Reading and generating alone begin at their depth, and do the work that they are timed for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from llamajax.bench.model import _Mute
 from llamajax.bench.session import Session
 from llamajax.bench.workload import synthetic
 from llamajax.engine.batch import Batch, Prompts
+from llamajax.engine.engine import make_batch
 from llamajax.engine.sequential import Sequential
 from llamajax.types import Request
 
@@ -38,14 +40,15 @@ def test_generating(
     session: Session, batch: int, depth: int, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[np.ndarray] = []
-    decode = Batch.decode
+    kind = type(make_batch(session.llm._runner, batch))
+    decode = kind.decode
 
-    def noted(self: Batch, num_steps: int, **options: Any) -> Any:
-        block = decode(self, num_steps, **options)
+    def noted(self: Batch, rows: Sequence[int], num_steps: int) -> Any:
+        block = decode(self, rows, num_steps)
         drawn.append(np.asarray(block.tokens)[:batch, :num_steps])
         return block
 
-    monkeypatch.setattr(Batch, "decode", noted)
+    monkeypatch.setattr(kind, "decode", noted)
     result = generate(session, 20, batch=batch, depth=depth, sampling=sampling)
     # A warm-up and two runs, each of 20 tokens a sequence after the one that comes of reading the prompt.
     tokens = np.concatenate(drawn, axis=1)
@@ -66,16 +69,17 @@ def test_reading(
 ) -> None:
     begun: list[tuple[int, int]] = []
     finished: list[int] = []
-    read = Batch.read
+    kind = type(make_batch(session.llm._runner, batch))
+    read = kind.read
 
-    def noted(self: Batch, prompts: Prompts, **options: Any) -> Any:
-        begun.append((prompts._start, len(prompts._requests[0].token_ids)))
-        drawn = read(self, prompts, **options)
-        if not prompts.left and prompts._start == depth and begun[-1][1] > depth:
+    def noted(self: Batch, prompts: Prompts) -> Any:
+        begun.append((prompts.num_cached, len(prompts.requests[0].token_ids)))
+        drawn = read(self, prompts)
+        if not prompts.left and prompts.num_cached == depth and begun[-1][1] > depth:
             finished.extend(np.asarray(drawn.tokens)[:, 0].tolist())
         return drawn
 
-    monkeypatch.setattr(Batch, "read", noted)
+    monkeypatch.setattr(kind, "read", noted)
     result = read_prompts(session, tokens, batch=batch, depth=depth)
     # A warm-up and two runs; what is drawn after the whole prompt depends on all of it.
     assert finished == answer(session, depth + tokens, 1) * sum(groups) * 3
