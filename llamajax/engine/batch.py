@@ -33,7 +33,7 @@ class Needs(NamedTuple):
 
     Attributes:
       rows: positions of the sequences that run, by their rows.
-      new: positions of those that have no room yet.
+      new: positions of those that have no room yet, without those that they share with others that run.
       longest: the most positions of a sequence that runs or will run next.
       prompts: those that are read meanwhile.
       num_wanted: sequences that there should be rows for.
@@ -176,9 +176,9 @@ class Batch(ABC):
     def expect_all_memory(self) -> None:
         """As at the beginning: something else may have taken what was missing."""
 
-    def num_cached(self, token_ids: Sequence[int]) -> int:
-        """How many of a prompt's tokens are in the cache, in whole pages."""
-        return 0
+    def find_cached(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """How many of a prompt's tokens are in the cache, in whole pages, and how many of them others that run have."""
+        return 0, 0
 
     def prompts(
         self, requests: Sequence[Request], limits: Sequence[int], num_cached: int = 0, num_positions: int = 0
@@ -188,7 +188,7 @@ class Batch(ABC):
         Their lengths must ask for the same chunks.
 
         Args:
-          num_cached: what the method of this name has found of each.
+          num_cached: what `find_cached` has found of each.
           num_positions: those that there is room for at least.
         """
         chunks = chunk_lens(len(requests[0].token_ids), num_cached)

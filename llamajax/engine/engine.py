@@ -175,7 +175,7 @@ class Engine:
         """What the cache has of the prompts that are next."""
         for job in self.scheduler.first(GROUP_LEN):
             if not job.saved:
-                job.num_cached = self._batch.num_cached(job.request.token_ids)
+                job.num_cached, job.num_shared = self._batch.find_cached(job.request.token_ids)
                 job.plan = chunk_lens(len(job.request.token_ids), job.num_cached)
 
     def _num_different(self) -> int:
@@ -331,12 +331,13 @@ class Engine:
         scheduler, batch, job = self.scheduler, self._batch, self.scheduler.next
         if job is None:
             return 0
-        needs, num_positions = self._needs(), _first_len(job)
-        longest = max(needs.longest, num_positions)
+        needs = self._needs()
+        longest = max(needs.longest, _first_len(job))
 
         def is_room(number: int) -> bool:
             admitted = min(scheduler.num_admitted + number, scheduler.num_slots)
-            new, size = [num_positions] * number, self._size(job, number)
+            new = [_first_len(job) - (0 if job.saved else job.num_shared) for job in scheduler.first(number)]
+            size = self._size(job, number)
             return batch.can_admit(Needs(needs.rows, new, longest, size, num_wanted=admitted, num_needed=admitted))
 
         for number in (1,) if job.saved else (GROUP_LEN, 1):

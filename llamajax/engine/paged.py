@@ -56,8 +56,9 @@ class PagedBatch(Batch):
     def expect_all_memory(self) -> None:
         """`fits` has learned nothing."""
 
-    def num_cached(self, token_ids: Sequence[int]) -> int:
-        return PAGE_LEN * len(self._pool.known(token_ids))
+    def find_cached(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        known = self._pool.known(token_ids)
+        return PAGE_LEN * len(known), PAGE_LEN * self._pool.num_owned(known)
 
     def _make_room(self, prompts: Prompts, num_positions: int) -> None:
         prompts.tables = Tables(len(prompts.requests), self._runner.table_len)

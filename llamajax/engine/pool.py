@@ -58,7 +58,9 @@ class Pool:
         self._free = list(range(self.num_pages))[::-1]
         self._owners = [0] * self.num_pages  # sequences that have a page
         self._prefixes = Prefixes()
-        self._unused = set[int]()  # pages that only the tree of prefixes has
+        # Pages that only the tree of prefixes has, by when they were last asked for. Whoever asks for a page asks for
+        # those before it, and they come after it here: nothing goes on from the first one.
+        self._unused = dict[int, None]()
 
     @property
     def num_free(self) -> int:
@@ -93,7 +95,18 @@ class Pool:
 
     def known(self, token_ids: Sequence[int]) -> list[int]:
         """The pages that are there of a prompt's beginning, but for its last token."""
-        return self._prefixes.match(token_ids) if self.most_kept else []
+        if not self.most_kept:
+            return []
+        found = self._prefixes.match(token_ids)
+        for page in found[::-1]:
+            if page in self._unused:
+                del self._unused[page]
+                self._unused[page] = None
+        return found
+
+    def num_owned(self, ids: Sequence[int]) -> int:
+        """How many of these pages a sequence has."""
+        return sum(self._owners[page] > 0 for page in ids)
 
     def share(self, tables: Tables, row: int, known: Sequence[int]) -> None:
         """Begins a sequence with pages that are known."""
@@ -165,13 +178,13 @@ class Pool:
 
     def _own(self, page: int) -> None:
         self._owners[page] += 1
-        self._unused.discard(page)
+        self._unused.pop(page, None)
 
     def _drop(self, page: int) -> None:
         assert self._owners[page] > 0
         self._owners[page] -= 1
         if self._owners[page] == 0 and page in self._prefixes:
-            self._unused.add(page)
+            self._unused[page] = None
         elif self._owners[page] == 0:
             self._free.append(page)
 
@@ -181,11 +194,11 @@ class Pool:
 
     def _forget_one(self) -> None:
         """Frees the page of the tree that was not needed for the longest time."""
-        page = self._prefixes.oldest(self._unused)
-        if page is None:
+        if not self._unused:
             raise MemoryError("no page of the KV cache is free")
+        page = next(iter(self._unused))
         self._prefixes.remove(page)
-        self._unused.remove(page)
+        del self._unused[page]
         self._free.append(page)
 
 

@@ -4,9 +4,8 @@ Plain Python: knows page numbers and token ids, not what pages hold. Only what w
 values that a decode step wrote are rounded in another way.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 from llamajax.ops import PAGE_LEN
 
@@ -20,7 +19,6 @@ class _Node:
     page: int
     parent: "_Node | None"
     tokens: _Tokens
-    used: int = 0  # when it was last asked for
     children: "dict[_Tokens, _Node]" = field(default_factory=dict)
 
 
@@ -30,7 +28,6 @@ class Prefixes:
     def __init__(self) -> None:
         self._root = _Node(-1, None, ())
         self._nodes: dict[int, _Node] = {}
-        self._clock = count(1)
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -40,11 +37,11 @@ class Prefixes:
 
     def match(self, token_ids: Sequence[int]) -> list[int]:
         """The pages of the longest beginning that is known, without the last token: its scores are not kept."""
-        node, found, now = self._root, list[int](), next(self._clock)
+        node, found = self._root, list[int]()
         for tokens in _pages(token_ids[:-1]):
             if (child := node.children.get(tokens)) is None:
                 break
-            node, child.used = child, now
+            node = child
             found.append(child.page)
         return found
 
@@ -53,19 +50,14 @@ class Prefixes:
 
         Returns the pages that the tree has of this prompt: they hold the same, to the last bit.
         """
-        node, kept, now = self._root, list[int](), next(self._clock)
+        node, kept = self._root, list[int]()
         for tokens, page in zip(_pages(token_ids), pages, strict=False):
             child = node.children.get(tokens)
             if child is None:
                 child = node.children[tokens] = self._nodes[page] = _Node(page, node, tokens)
-            node, child.used = child, now
+            node = child
             kept.append(child.page)
         return kept
-
-    def oldest(self, pages: Iterable[int]) -> int | None:
-        """Of these pages, the one that was asked for the longest time ago and that nothing goes on from."""
-        leaves = [page for page in pages if not self._nodes[page].children]
-        return min(leaves, key=lambda page: self._nodes[page].used, default=None)
 
     def remove(self, page: int) -> None:
         """Forgets a page that nothing goes on from."""

@@ -31,6 +31,7 @@ class Job:
 
     Attributes:
       num_cached: tokens of its prompt that are in the cache already, in whole pages.
+      num_shared: those of them that others that run have, too.
       plan: the chunks in which the others are read; prompts of one plan can be read together.
       matcher: follows the answer if it must fit a constraint.
       deadline: on the monotonic clock, in seconds; None is never.
@@ -50,6 +51,7 @@ class Job:
     deadline: float | None = None
     matcher: Matcher | None = None
     num_cached: int = 0
+    num_shared: int = 0
     cancelled: bool = False
     state: Literal["new", "waiting", "reading", "running", "ended"] = "new"
     drawn: int = 0

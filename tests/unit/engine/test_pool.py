@@ -14,6 +14,7 @@ from llamajax.engine import paged as paged_module
 from llamajax.engine.engine import Engine
 from llamajax.engine.paged import PagedBatch
 from llamajax.engine.pool import Pool, Tables, missing, pages
+from llamajax.engine.prefixes import Prefixes
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
@@ -84,6 +85,18 @@ def test_each_page_is_free_or_kept_or_a_sequence_s(
             assert other.ids[row, : other.counts[row]].tolist() == ids and mine.counts[row] == 0
         pool.check(tables)
         assert len(pool._unused) <= most_kept
+
+
+def test_the_page_that_was_asked_for_last_is_forgotten_last() -> None:
+    pool, tables = Pool(3, lambda: (), 3), Tables(1, 3)
+    first, second = ([id] * PAGE_LEN + [0] for id in (1, 2))
+    for ids in (first, second):
+        pool.take(tables, 0, len(ids))
+        pool.keep(tables, 0, ids)
+        pool.leave(tables, 0)
+    assert pool.known(first)
+    pool.take(tables, 0, 2 * PAGE_LEN)  # one is free
+    assert pool.known(first) and not pool.known(second)
 
 
 def paged(engine: Engine) -> PagedBatch:
@@ -243,9 +256,12 @@ def test_shared_prefixes_change_no_bit(monkeypatch: pytest.MonkeyPatch, num_page
     runner = Runner(config, random_weights(), device=jax.devices()[0], **kept)
     monkeypatch.setattr(paged_module, "_num_pages", lambda *_: num_pages)
     asked, found = shared_requests(), {}
+    forgotten, forget = list[int](), Prefixes.remove
+    monkeypatch.setattr(Prefixes, "remove", lambda tree, page: forgotten.append(page) or forget(tree, page))
     for slots, prefix_bytes in ((4, 0), (4, 1 << 30), (1, 1 << 30)):
         engine = Engine(runner, num_slots=slots, max_waiting=50, prefix_bytes=prefix_bytes)
         pool = paged(engine)._pool
+        forgotten.clear()
         collected = [Collected() for _ in asked]
         for request, listener in zip(asked, collected, strict=True):
             engine.scheduler.submit(engine.job(request, listener))
@@ -256,6 +272,7 @@ def test_shared_prefixes_change_no_bit(monkeypatch: pytest.MonkeyPatch, num_page
         found[slots, prefix_bytes] = [[(t.id, t.logprobs) for t in c.tokens] for c in collected]
         assert {tuple(c.ends) for c in collected} == {(("length", None),)}
         assert any(c.num_cached for c in collected) == bool(prefix_bytes)
+        assert bool(forgotten) == (prefix_bytes > 0 and num_pages < 20)
     assert found[4, 1 << 30] == found[4, 0]
     ids = [[[id for id, _ in tokens] for tokens in answers] for answers in found.values()]
     assert ids[0] == ids[2]
