@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llamajax.answer import ServedStream, Stream
-    from llamajax.config import CONFIGS, LlamaConfig
+    from llamajax.config import LlamaConfig
     from llamajax.conversation import Conversation
     from llamajax.errors import (
         CapacityError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         TokenizerError,
         UnavailableError,
     )
+    from llamajax.families import CONFIGS
     from llamajax.llm import LLM, Server, generate_batch
     from llamajax.loading import load
     from llamajax.types import Completion, Message, SamplingParams
@@ -65,7 +66,8 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "llamajax.config": ("CONFIGS", "LlamaConfig"),
+    "llamajax.config": ("LlamaConfig",),
+    "llamajax.families": ("CONFIGS",),
     "llamajax.conversation": ("Conversation",),
     "llamajax.answer": ("ServedStream", "Stream"),
     "llamajax.llm": ("LLM", "Server", "generate_batch"),

@@ -51,7 +51,7 @@ def load(
       device: the first accelerator, or else the CPU, if None.
       progress: called with bytes of weights read so far, and in all.
 
-    Raises LlamaJaxError of the kind that fits: an unknown name, a checkpoint that is not a Llama or is broken.
+    Raises LlamaJaxError of the kind that fits: an unknown name, a checkpoint that is not supported or is broken.
     """
     return load_opened(
         open_model(name, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device), progress

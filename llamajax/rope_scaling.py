@@ -70,9 +70,7 @@ def rope_scaling(
         raise ConfigError(
             f"RoPE scaling {kind!r} with an impossible factor, low_freq_factor, high_freq_factor, beta or length ({e})"
         ) from None
-    raise ConfigError(
-        f"RoPE scaling {kind!r:.80} is not supported: a Llama has default, linear, dynamic, yarn or llama3"
-    )
+    raise ConfigError(f"RoPE scaling {kind!r:.80} is not supported: expected default, linear, dynamic, yarn or llama3")
 
 
 def llama3_divisors(

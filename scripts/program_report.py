@@ -10,8 +10,8 @@ from typing import get_args
 
 import jax
 
-from llamajax.config import CONFIGS
 from llamajax.engine.programs import Program
+from llamajax.families import CONFIGS
 from llamajax.types import DType
 from scripts.compiled import Target, missing, report, shapes
 

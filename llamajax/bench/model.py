@@ -1,8 +1,8 @@
 """A model without a checkpoint: a named configuration with random weights, whose tokens stand for no text."""
 
-from llamajax.config import CONFIGS
 from llamajax.engine.runner import Runner
 from llamajax.errors import RequestError
+from llamajax.families import CONFIGS
 from llamajax.llm import LLM
 from llamajax.loading import find_device
 from llamajax.ops import native

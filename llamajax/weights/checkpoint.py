@@ -11,6 +11,7 @@ import numpy as np
 
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError, ConfigError
+from llamajax.families import from_gguf, from_hf, from_meta
 from llamajax.formats import DENSE_DTYPES
 from llamajax.weights.fit import check_fit
 from llamajax.weights.gguf import read_gguf
@@ -44,8 +45,8 @@ def open_checkpoint(path: Path, max_len: int | None = None) -> Checkpoint:
     Args:
       max_len: the longest text that will be computed, as for `rope_scaling`.
 
-    Raises ConfigError or CheckpointError for what is missing, malformed, not a Llama, or not what its configuration
-    says.
+    Raises ConfigError or CheckpointError for what is missing, malformed, not supported, or not what its
+    configuration says.
     """
     return _open_directory(path, max_len) if path.is_dir() else _open_gguf(path)
 
@@ -54,7 +55,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     file = read_gguf(path)
     embedding, frequencies = (file.tensors.get(f"{name}.weight") for name in ("token_embd", "rope_freqs"))
     try:
-        config = LlamaConfig.from_gguf(
+        config = from_gguf(
             file.metadata,
             vocab_size=None if embedding is None else embedding.shape[0],
             tie_word_embeddings="output.weight" not in file.tensors,
@@ -84,9 +85,9 @@ def _open_directory(path: Path, max_len: int | None) -> Checkpoint:
     params = next((p for p in (path / "params.json", path / "original" / "params.json") if p.is_file()), None)
     make: Callable[[Mapping[str, Any]], LlamaConfig]
     if (path / "config.json").is_file():
-        source, make = path / "config.json", partial(LlamaConfig.from_hf, max_len=max_len)
+        source, make = path / "config.json", partial(from_hf, max_len=max_len)
     elif params is not None:
-        source, make = params, LlamaConfig.from_meta
+        source, make = params, from_meta
     else:
         raise CheckpointError(f"{path}: expected config.json (Hugging Face) or params.json (Meta), found neither")
     content = _read_json(source)

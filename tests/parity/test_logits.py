@@ -19,6 +19,7 @@ from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import CheckpointError, ConfigError, RequestError
+from llamajax.families import from_gguf
 from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
 from llamajax.ops import Weight
@@ -321,9 +322,9 @@ def test_other_ggufs_are_refused_by_name(key: str, value: str | int, named: str)
         "llama.attention.head_count": 4,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
     }
-    LlamaConfig.from_gguf(metadata)
+    from_gguf(metadata)
     with pytest.raises(ConfigError) as raised:
-        LlamaConfig.from_gguf(metadata | {key: value})
+        from_gguf(metadata | {key: value})
     assert named in str(raised.value)
 
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.config import CONFIGS, LlamaConfig
+from llamajax.config import LlamaConfig
+from llamajax.families import CONFIGS, from_hf
 from llamajax.model.rope import rope_tables
 from llamajax.ops.attention import rotate
 
@@ -45,7 +46,7 @@ def test_tables(name: str) -> None:
     [
         *((config, GOLDENS[f"rope/{name}/inv_freq"], 1.0) for name, config in CONFIGS.items()),
         *(
-            (LlamaConfig.from_hf(hf, max_len=PROMPT_LEN), GOLDENS[f"{case}/inv_freq"], GOLDENS[f"{case}/factor"])
+            (from_hf(hf, max_len=PROMPT_LEN), GOLDENS[f"{case}/inv_freq"], GOLDENS[f"{case}/factor"])
             for case, hf in CASES.items()
         ),
     ],

@@ -17,9 +17,9 @@ from jax.custom_batching import sequential_vmap
 from jax.stages import Lowered
 
 from llamajax import ops, sampling
-from llamajax.config import CONFIGS
 from llamajax.engine import programs, steps
 from llamajax.engine.programs import Program
+from llamajax.families import CONFIGS
 from llamajax.ops import native
 from llamajax.types import DType
 from scripts import program_report

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamajax.config import CONFIGS, LlamaConfig
+from llamajax.config import LlamaConfig
 from llamajax.errors import ConfigError
+from llamajax.families import CONFIGS, from_gguf, from_hf, from_meta
 from llamajax.model.cache import empty_cache, paged_cache
 from llamajax.ops import PAGE_LEN
 from llamajax.placement import bytes_per_token
@@ -211,7 +212,7 @@ def test_bytes_of_a_cache(name: str, kib: float) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_from_hf(name: str) -> None:
-    assert LlamaConfig.from_hf(HF[name]) == CONFIGS[name]
+    assert from_hf(HF[name]) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -221,30 +222,30 @@ def test_from_newer_hf(name: str) -> None:
     scaling = hf.pop("rope_scaling") or {"rope_type": "default"}
     hf["rope_parameters"] = scaling | {"rope_theta": hf.pop("rope_theta")}
     hf["dtype"] = hf.pop("torch_dtype")
-    assert LlamaConfig.from_hf(hf) == CONFIGS[name]
+    assert from_hf(hf) == CONFIGS[name]
 
 
 def test_from_hf_without_what_may_be_missing() -> None:
     hf = {key: HF["tinyllama-1.1b"][key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
     hf |= {"num_hidden_layers": 22, "num_attention_heads": 32, "head_dim": None, "rope_theta": None}
-    assert LlamaConfig.from_hf(hf) == replace(CONFIGS["tinyllama-1.1b"], num_key_value_heads=32, rms_norm_eps=1e-6)
+    assert from_hf(hf) == replace(CONFIGS["tinyllama-1.1b"], num_key_value_heads=32, rms_norm_eps=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
 def test_linear_scaling(kind: str) -> None:
     hf = HF["tinyllama-1.1b"] | {"rope_scaling": {kind: "linear", "factor": 2.5}}
-    assert LlamaConfig.from_hf(hf) == replace(CONFIGS["tinyllama-1.1b"], rope_divisors=(2.5,) * 32)
+    assert from_hf(hf) == replace(CONFIGS["tinyllama-1.1b"], rope_divisors=(2.5,) * 32)
 
 
 def test_dynamic_scaling_changes_nothing_up_to_the_context() -> None:
     hf = HF["tinyllama-1.1b"] | {"rope_scaling": {"type": "dynamic", "factor": 3.0}}
     for max_len in (None, 100, 2048):
-        assert LlamaConfig.from_hf(hf, max_len=max_len) == CONFIGS["tinyllama-1.1b"]
+        assert from_hf(hf, max_len=max_len) == CONFIGS["tinyllama-1.1b"]
 
 
 def test_dynamic_scaling_beyond_the_context_goes_up_to_its_factor() -> None:
     hf = HF["tinyllama-1.1b"] | {"rope_scaling": {"type": "dynamic", "factor": 3.0}}
-    longer, longest = (LlamaConfig.from_hf(hf, max_len=max_len) for max_len in (4096, 10**6))
+    longer, longest = (from_hf(hf, max_len=max_len) for max_len in (4096, 10**6))
     assert (longer.max_position_embeddings, longest.max_position_embeddings) == (4096, 3 * 2048)
     assert longer.rope_divisors is not None and longest.rope_divisors is not None
     # Theta grows by (3 * 2 - 2) ** (64 / 62), so the slowest of 32 dimensions is slowed by 4.
@@ -265,24 +266,24 @@ def test_dynamic_scaling_beyond_the_context_goes_up_to_its_factor() -> None:
 )
 def test_yarns_attention_factor(options: dict[str, Any], factor: float) -> None:
     hf = HF["tinyllama-1.1b"] | {"rope_scaling": {"rope_type": "yarn", "factor": 16.0} | options}
-    assert LlamaConfig.from_hf(hf).rope_attention_factor == pytest.approx(factor)
+    assert from_hf(hf).rope_attention_factor == pytest.approx(factor)
 
 
 def test_mistral_without_a_window_is_a_llama() -> None:
     hf = HF["llama3-8b"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
-    assert LlamaConfig.from_hf(hf) == CONFIGS["llama3-8b"]
+    assert from_hf(hf) == replace(CONFIGS["llama3-8b"], family="mistral")
 
 
 @pytest.mark.parametrize("name", META)
 def test_from_meta(name: str) -> None:
     # Meta's files carry the head of tied models too.
-    assert LlamaConfig.from_meta(META[name]) == replace(CONFIGS[name], tie_word_embeddings=False)
+    assert from_meta(META[name]) == replace(CONFIGS[name], tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_from_gguf(name: str) -> None:
     tied, divisors = CONFIGS[name].tie_word_embeddings, CONFIGS[name].rope_divisors
-    found = LlamaConfig.from_gguf(gguf_metadata(HF[name]), tie_word_embeddings=tied, rope_divisors=divisors)
+    found = from_gguf(gguf_metadata(HF[name]), tie_word_embeddings=tied, rope_divisors=divisors)
     assert found == CONFIGS[name]
 
 
@@ -291,7 +292,7 @@ def test_from_gguf_without_what_may_be_missing() -> None:
     for key in ("vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count"):
         del metadata[f"llama.{key}"]
     metadata["tokenizer.ggml.tokens"] = ["x"] * 49152
-    assert LlamaConfig.from_gguf(metadata, tie_word_embeddings=True) == CONFIGS["smollm2-135m"]
+    assert from_gguf(metadata, tie_word_embeddings=True) == CONFIGS["smollm2-135m"]
 
 
 def test_from_gguf_with_a_number_for_each_layer() -> None:
@@ -299,29 +300,29 @@ def test_from_gguf_with_a_number_for_each_layer() -> None:
     keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "rope.dimension_count")
     metadata |= {f"llama.{key}": np.full(30, metadata[f"llama.{key}"], np.uint32) for key in keys}
     metadata["llama.rope.dimension_sections"] = np.arange(4)  # of no use to a Llama
-    assert LlamaConfig.from_gguf(metadata, tie_word_embeddings=True) == CONFIGS["smollm2-135m"]
+    assert from_gguf(metadata, tie_word_embeddings=True) == CONFIGS["smollm2-135m"]
     for layers in (np.array([9, 9, 3] * 10), np.array([], np.uint32), ["9"]):
         metadata["llama.attention.head_count"] = layers
         with pytest.raises(ConfigError, match=r"expected one value of llama\.attention\.head_count for .*") as raised:
-            LlamaConfig.from_gguf(metadata)
+            from_gguf(metadata)
         assert "\n" not in str(raised.value)
 
 
 def test_vocab_size_of_gguf_is_that_of_the_embedding() -> None:
     metadata = gguf_metadata(HF["smollm2-135m"]) | {"llama.vocab_size": 7}
-    found = LlamaConfig.from_gguf(metadata, vocab_size=49152, tie_word_embeddings=True)
+    found = from_gguf(metadata, vocab_size=49152, tie_word_embeddings=True)
     assert found == CONFIGS["smollm2-135m"]
 
 
 def test_gguf_that_holds_no_model() -> None:
     with pytest.raises(ConfigError, match=r"holds 'adapter' \(general\.type\), expected a model"):
-        LlamaConfig.from_gguf({"general.architecture": "llama", "general.type": "adapter"})
+        from_gguf({"general.architecture": "llama", "general.type": "adapter"})
 
 
 def test_linear_scaling_in_gguf() -> None:
     metadata = gguf_metadata(HF["tinyllama-1.1b"])
     metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert LlamaConfig.from_gguf(metadata).rope_divisors == (4.0,) * 32
+    assert from_gguf(metadata).rope_divisors == (4.0,) * 32
 
 
 def test_yarn_in_gguf() -> None:
@@ -330,20 +331,20 @@ def test_yarn_in_gguf() -> None:
     keys = {"factor": 8.0, "original_context_length": 256, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0}
     metadata |= {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
     scaling = {"factor": 8.0, "original_max_position_embeddings": 256, "beta_fast": 16.0, "beta_slow": 2.0}
-    expected = LlamaConfig.from_hf(HF["tinyllama-1.1b"] | {"rope_scaling": scaling | {"type": "yarn"}})
-    assert LlamaConfig.from_gguf(metadata) == expected
-    sharper = LlamaConfig.from_gguf(metadata | {"llama.rope.scaling.attn_factor": 0.5})
+    expected = from_hf(HF["tinyllama-1.1b"] | {"rope_scaling": scaling | {"type": "yarn"}})
+    assert from_gguf(metadata) == expected
+    sharper = from_gguf(metadata | {"llama.rope.scaling.attn_factor": 0.5})
     assert sharper == replace(expected, rope_attention_factor=expected.rope_attention_factor / 2)
-    mscaled = LlamaConfig.from_gguf(metadata | {"llama.rope.scaling.yarn_log_multiplier": 0.5})
+    mscaled = from_gguf(metadata | {"llama.rope.scaling.yarn_log_multiplier": 0.5})
     assert mscaled.rope_attention_factor == pytest.approx((1 + 0.1 * np.log(8)) / (1 + 0.05 * np.log(8)))
     with pytest.raises(ConfigError, match="yarn_ext_factor"):
-        LlamaConfig.from_gguf(metadata | {"llama.rope.scaling.yarn_ext_factor": 0.5})
+        from_gguf(metadata | {"llama.rope.scaling.yarn_ext_factor": 0.5})
 
 
 def test_a_gguf_files_divisors_and_its_scaling_multiply() -> None:
     metadata = gguf_metadata(HF["tinyllama-1.1b"])
     metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert LlamaConfig.from_gguf(metadata, rope_divisors=(2.0,) * 32).rope_divisors == (8.0,) * 32
+    assert from_gguf(metadata, rope_divisors=(2.0,) * 32).rope_divisors == (8.0,) * 32
 
 
 # Refusals
@@ -354,20 +355,20 @@ def test_a_gguf_files_divisors_and_its_scaling_multiply() -> None:
 )
 def test_what_must_be_there(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        LlamaConfig.from_hf({name: value for name, value in HF["llama3.2-1b"].items() if name != key})
+        from_hf({name: value for name, value in HF["llama3.2-1b"].items() if name != key})
 
 
 @pytest.mark.parametrize("key", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
 def test_what_llama3_scaling_must_have(key: str) -> None:
     rope = {name: value for name, value in HF["llama3.2-1b"]["rope_scaling"].items() if name != key}
     with pytest.raises(ConfigError, match=key):
-        LlamaConfig.from_hf(HF["llama3.2-1b"] | {"rope_scaling": rope})
+        from_hf(HF["llama3.2-1b"] | {"rope_scaling": rope})
 
 
 @pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "ffn_dim_multiplier"])
 def test_what_metas_params_must_have(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        LlamaConfig.from_meta({name: value for name, value in META["llama3.1-8b"].items() if name != key})
+        from_meta({name: value for name, value in META["llama3.1-8b"].items() if name != key})
 
 
 @pytest.mark.parametrize(
@@ -403,12 +404,12 @@ def test_what_metas_params_must_have(key: str) -> None:
 )
 def test_values_that_make_no_llama(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LlamaConfig.from_hf(HF["llama3.2-1b"] | changes)
+        from_hf(HF["llama3.2-1b"] | changes)
 
 
 def test_divisors_must_fit_head_dim() -> None:
     with pytest.raises(ConfigError, match="32 RoPE divisors, found 31"):
-        LlamaConfig.from_gguf(gguf_metadata(HF["llama3.2-1b"]), rope_divisors=(1.0,) * 31)
+        from_gguf(gguf_metadata(HF["llama3.2-1b"]), rope_divisors=(1.0,) * 31)
 
 
 # Garbage
@@ -463,14 +464,14 @@ def makes_a_config_or_refuses(make: Callable[[], LlamaConfig]) -> None:
 @settings(max_examples=300, deadline=None)
 @given(hf=changed(HF["llama3.2-1b"], _JSON, {"rope_scaling": _ROPE, "rope_parameters": _ROPE, "sliding_window": _JSON}))
 def test_garbage_in_config_json(hf: dict[str, Any]) -> None:
-    makes_a_config_or_refuses(lambda: LlamaConfig.from_hf(hf))
-    makes_a_config_or_refuses(lambda: LlamaConfig.from_hf(hf, max_len=10**6))
+    makes_a_config_or_refuses(lambda: from_hf(hf))
+    makes_a_config_or_refuses(lambda: from_hf(hf, max_len=10**6))
 
 
 @settings(max_examples=200, deadline=None)
 @given(params=changed(META["llama3.2-1b"], _JSON))
 def test_garbage_in_params_json(params: dict[str, Any]) -> None:
-    makes_a_config_or_refuses(lambda: LlamaConfig.from_meta(params))
+    makes_a_config_or_refuses(lambda: from_meta(params))
 
 
 @settings(max_examples=200, deadline=None)
@@ -493,4 +494,4 @@ def test_garbage_in_params_json(params: dict[str, Any]) -> None:
     divisors=st.none() | st.lists(st.floats(), min_size=32, max_size=32).map(tuple),
 )
 def test_garbage_in_gguf_metadata(metadata: dict[str, Any], divisors: tuple[float, ...] | None) -> None:
-    makes_a_config_or_refuses(lambda: LlamaConfig.from_gguf(metadata, rope_divisors=divisors))
+    makes_a_config_or_refuses(lambda: from_gguf(metadata, rope_divisors=divisors))

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.config import CONFIGS
 from llamajax.engine.capacity import Capacity
 from llamajax.engine.contiguous import ContiguousBatch
 from llamajax.engine.engine import Engine
@@ -23,6 +22,7 @@ from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import Sequential
 from llamajax.errors import DeviceMemoryError, PromptTooLongError
+from llamajax.families import CONFIGS
 from llamajax.types import Request, SamplingParams, Token
 
 from ... import tiny_model

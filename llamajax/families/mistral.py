@@ -1,0 +1,11 @@
+"""Mistral (Jiang et al. 2023): a Llama. In GGUF it is named one."""
+
+from llamajax.families.family import Family
+
+MISTRAL = Family(
+    name="mistral",
+    architectures=("MistralForCausalLM", "MistralModel"),
+    gguf="llama",
+    is_interleaved=True,
+    fixed={"sliding_window": None},
+)

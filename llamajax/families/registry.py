@@ -1,0 +1,20 @@
+"""The families there are."""
+
+from llamajax.config import LlamaConfig
+from llamajax.errors import ConfigError
+from llamajax.families.llama import LLAMA
+from llamajax.families.mistral import MISTRAL
+
+#: By `model_type` in config.json. Of those that have one name in GGUF, the first is read from it.
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL)}
+
+#: The named configurations.
+CONFIGS: dict[str, LlamaConfig] = {
+    name: config for family in FAMILIES.values() for name, config in family.presets.items()
+}
+
+
+def unknown(architecture: object) -> ConfigError:
+    """What to say of an architecture that is not here."""
+    known = ", ".join(family.architectures[0] for family in FAMILIES.values())
+    return ConfigError(f"architecture {architecture!r:.80} is not supported: llamajax runs {known}")
