@@ -38,6 +38,8 @@ ROPE = {
     "llama3-8b": (128, {"rope_type": "default", "rope_theta": 500000.0}),
     "tinyllama-1.1b": (64, {"rope_type": "default", "rope_theta": 10000.0}),
     "smollm2-135m": (64, {"rope_type": "default", "rope_theta": 100000.0}),
+    "qwen2.5-0.5b": (64, {"rope_type": "default", "rope_theta": 1000000.0}),
+    "qwen2.5-1.5b": (128, {"rope_type": "default", "rope_theta": 1000000.0}),
 }
 ROPE_POSITIONS = [0, 1, 2, 17, 255, 1000, 4095, 8191]
 

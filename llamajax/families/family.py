@@ -9,13 +9,8 @@ from typing import Any
 
 from llamajax.config import LlamaConfig
 
-# Options of config.json, and what a model does that is computed here, unless its family says otherwise.
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-}
+# Options of config.json, with the value that every family has.
+_FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "mrope_section": None}
 
 
 def _nothing(hf: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

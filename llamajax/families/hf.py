@@ -1,4 +1,4 @@
-"""From a Hugging Face config.json, and from anything that is told in its names."""
+"""From a Hugging Face config.json, and from what others say in its names."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023; Grattafiori et al. 2024), from which the other families are told apart."""
+"""Llama (Touvron et al. 2023; Grattafiori et al. 2024), from which the others differ."""
 
 from dataclasses import replace
 
@@ -80,6 +80,6 @@ LLAMA = Family(
     architectures=("LlamaForCausalLM", "LlamaModel"),
     gguf="llama",
     is_interleaved=True,
-    fixed={"sliding_window": None},
+    fixed={"attention_bias": False, "mlp_bias": False, "sliding_window": None},
     presets=_PRESETS,
 )

@@ -7,5 +7,5 @@ MISTRAL = Family(
     architectures=("MistralForCausalLM", "MistralModel"),
     gguf="llama",
     is_interleaved=True,
-    fixed={"sliding_window": None},
+    fixed={"attention_bias": False, "mlp_bias": False, "sliding_window": None},
 )

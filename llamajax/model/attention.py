@@ -15,7 +15,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim)
+        self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def __call__(

@@ -15,10 +15,11 @@ def parameter(*shape: int) -> nnx.Param:
 
 
 class Linear(nnx.Module):
-    """y = x W^T, without bias; W is [out, in]."""
+    """y = x W^T + b; W is [out, in], and few layers have a bias b."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         self.weight = parameter(out_features, in_features)
+        self.bias = parameter(out_features) if bias else None
 
     def __call__(
         self,
@@ -26,8 +27,9 @@ class Linear(nnx.Module):
         norm: "RMSNorm | None" = None,
         residual: Float32[Array, "T O"] | None = None,
     ) -> Float32[Array, "T O"]:
-        """norm(x) W^T + residual."""
-        return ops.linear(x, self.weight.get_value(), None if norm is None else norm.op, residual)
+        """norm(x) W^T + b + residual."""
+        y = ops.linear(x, self.weight.get_value(), None if norm is None else norm.op, residual)
+        return y if self.bias is None else y + ops.alone(self.bias.get_value())[None]
 
 
 class Embedding(nnx.Module):

@@ -3,7 +3,7 @@
 from llamajax.ops.attention import PAGE_LEN, attention, has_pages
 from llamajax.ops.linear import Int8Weight, Norm, Weight, embed, gated_linear, linear, quantize_int8
 from llamajax.ops.packed import PackedWeight
-from llamajax.ops.stacked import Stacked
+from llamajax.ops.stacked import Stacked, alone
 
 __all__ = [
     "PAGE_LEN",
@@ -12,6 +12,7 @@ __all__ = [
     "PackedWeight",
     "Stacked",
     "Weight",
+    "alone",
     "attention",
     "embed",
     "gated_linear",

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from llamajax.config import LlamaConfig
+from llamajax.families import FAMILIES
 
 
 class Source(NamedTuple):
@@ -18,7 +19,7 @@ class Source(NamedTuple):
     """Heads, if rows stand in interleaved order: RoPE's pairs side by side, as Meta's and GGUF's q and k."""
 
 
-# Placeholders: {i} a layer. Parameters of the model -> names of what they are made of.
+# Placeholders: {i} a layer. Modules of the model -> names of what they are made of, in each family that has them.
 _HF = {
     "embed_tokens": ["model.embed_tokens"],
     "norm": ["model.norm"],
@@ -87,27 +88,32 @@ def sources(config: LlamaConfig, stored: Collection[str]) -> dict[str, list[Sour
     c = config
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes: dict[str, list[tuple[int, ...]]] = {
-        "embed_tokens": [(c.vocab_size, c.hidden_size)],
-        "norm": [(c.hidden_size,)],
-        "lm_head": [(c.vocab_size, c.hidden_size)],
-        "input_layernorm": [(c.hidden_size,)],
-        "self_attn.qkv_proj": [(q, c.hidden_size), (kv, c.hidden_size), (kv, c.hidden_size)],
-        "self_attn.o_proj": [(c.hidden_size, q)],
-        "post_attention_layernorm": [(c.hidden_size,)],
-        "mlp.gate_up_proj": [(c.intermediate_size, c.hidden_size)] * 2,
-        "mlp.down_proj": [(c.hidden_size, c.intermediate_size)],
+        "embed_tokens.weight": [(c.vocab_size, c.hidden_size)],
+        "norm.weight": [(c.hidden_size,)],
+        "lm_head.weight": [(c.vocab_size, c.hidden_size)],
+        "input_layernorm.weight": [(c.hidden_size,)],
+        "self_attn.qkv_proj.weight": [(q, c.hidden_size), (kv, c.hidden_size), (kv, c.hidden_size)],
+        "self_attn.qkv_proj.bias": [(q,), (kv,), (kv,)],
+        "self_attn.o_proj.weight": [(c.hidden_size, q)],
+        "post_attention_layernorm.weight": [(c.hidden_size,)],
+        "mlp.gate_up_proj.weight": [(c.intermediate_size, c.hidden_size)] * 2,
+        "mlp.down_proj.weight": [(c.hidden_size, c.intermediate_size)],
     }
     if c.tie_word_embeddings:
-        del shapes["lm_head"]
-    heads = [0] * 3 if naming is _HF else [c.num_attention_heads, c.num_key_value_heads, 0]
+        del shapes["lm_head.weight"]
+    if not c.qkv_bias:
+        del shapes["self_attn.qkv_proj.bias"]
+    is_interleaved = naming is _META or (naming is _GGUF and FAMILIES[c.family].is_interleaved)
+    heads = [c.num_attention_heads, c.num_key_value_heads, 0] if is_interleaved else [0] * 3
 
     plan = {}
     for parameter, parts in shapes.items():
-        names = naming[parameter]
+        module, _, kind = parameter.rpartition(".")
+        names = naming[module]
         for i in range(c.num_hidden_layers) if "{i}" in names[0] else [None]:
-            path = f"{parameter}.weight" if i is None else f"layers.{i}.{parameter}.weight"
+            path = parameter if i is None else f"layers.{i}.{parameter}"
             plan[path] = [
-                Source(_prefixed(f"{name.format(i=i)}.weight", prefix), shape, h if "qkv" in parameter else 0)
+                Source(_prefixed(f"{name.format(i=i)}.{kind}", prefix), shape, h if "qkv" in module else 0)
                 for name, shape, h in zip(names, parts, heads, strict=False)
             ]
     if naming is _HF and c.tie_word_embeddings:

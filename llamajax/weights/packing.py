@@ -95,7 +95,7 @@ def kind(plan: Mapping[str, list[Source]], tensors: Mapping[str, StoredTensor]) 
 
 def half_split(rows: _Rows, num_heads: int) -> _Rows:
     """Rows of interleaved heads in half-split order; others as they are."""
-    return rows.reshape(num_heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape) if num_heads else rows
+    return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape) if num_heads else rows
 
 
 def _kept(path: str, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType) -> Kept:

@@ -275,7 +275,9 @@ def test_an_untied_model_needs_its_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
+        ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}, "Qwen2MoeForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True}, "sliding_window"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_mrope": True}, "use_mrope=True"),
         ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "Gemma2ForCausalLM"),
         ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM"),
         ({"architectures": None, "model_type": "phi3"}, "phi3"),
@@ -304,7 +306,7 @@ def test_other_computations_are_refused_by_name(changes: dict[str, Any], named: 
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("general.architecture", "qwen2", "qwen2"),
+        ("general.architecture", "gemma2", "gemma2"),
         ("llama.expert_count", 8, "Mixtral"),
         ("llama.attention.sliding_window", 4096, "sliding_window=4096"),
         ("llama.rope.scaling.type", "longrope", "longrope"),

@@ -203,6 +203,22 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "tie_word_embeddings": False,
     },
+    "qwen2": _LLAMA
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 120,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "sliding_window": 8,
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+        "tie_word_embeddings": True,
+    },
     # Everything that may be missing is.
     "bare": {
         "architectures": ["LlamaForCausalLM"],
@@ -246,6 +262,9 @@ def state_dict(case: str) -> Weights:
             ("mlp.down_proj", hidden, ffn, 1),
         ):
             weights[f"model.layers.{i}.{name}.weight"] = _matrix(f"{case}/{i}/{name}", rows, columns, gain)
+        if hf["model_type"] == "qwen2":
+            for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+                weights[f"model.layers.{i}.self_attn.{name}.bias"] = _uniform(f"{case}/{i}/{name}.bias", rows)
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{i}.{name}.weight"] = 1 + 0.5 * _uniform(f"{case}/{i}/{name}", hidden)
     weights["model.norm.weight"] = 1 + 0.5 * _uniform(f"{case}/norm", hidden)
@@ -286,6 +305,9 @@ def write_hf(path: Path, hf: Mapping[str, Any], weights: Weights, *, num_shards:
     return path
 
 
+# In config.json and in GGUF.
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+_INTERLEAVED = ("llama",)
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -320,7 +342,7 @@ _META_NAMES = {
 
 def write_gguf(path: Path, hf: Mapping[str, Any], weights: Weights, divisors: np.ndarray | None) -> Path:
     """A .gguf file, as llama.cpp's converter writes it; `divisors` of llama3 scaling, where the case has it."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES[hf["model_type"]])
     writer.add_vocab_size(hf["vocab_size"])
     writer.add_context_length(hf.get("max_position_embeddings", 2048))
     writer.add_embedding_length(hf["hidden_size"])
@@ -343,7 +365,8 @@ def write_gguf(path: Path, hf: Mapping[str, Any], weights: Weights, divisors: np
         writer.add_rope_dimension_count(hf["head_dim"])
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
-    for name, array in _renamed(hf, weights, _GGUF_NAMES).items():
+    heads = hf["num_attention_heads"] if writer.arch in _INTERLEAVED else 0
+    for name, array in _renamed(hf, weights, _GGUF_NAMES, heads).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -370,18 +393,18 @@ def write_meta(path: Path, hf: Mapping[str, Any], weights: Weights, *, ffn_dim_m
     (path / "params.json").write_text(json.dumps(params))
     # Meta stores the head of a tied model too.
     weights = {"lm_head.weight": weights["model.embed_tokens.weight"]} | weights
-    safetensors.numpy.save_file(_renamed(hf, weights, _META_NAMES), path / "consolidated.safetensors")
+    renamed = _renamed(hf, weights, _META_NAMES, hf["num_attention_heads"])
+    safetensors.numpy.save_file(renamed, path / "consolidated.safetensors")
     return path
 
 
-def _renamed(hf: Mapping[str, Any], weights: Weights, names: Mapping[str, str]) -> Weights:
-    """Under other names, with the rows of q and k in interleaved order."""
-    heads = hf["num_attention_heads"]
+def _renamed(hf: Mapping[str, Any], weights: Weights, names: Mapping[str, str], heads: int) -> Weights:
+    """Under other names, with the rows of q and k in interleaved order if there are `heads`."""
     interleaved = {"q_proj": heads, "k_proj": hf.get("num_key_value_heads", heads)}
     renamed = {}
     for name, array in weights.items():
         for part, num_heads in interleaved.items():
-            if part in name:
+            if part in name and heads:
                 array = array.reshape(num_heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         for old, new in names.items():
             name = name.replace(old, new)

@@ -51,6 +51,27 @@ _LLAMA_3_8B = _LLAMA_3 | {
     "num_hidden_layers": 32,
     "tie_word_embeddings": False,
 }
+_QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 
 # The published models' config.json.
 HF: dict[str, dict[str, Any]] = {
@@ -125,6 +146,10 @@ HF: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
         "vocab_size": 49152,
     },
+    "qwen2.5-0.5b": _QWEN2
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24},
+    "qwen2.5-1.5b": _QWEN2
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_hidden_layers": 28},
 }
 
 _META = {
@@ -148,22 +173,23 @@ META: dict[str, dict[str, Any]] = {
 
 def gguf_metadata(hf: Mapping[str, Any]) -> dict[str, Any]:
     """What llama.cpp's converter writes of a config.json."""
-    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
-    return {
-        "general.architecture": "llama",
-        "llama.vocab_size": hf["vocab_size"],
-        "llama.context_length": hf["max_position_embeddings"],
-        "llama.embedding_length": hf["hidden_size"],
-        "llama.block_count": hf["num_hidden_layers"],
-        "llama.feed_forward_length": hf["intermediate_size"],
-        "llama.rope.dimension_count": head_dim,
-        "llama.attention.head_count": hf["num_attention_heads"],
-        "llama.attention.head_count_kv": hf["num_key_value_heads"],
-        "llama.attention.key_length": head_dim,
-        "llama.attention.value_length": head_dim,
-        "llama.attention.layer_norm_rms_epsilon": hf["rms_norm_eps"],
-        "llama.rope.freq_base": float(hf["rope_theta"]),
+    head_dim = hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    architecture = hf["model_type"].replace("mistral", "llama")
+    keys = {
+        "vocab_size": hf["vocab_size"],
+        "context_length": hf["max_position_embeddings"],
+        "embedding_length": hf["hidden_size"],
+        "block_count": hf["num_hidden_layers"],
+        "feed_forward_length": hf["intermediate_size"],
+        "rope.dimension_count": head_dim,
+        "attention.head_count": hf["num_attention_heads"],
+        "attention.head_count_kv": hf["num_key_value_heads"],
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": hf["rms_norm_eps"],
+        "rope.freq_base": float(hf["rope_theta"]),
     }
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
 # Facts
@@ -178,6 +204,8 @@ def gguf_metadata(hf: Mapping[str, Any]) -> dict[str, Any]:
         ("llama3-8b", 8_030_261_248),
         ("tinyllama-1.1b", 1_100_048_384),
         ("smollm2-135m", 134_515_008),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
     ],
 )
 def test_num_parameters(name: str, published: int) -> None:
@@ -193,6 +221,8 @@ def test_num_parameters(name: str, published: int) -> None:
         ("llama3-8b", 128),
         ("tinyllama-1.1b", 22),
         ("smollm2-135m", 22.5),
+        ("qwen2.5-0.5b", 12),
+        ("qwen2.5-1.5b", 28),
     ],
 )
 def test_bytes_of_a_cache(name: str, kib: float) -> None:

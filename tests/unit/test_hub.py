@@ -48,6 +48,8 @@ CONFIGS = {
     "llama3-8b": (128_256, 4096, 32, 32, 8, 128, 14_336, False),
     "tinyllama-1.1b": (32_000, 2048, 22, 32, 4, 64, 5632, False),
     "smollm2-135m": (49_152, 576, 30, 9, 3, 64, 1536, True),
+    "qwen2.5-0.5b": (151_936, 896, 24, 14, 2, 64, 4864, True),
+    "qwen2.5-1.5b": (151_936, 1536, 28, 12, 2, 128, 8960, True),
 }
 
 
@@ -57,6 +59,8 @@ def test_parameters_are_those_of_the_configuration(alias: Alias) -> None:
     vocab, width, layers, heads, kv_heads, head, ffn, tied = CONFIGS[name]
     attention = width * head * (2 * heads + 2 * kv_heads)
     layer = attention + 3 * width * ffn + 2 * width
+    if name.startswith("qwen2"):
+        layer += head * (heads + 2 * kv_heads)
     assert alias.parameters == (1 if tied else 2) * vocab * width + layers * layer + width
 
 
