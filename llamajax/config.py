@@ -10,8 +10,9 @@ from llamajax.errors import ConfigError
 class LlamaConfig:
     """Sizes of a Llama or of a model like it, under the names a Hugging Face config.json gives them.
 
-    `family` is its architecture, as config.json names it: the key of `families.FAMILIES`. What it has beside a Llama's
-    parts: `qkv_bias` on queries, keys and values.
+    `family` is its architecture, as config.json names it: the key of `families.FAMILIES`. What it may have beside a
+    Llama's parts: `qkv_bias` on queries, keys and values; `qk_norm`, an RMS norm of each head's query and key before
+    RoPE.
 
     `rope_divisors`, head_dim / 2 of them, divide RoPE's inverse frequencies: every kind of RoPE scaling that
     a Llama uses comes down to them, and a GGUF file carries them as they are. None means no scaling. YaRN also
@@ -33,6 +34,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     family: str = "llama"
     qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -61,7 +63,7 @@ class LlamaConfig:
         """Number of weights; a tied embedding counts once."""
         queries, keys = self.head_dim * self.num_attention_heads, self.head_dim * self.num_key_value_heads
         layer = self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size + 2)
-        layer += (queries + 2 * keys) * self.qkv_bias
+        layer += (queries + 2 * keys) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 

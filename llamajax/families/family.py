@@ -13,8 +13,8 @@ from llamajax.config import LlamaConfig
 _FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "mrope_section": None}
 
 
-def _nothing(hf: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    return {}
+def _as_a_llama(config: LlamaConfig, hf: Mapping[str, Any]) -> LlamaConfig:
+    return config
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Family:
       is_interleaved: whether GGUF has RoPE's pairs of rows side by side, in q and k.
       defaults: what transformers takes for keys that config.json lacks, where it is not what it takes for a Llama.
       fixed: options of config.json that must have this value if they are there, beside those of all families.
-      differs: the fields of `LlamaConfig` in which it differs from a Llama, from the keys of config.json (or what a
-        GGUF file says under these names) and the number of layers.
+      differs: makes its configuration of a Llama's, with the keys of config.json, or what a GGUF file says under these
+        names.
       presets: configurations by name: an instruct model has its base model's. Source: each checkpoint's config.json.
     """
 
@@ -40,7 +40,7 @@ class Family:
     is_interleaved: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    differs: Callable[[Mapping[str, Any], int], Mapping[str, Any]] = _nothing
+    differs: Callable[[LlamaConfig, Mapping[str, Any]], LlamaConfig] = _as_a_llama
     presets: Mapping[str, LlamaConfig] = field(default_factory=dict)
 
     @property

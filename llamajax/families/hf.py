@@ -48,12 +48,12 @@ def from_hf(hf: Mapping[str, Any], *, max_len: int | None = None) -> LlamaConfig
 def config_of(family: Family, hf: Mapping[str, Any], *, max_len: int | None = None) -> LlamaConfig:
     """A family's configuration from the keys of config.json, with those of RoPE scaling among them."""
     hf = {name: value for name, value in hf.items() if value is not None}
-    num_heads, num_layers = integer(hf, "num_attention_heads"), integer(hf, "num_hidden_layers")
+    num_heads = integer(hf, "num_attention_heads")
     config = LlamaConfig(
         vocab_size=integer(hf, "vocab_size"),
         hidden_size=integer(hf, "hidden_size"),
         intermediate_size=integer(hf, "intermediate_size"),
-        num_hidden_layers=num_layers,
+        num_hidden_layers=integer(hf, "num_hidden_layers"),
         num_attention_heads=num_heads,
         num_key_value_heads=integer(hf, "num_key_value_heads", default=num_heads),
         head_dim=integer(hf, "head_dim", default=integer(hf, "hidden_size") // max(num_heads, 1)),
@@ -62,8 +62,8 @@ def config_of(family: Family, hf: Mapping[str, Any], *, max_len: int | None = No
         rope_theta=number(hf, "rope_theta", default=10000.0),
         tie_word_embeddings=flag(hf, "tie_word_embeddings", default=False),
         family=family.name,
-        **family.differs(hf, num_layers),
     )
+    config = family.differs(config, hf)
     scaling = rope_scaling(
         hf,
         head_dim=config.head_dim,

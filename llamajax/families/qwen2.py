@@ -1,5 +1,7 @@
 """Qwen2 and Qwen2.5 (Qwen Team 2024): a Llama with biases on queries, keys and values."""
 
+from dataclasses import replace
+
 from llamajax.config import LlamaConfig
 from llamajax.families.family import Family
 
@@ -10,7 +12,7 @@ QWEN2 = Family(
     defaults={"max_position_embeddings": 32768},
     # Configurations name a window, which only this switches on.
     fixed={"use_sliding_window": False, "use_mrope": False},
-    differs=lambda hf, num_layers: {"qkv_bias": True},
+    differs=lambda config, hf: replace(config, qkv_bias=True),
     presets={
         "qwen2.5-0.5b": LlamaConfig(
             vocab_size=151936,

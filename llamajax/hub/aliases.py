@@ -103,6 +103,8 @@ ALIASES: dict[str, Alias] = {
             context=32_768,
             licence="Apache-2.0",
         ),
+        Alias("qwen3-0.6b", "Qwen/Qwen3-0.6B", parameters=596_049_920, context=40_960, licence="Apache-2.0"),
+        Alias("qwen3-1.7b", "Qwen/Qwen3-1.7B", parameters=1_720_574_976, context=40_960, licence="Apache-2.0"),
         *_llama("3.2", "1B", 1_235_814_400, 131_072),
         *_llama("3.2", "3B", 3_212_749_824, 131_072),
         *_llama("3.1", "8B", 8_030_261_248, 131_072),

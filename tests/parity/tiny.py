@@ -219,6 +219,21 @@ CASES: dict[str, dict[str, Any]] = {
         "max_window_layers": 2,
         "tie_word_embeddings": True,
     },
+    "qwen3": _LLAMA
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 120,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    },
     # Everything that may be missing is.
     "bare": {
         "architectures": ["LlamaForCausalLM"],
@@ -265,6 +280,9 @@ def state_dict(case: str) -> Weights:
         if hf["model_type"] == "qwen2":
             for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
                 weights[f"model.layers.{i}.self_attn.{name}.bias"] = _uniform(f"{case}/{i}/{name}.bias", rows)
+        if hf["model_type"] == "qwen3":
+            for name in ("self_attn.q_norm", "self_attn.k_norm"):
+                weights[f"model.layers.{i}.{name}.weight"] = 1 + 0.5 * _uniform(f"{case}/{i}/{name}", head_dim)
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{i}.{name}.weight"] = 1 + 0.5 * _uniform(f"{case}/{i}/{name}", hidden)
     weights["model.norm.weight"] = 1 + 0.5 * _uniform(f"{case}/norm", hidden)
@@ -306,7 +324,7 @@ def write_hf(path: Path, hf: Mapping[str, Any], weights: Weights, *, num_shards:
 
 
 # In config.json and in GGUF.
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _INTERLEAVED = ("llama",)
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -317,6 +335,8 @@ _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",

@@ -72,6 +72,18 @@ _QWEN2 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+_QWEN3 = _QWEN2 | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "sliding_window": None,
+}
 
 # The published models' config.json.
 HF: dict[str, dict[str, Any]] = {
@@ -150,6 +162,8 @@ HF: dict[str, dict[str, Any]] = {
     | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24},
     "qwen2.5-1.5b": _QWEN2
     | {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_hidden_layers": 28},
+    "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072},
+    "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144},
 }
 
 _META = {
@@ -206,6 +220,8 @@ def gguf_metadata(hf: Mapping[str, Any]) -> dict[str, Any]:
         ("smollm2-135m", 134_515_008),
         ("qwen2.5-0.5b", 494_032_768),
         ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-1.7b", 1_720_574_976),
     ],
 )
 def test_num_parameters(name: str, published: int) -> None:
@@ -223,6 +239,8 @@ def test_num_parameters(name: str, published: int) -> None:
         ("smollm2-135m", 22.5),
         ("qwen2.5-0.5b", 12),
         ("qwen2.5-1.5b", 28),
+        ("qwen3-0.6b", 112),
+        ("qwen3-1.7b", 112),
     ],
 )
 def test_bytes_of_a_cache(name: str, kib: float) -> None:

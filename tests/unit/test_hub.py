@@ -50,6 +50,8 @@ CONFIGS = {
     "smollm2-135m": (49_152, 576, 30, 9, 3, 64, 1536, True),
     "qwen2.5-0.5b": (151_936, 896, 24, 14, 2, 64, 4864, True),
     "qwen2.5-1.5b": (151_936, 1536, 28, 12, 2, 128, 8960, True),
+    "qwen3-0.6b": (151_936, 1024, 28, 16, 8, 128, 3072, True),
+    "qwen3-1.7b": (151_936, 2048, 28, 16, 8, 128, 6144, True),
 }
 
 
@@ -61,6 +63,8 @@ def test_parameters_are_those_of_the_configuration(alias: Alias) -> None:
     layer = attention + 3 * width * ffn + 2 * width
     if name.startswith("qwen2"):
         layer += head * (heads + 2 * kv_heads)
+    if name.startswith("qwen3"):
+        layer += 2 * head
     assert alias.parameters == (1 if tied else 2) * vocab * width + layers * layer + width
 
 
@@ -72,7 +76,7 @@ def test_sizes_licences_and_kinds() -> None:
     for name, alias in ALIASES.items():
         assert alias.name == name == name.lower()
         assert alias.gated == alias.repo.startswith("meta-llama/") == alias.licence.startswith("Llama 3")
-        assert alias.base == (not name.endswith(("-instruct", "-chat")))
+        assert alias.base == (name.startswith("llama") and not name.endswith("-instruct"))
 
 
 # Local names.

@@ -1,0 +1,64 @@
+"""Each family beside the Llamas: one answer in all strategies, without pages too, and from rounded weights."""
+
+import random
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+import llamajax
+from llamajax.engine.runner import Runner
+from llamajax.ops import native
+from llamajax.tokenizers.hf import byte_alphabet
+from llamajax.weights.checkpoint import open_checkpoint
+from llamajax.weights.load import load_weights
+
+from .test_strategies import agree
+from .tiny import CASES, goldens, prompt, state_dict, write_hf
+
+FAMILIES = ("qwen2", "qwen3")
+
+
+def checkpoint(case: str, path: Path) -> Path:
+    """With a token for each byte, and no template."""
+    write_hf(path / case, CASES[case], state_dict(case))
+    tokenizer = Tokenizer(models.BPE(byte_alphabet(), []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / case / "tokenizer.json"))
+    return path / case
+
+
+def relative_error(found: np.ndarray, case: str) -> float:
+    expected = goldens()[f"{case}/logits"]
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_logits_without_pages(case: str, tmp_path: Path) -> None:
+    opened = open_checkpoint(checkpoint(case, tmp_path))
+    device = jax.devices()[0]
+    weights = load_weights(opened.config, opened.tensors, device)
+    runner = Runner(opened.config, weights, device=device, cache_dtype=jnp.float32, paged=False)
+    assert relative_error(runner.logits(prompt(case)), case) < 1e-4
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("dtype", ["auto", "q8_0"])
+def test_the_strategies_agree(case: str, dtype: llamajax.types.DType, tmp_path: Path) -> None:
+    if not native.available():
+        pytest.skip("to the last bit with the native kernels only")
+    rng, vocab = random.Random(0), CASES[case]["vocab_size"]
+    llama = llamajax.load(checkpoint(case, tmp_path), max_seq_len=512, dtype=dtype)
+    requests = [
+        (
+            [rng.randrange(vocab) for _ in range(rng.choice((1, 5, 17, 40, 130, 300)))],
+            {"max_new_tokens": rng.randint(1, 40), "temperature": rng.choice((0, 1)), "seed": seed, "logprobs": 2},
+        )
+        for seed in range(20)
+    ]
+    agree(llama, requests)
+    if dtype == "q8_0":
+        assert 1e-4 < relative_error(llama.logits(prompt(case)), case) < 0.1
