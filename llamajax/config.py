@@ -12,7 +12,7 @@ class LlamaConfig:
 
     `family` is its architecture, as config.json names it: the key of `families.FAMILIES`. What it may have beside a
     Llama's parts: `qkv_bias` on queries, keys and values; `qk_norm`, an RMS norm of each head's query and key before
-    RoPE.
+    RoPE; `layers_without_rope`, by their numbers; a `sliding_window`, to which attention is limited.
 
     `rope_divisors`, head_dim / 2 of them, divide RoPE's inverse frequencies: every kind of RoPE scaling that
     a Llama uses comes down to them, and a GGUF file carries them as they are. None means no scaling. YaRN also
@@ -35,6 +35,8 @@ class LlamaConfig:
     family: str = "llama"
     qkv_bias: bool = False
     qk_norm: bool = False
+    layers_without_rope: tuple[int, ...] = ()
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in _SIZES:

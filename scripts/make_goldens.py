@@ -42,6 +42,8 @@ ROPE = {
     "qwen2.5-1.5b": (128, {"rope_type": "default", "rope_theta": 1000000.0}),
     "qwen3-0.6b": (128, {"rope_type": "default", "rope_theta": 1000000.0}),
     "qwen3-1.7b": (128, {"rope_type": "default", "rope_theta": 1000000.0}),
+    "smollm3-3b": (128, {"rope_type": "default", "rope_theta": 5000000.0}),
+    "mistral-7b": (128, {"rope_type": "default", "rope_theta": 1000000.0}),
 }
 ROPE_POSITIONS = [0, 1, 2, 17, 255, 1000, 4095, 8191]
 

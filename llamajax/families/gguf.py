@@ -68,8 +68,6 @@ def from_gguf(
         hf["vocab_size"] = len(tokens)
     if keys.get("expert_count", 0):
         raise ConfigError("a mixture of experts (Mixtral) is not supported: its layers are not a Llama's")
-    if "sliding_window" in hf:
-        raise ConfigError(f"{family.gguf} with sliding_window={hf['sliding_window']} is not supported: expected none")
     config = config_of(family, {**hf, "tie_word_embeddings": tie_word_embeddings, **_rope_scaling(keys)})
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.get(key, config.head_dim) != config.head_dim:

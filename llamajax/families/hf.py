@@ -42,6 +42,10 @@ def from_hf(hf: Mapping[str, Any], *, max_len: int | None = None) -> LlamaConfig
             raise ConfigError(
                 f"{named or family.architectures[0]} with {key}={hf[key]!r:.80} is not supported: expected {value!r}"
             )
+    expected = "full_attention" if _window(hf) is None else "sliding_attention"
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != expected for kind in kinds):
+        raise ConfigError(f"layer_types {kinds!r:.200} are not supported: expected {expected!r} for all layers")
     return config_of(family, hf, max_len=max_len)
 
 
@@ -63,7 +67,7 @@ def config_of(family: Family, hf: Mapping[str, Any], *, max_len: int | None = No
         tie_word_embeddings=flag(hf, "tie_word_embeddings", default=False),
         family=family.name,
     )
-    config = family.differs(config, hf)
+    config, window = family.differs(config, hf), _window(hf)
     scaling = rope_scaling(
         hf,
         head_dim=config.head_dim,
@@ -76,4 +80,15 @@ def config_of(family: Family, hf: Mapping[str, Any], *, max_len: int | None = No
         rope_divisors=scaling.divisors,
         rope_attention_factor=scaling.attention_factor,
         max_position_embeddings=scaling.context,
+        sliding_window=window if window and window < scaling.context else None,
     )
+
+
+def _window(hf: Mapping[str, Any]) -> int | None:
+    """The positions that attention sees, if they are limited."""
+    if hf.get("sliding_window") is None or not flag(hf, "use_sliding_window", default=True):
+        return None
+    window = integer(hf, "sliding_window")
+    if window < 1:
+        raise ConfigError(f"sliding_window must be at least 1, not {window}")
+    return window

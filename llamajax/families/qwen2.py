@@ -9,8 +9,7 @@ QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM", "Qwen2Model"),
     gguf="qwen2",
-    defaults={"max_position_embeddings": 32768},
-    # Configurations name a window, which only this switches on.
+    defaults={"max_position_embeddings": 32768, "use_sliding_window": False},
     fixed={"use_sliding_window": False, "use_mrope": False},
     differs=lambda config, hf: replace(config, qkv_bias=True),
     presets={

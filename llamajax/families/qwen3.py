@@ -9,7 +9,7 @@ QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM", "Qwen3Model"),
     gguf="qwen3",
-    defaults={"head_dim": 128, "max_position_embeddings": 32768},
+    defaults={"head_dim": 128, "max_position_embeddings": 32768, "use_sliding_window": False},
     fixed={"attention_bias": False, "use_sliding_window": False},
     differs=lambda config, hf: replace(config, qk_norm=True),
     presets={

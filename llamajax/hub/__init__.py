@@ -50,7 +50,8 @@ def resolve(name: str, *, progress: bool = True) -> Path:
         raise RequestError(f"not the address of a repository on the model hub: {name!r}")
     if path_like or os.sep in name:
         raise RequestError(f"no such file or directory: {name!r}")
-    nearest = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
+    begin_so = [alias for alias in ALIASES if alias.startswith(name.lower())]
+    nearest = begin_so or difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
     raise RequestError(
         f"unknown model {name!r}"
         + (f": did you mean {nearest[0]!r}?" if nearest else "")

@@ -1,7 +1,6 @@
 """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and a KV cache."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
@@ -17,11 +16,8 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig) -> None:
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
-        self.q_norm, self.k_norm = (
-            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
-        )
-        num_queries_and_keys = config.num_attention_heads + config.num_key_value_heads
-        self._ends = config.num_attention_heads * config.head_dim, num_queries_and_keys * config.head_dim
+        self.qk_norm = RMSNorm(2 * config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.window = config.sliding_window
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def __call__(
@@ -35,11 +31,11 @@ class Attention(nnx.Module):
         only: Int[Array, ""] | None = None,
     ) -> tuple[Float32[Array, "T D"], KeysValues]:
         """All tokens are stored; what comes out is of the token `only` if there is one."""
-        qkv = self.qkv_proj(x, norm)
-        if self.q_norm and self.k_norm:
-            query, key, value = jnp.split(qkv, self._ends, axis=1)
-            qkv = jnp.concatenate([self.q_norm.of_heads(query), self.k_norm.of_heads(key), value], axis=1)
-        mixed, key, value = ops.attention(qkv, *rope, cache.key, cache.value, start, layer, cache.table)
+        qkv, qk_norm = self.qkv_proj(x, norm), None if self.qk_norm is None else self.qk_norm.op
+        cos, sin = rope
+        mixed, key, value = ops.attention(
+            qkv, cos, sin, cache.key, cache.value, start, layer, cache.table, norm=qk_norm, window=self.window
+        )
         if only is not None:
             mixed, x = (jax.lax.dynamic_slice_in_dim(rows, only, 1) for rows in (mixed, x))
         return self.o_proj(mixed, residual=x), KeysValues(key, value, cache.table)

@@ -60,10 +60,6 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:
         return self.op(x)
 
-    def of_heads(self, x: Float32[Array, "T N*H"]) -> Float32[Array, "T N*H"]:
-        """Of each head by itself."""
-        return self(x.reshape(-1, *self.weight.get_value().shape)).reshape(x.shape)
-
 
 class MLP(nnx.Module):
     """x + down(silu(gate(norm(x))) * up(norm(x))) (SwiGLU, Shazeer 2020), gate and up in one product."""

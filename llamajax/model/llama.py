@@ -1,6 +1,6 @@
 """The Llama: embedding, decoder layers, final norm, logits. One sequence; no batch, no sampling, no files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from llamajax.config import LlamaConfig
 from llamajax.model.attention import Attention
 from llamajax.model.cache import Cache, KeysValues
 from llamajax.model.layers import MLP, Embedding, Linear, RMSNorm
-from llamajax.model.rope import rope_tables
+from llamajax.model.rope import of_layer, rope_tables
 from llamajax.ops import Weight
 
 _Layer = tuple[nnx.GraphDef, nnx.State]
@@ -53,23 +53,29 @@ def _apply(
     start: Int[Array, ""],
     only: Int[Array, ""] | None,
 ) -> tuple[Float32[Array, "T D"], KeysValues]:
-    # Layers differ in their weights only, so that one trace is enough: thirty take seconds.
+    # Layers differ in their values only, so that one trace is enough: thirty take seconds.
     return nnx.merge(graphdef, state)(x, rope, cache, layer, start, only)
 
 
 def _step(
     layer: _Layer,
-    first: int | None,
-    rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
+    first: int,
+    rope_of: Callable[[Array | int], tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]]],
     start: Int[Array, ""],
     number: Int[Array, ""] | int,
     carry: tuple[Float32[Array, "T D"], KeysValues],
 ) -> tuple[Float32[Array, "T D"], KeysValues]:
-    """Runs the layer that is `number` places behind this one, the `first` of those that share a cache."""
+    """Runs the layer that is `number` places behind this one, the `first`."""
     graphdef, state = layer
     x, cache = carry
+    place = first + number
     state = jax.tree.map(lambda leaf: leaf + number if isinstance(leaf, np.int32) else leaf, state)
-    return _apply(graphdef, state, x, rope, cache, None if first is None else jnp.int32(first + number), start, None)
+    return _apply(graphdef, state, x, rope_of(place), cache, _place(place, cache), start, None)
+
+
+def _place(layer: Array | int, cache: KeysValues) -> Int[Array, ""] | None:
+    """Where a layer is in the cache that it shares with the others, if it does."""
+    return None if cache.table is None else jnp.int32(layer)
 
 
 def _runs(layers: Sequence[_Layer], looped: bool) -> Iterator[range]:
@@ -112,17 +118,18 @@ class Llama(nnx.Module):
         positions written.
         """
         x = self.embed_tokens(token_ids)
-        rope = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
+        tables = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
+        rope_of = partial(of_layer, self.config, tables)
         written, shared = list(cache), cache[0].table is not None
         layers = [nnx.split(layer) for layer in self.layers]
         for run in _runs(layers[:-1], shared):
-            step = partial(_step, layers[run.start], run.start if shared else None, rope, start)
+            step = partial(_step, layers[run.start], run.start, rope_of, start)
             item = 0 if shared else run.start
             carry = x, written[item]
             x, written[item] = step(0, carry) if len(run) == 1 else jax.lax.fori_loop(0, len(run), step, carry)
         # In the last layer only the wanted token needs a query; the others need keys and values.
-        place = jnp.int32(len(layers) - 1) if shared else None
-        x, written[-1] = _apply(*layers[-1], x, rope, written[-1], place, start, only)
+        last = len(layers) - 1
+        x, written[-1] = _apply(*layers[-1], x, rope_of(last), written[-1], _place(last, written[-1]), start, only)
         return self.norm(x), tuple(written)
 
     def logits(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:

@@ -16,3 +16,14 @@ def rope_tables(
     angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(inverse, jnp.float32))
     factor = jnp.float32(config.rope_attention_factor)
     return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+
+def of_layer(
+    config: LlamaConfig, tables: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]], layer: Int[Array, ""] | int
+) -> tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]]:
+    """The tables for a layer: one without RoPE turns by no angle."""
+    if not config.layers_without_rope:
+        return tables
+    cos, sin = tables
+    turns = ~np.isin(np.arange(config.num_hidden_layers), config.layers_without_rope)
+    return jnp.where(jnp.asarray(turns)[layer], cos, 1), jnp.where(jnp.asarray(turns)[layer], sin, 0)

@@ -1,6 +1,9 @@
 """Causal attention of one sequence over its KV cache: RoPE, the cache's writing, and the mixing of values."""
 
 import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int, Real
 
 from llamajax.ops import native
+from llamajax.ops.linear import Norm
+from llamajax.ops.stacked import alone
 
 # Positions of a page: the block of the native kernels.
 PAGE_LEN = 64
@@ -15,7 +20,6 @@ PAGE_LEN = 64
 Mixed = tuple[Float32[Array, "T N*H"], Real[Array, "*PL K S R"], Real[Array, "*PL K S R"]]
 
 
-@custom_vmap
 def attention(
     qkv: Float32[Array, "T (N+2K)*H"],
     cos: Float32[Array, "T H/2"],
@@ -25,25 +29,28 @@ def attention(
     start: Int[Array, ""],
     layer: Int[Array, ""] | None = None,
     table: Int[Array, "M"] | None = None,
+    *,
+    norm: Norm | None = None,
+    window: int | None = None,
 ) -> Mixed:
-    """Token t is at position start + t and attends to the cache's positions up to its own.
+    """Token t, at position start + t, attends to the cache's positions up to its own, or to the last `window` of them.
 
-    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. For XLA the cache is one
-    layer's, [K, S, H]. For the native kernels it is a pool of P pages of all layers, [P, L, K, 64, R], and a table of
-    this sequence's pages in their order. The sequences of a batch have one pool, and may share pages that the call does
-    not write. Of int8, R is `placement.row_len`. start + T must not pass S or 64 M: XLA would shift the write, and
-    natively it is an error. A sequence with pages and a negative start is idle: nothing of it is read or written, and
-    it gets zeros.
+    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. Before RoPE comes the norm,
+    if there is one. Its weights [2H] are for a query's head, then for a key's.
+
+    For XLA the cache is one layer's, [K, S, H]. For the native kernels it is a pool of P pages of all layers,
+    [P, L, K, 64, R], and a table of this sequence's pages in their order. The sequences of a batch have one pool, and
+    may share pages that the call does not write. Of int8, R is `placement.row_len`. start + T must not pass S or 64 M:
+    XLA would shift the write, and natively it is an error. A sequence with pages and a negative start is idle: nothing
+    of it is read or written, and it gets zeros.
 
     Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds queries and weights to its dtype. Natively 16 queries
     or more are multiplied in numbers of 12 bits; fewer in f32, each to the same bits as if it were alone.
 
     Returns the mixed values, and the cache with the T positions written.
     """
-    if table is None:
-        return _attention(qkv, cos, sin, key, value, start)
-    assert layer is not None  # pages are of all layers
-    return native.attention(qkv, cos, sin, key, value, start, layer, table)
+    eps, weight = (0.0, None) if norm is None else (norm.eps, alone(norm.weight))
+    return _operation(eps, window)(qkv, cos, sin, key, value, start, layer, table, weight)
 
 
 def has_pages(device: jax.Device, head_dim: int) -> bool:
@@ -51,29 +58,72 @@ def has_pages(device: jax.Device, head_dim: int) -> bool:
     return device.platform == "cpu" and head_dim % 8 == 0 and native.available()
 
 
-@attention.def_vmap
-def _(axis_size: int, in_batched: list[bool], *arguments: Array) -> tuple[Mixed, tuple[bool, bool, bool]]:
-    has_pages = arguments[-1] is not None
-    shared = (3, 4, 6) if has_pages else (6, 7)  # by all rows
-    rows = [
-        x if batched or i in shared else jnp.broadcast_to(x, (axis_size, *x.shape))
-        for i, (x, batched) in enumerate(zip(arguments, in_batched, strict=True))
-    ]
-    if has_pages:
-        return native.attention(*rows), (True, False, False)
-    return jax.vmap(_attention)(*rows[:6]), (True, True, True)
+@cache
+def _operation(eps: float, window: int | None) -> Callable[..., Mixed]:
+    by_kernels = partial(native.attention, eps=eps, window=window)
+
+    def by_xla(*given: Any) -> Mixed:
+        return _attention(*given, eps=eps, window=window)
+
+    @custom_vmap
+    def operation(
+        qkv: Array,
+        cos: Array,
+        sin: Array,
+        key: Array,
+        value: Array,
+        start: Array,
+        layer: Array | None,
+        table: Array | None,
+        norms: Array | None,
+    ) -> Mixed:
+        if table is None:
+            return by_xla(qkv, cos, sin, key, value, start, norms)
+        assert layer is not None  # pages are of all layers
+        return by_kernels(qkv, cos, sin, key, value, start, layer, table, norms)
+
+    @operation.def_vmap
+    def _(axis_size: int, in_batched: list[bool], *arguments: Array) -> tuple[Mixed, tuple[bool, bool, bool]]:
+        has_pages = arguments[7] is not None
+        shared = (3, 4, 6, 8) if has_pages else (6, 7, 8)  # by all rows
+        rows = [
+            x if batched or i in shared else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for i, (x, batched) in enumerate(zip(arguments, in_batched, strict=True))
+        ]
+        if has_pages:
+            return by_kernels(*rows), (True, False, False)
+        return jax.vmap(by_xla, in_axes=(*[0] * 6, None))(*rows[:6], rows[8]), (True, True, True)
+
+    return operation
 
 
-def _attention(qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array) -> Mixed:
+def _attention(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    key: Array,
+    value: Array,
+    start: Array,
+    norms: Array | None,
+    *,
+    eps: float,
+    window: int | None,
+) -> Mixed:
     T, (K, S, H) = qkv.shape[0], key.shape
     heads = qkv.reshape(T, -1, H)
     query, new_key, new_value = jnp.split(heads, [heads.shape[1] - 2 * K, heads.shape[1] - K], axis=1)
+    if norms is not None:
+        query, new_key = (
+            Norm(weight, eps)(x.reshape(-1, H)).reshape(x.shape)
+            for x, weight in zip((query, new_key), jnp.split(norms, 2), strict=True)
+        )
     key = _write(key, rotate(new_key, cos, sin), start)
     value = _write(value, new_value, start)
     # The operands of both products stand as they are stored: XLA would transpose the whole cache otherwise.
     queries = rotate(query, cos, sin).reshape(T, K, -1, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
     scores = _batched_dot(queries, key, contract=2).reshape(K, -1, T, S) / math.sqrt(H)
-    visible = jnp.arange(S)[None] <= (start + jnp.arange(T))[:, None]
+    position, own = jnp.arange(S)[None], (start + jnp.arange(T))[:, None]
+    visible = position <= own if window is None else (position <= own) & (position > own - window)
     weights = jax.nn.softmax(jnp.where(visible[None, None], scores, -jnp.inf), axis=-1)
     mixed = _batched_dot(weights.reshape(K, -1, S), value, contract=1)
     return mixed.reshape(K, -1, T, H).transpose(2, 0, 1, 3).reshape(T, -1), key, value

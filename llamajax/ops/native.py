@@ -122,6 +122,10 @@ def attention(
     start: Int32[Array, "*B"],
     layer: Int32[Array, ""],
     table: Int32[Array, "*B M"],
+    norms: Float32[Array, "2*H"] | None = None,
+    *,
+    eps: float = 0.0,
+    window: int | None = None,
 ) -> tuple[Float32[Array, "*B T N*H"], Real[Array, "P L K 64 R"], Real[Array, "P L K 64 R"]]:
     """As `ops.attention`, of one sequence or a batch over pages. They are written in place where they may be.
 
@@ -134,7 +138,11 @@ def attention(
         "llamajax_attention",
         tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
         input_output_aliases={6: 1, 7: 2},
-    )(qkv, cos, sin, start, layer, table, key, value)
+    )(
+        *(qkv, cos, sin, start, layer, table, key, value, jnp.zeros(0, jnp.float32) if norms is None else norms),
+        eps=np.float32(eps),
+        window=np.int64(window or np.iinfo(np.int64).max),
+    )
     return mixed, key, value
 
 

@@ -26,8 +26,7 @@ _HF = {
     "lm_head": ["lm_head"],
     "input_layernorm": ["model.layers.{i}.input_layernorm"],
     "self_attn.qkv_proj": [f"model.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"],
-    "self_attn.q_norm": ["model.layers.{i}.self_attn.q_norm"],
-    "self_attn.k_norm": ["model.layers.{i}.self_attn.k_norm"],
+    "self_attn.qk_norm": [f"model.layers.{{i}}.self_attn.{x}_norm" for x in "qk"],
     "self_attn.o_proj": ["model.layers.{i}.self_attn.o_proj"],
     "post_attention_layernorm": ["model.layers.{i}.post_attention_layernorm"],
     "mlp.gate_up_proj": ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
@@ -39,8 +38,7 @@ _GGUF = {
     "lm_head": ["output"],
     "input_layernorm": ["blk.{i}.attn_norm"],
     "self_attn.qkv_proj": [f"blk.{{i}}.attn_{x}" for x in "qkv"],
-    "self_attn.q_norm": ["blk.{i}.attn_q_norm"],
-    "self_attn.k_norm": ["blk.{i}.attn_k_norm"],
+    "self_attn.qk_norm": [f"blk.{{i}}.attn_{x}_norm" for x in "qk"],
     "self_attn.o_proj": ["blk.{i}.attn_output"],
     "post_attention_layernorm": ["blk.{i}.ffn_norm"],
     "mlp.gate_up_proj": ["blk.{i}.ffn_gate", "blk.{i}.ffn_up"],
@@ -106,7 +104,7 @@ def sources(config: LlamaConfig, stored: Collection[str]) -> dict[str, list[Sour
     if c.qkv_bias:
         shapes["self_attn.qkv_proj.bias"] = [(q,), (kv,), (kv,)]
     if c.qk_norm:
-        shapes |= {f"self_attn.{x}_norm.weight": [(c.head_dim,)] for x in "qk"}
+        shapes["self_attn.qk_norm.weight"] = [(c.head_dim,)] * 2
     is_interleaved = naming is _META or (naming is _GGUF and FAMILIES[c.family].is_interleaved)
     heads = [c.num_attention_heads, c.num_key_value_heads, 0] if is_interleaved else [0] * 3
 

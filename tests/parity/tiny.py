@@ -234,6 +234,51 @@ CASES: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "tie_word_embeddings": True,
     },
+    "smollm3": _LLAMA
+    | {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "pad_token_id": None,
+        "vocab_size": 120,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+        "no_rope_layer_interval": 4,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    },
+    "smollm3-layers": _LLAMA
+    | {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "pad_token_id": None,
+        "vocab_size": 88,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_theta": 10000.0,
+        "no_rope_layers": [0, 1, 1, 0],
+        "tie_word_embeddings": False,
+    },
+    "mistral-window": _LLAMA
+    | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+        "sliding_window": 9,
+        "tie_word_embeddings": False,
+    },
     # Everything that may be missing is.
     "bare": {
         "architectures": ["LlamaForCausalLM"],
@@ -324,8 +369,8 @@ def write_hf(path: Path, hf: Mapping[str, Any], weights: Weights, *, num_shards:
 
 
 # In config.json and in GGUF.
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_INTERLEAVED = ("llama",)
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+_INTERLEAVED = ("llama", "smollm3")
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -379,6 +424,8 @@ def write_gguf(path: Path, hf: Mapping[str, Any], weights: Weights, divisors: np
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if hf["model_type"] == "mistral" and hf["sliding_window"]:
+        writer.add_sliding_window(hf["sliding_window"])
     if "head_dim" in hf:
         writer.add_key_length(hf["head_dim"])
         writer.add_value_length(hf["head_dim"])

@@ -162,7 +162,7 @@ def native_attention(patch: pytest.MonkeyPatch) -> None:
         mixed, *pools = native.attention(qkv, cos, sin, *pools, start, jnp.int32(0), table)
         return mixed, *(pool[:, 0].swapaxes(0, 1).reshape(K, S, R) for pool in pools)
 
-    patch.setattr(attention, "_attention", sequential_vmap(of_pages))
+    patch.setattr(attention, "_attention", lambda *given, **options: sequential_vmap(of_pages)(*given[:6]))
 
 
 def a_cache_that_is_not_donated(patch: pytest.MonkeyPatch) -> None:

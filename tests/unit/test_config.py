@@ -164,6 +164,60 @@ HF: dict[str, dict[str, Any]] = {
     | {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_hidden_layers": 28},
     "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072},
     "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144},
+    "smollm3-3b": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": 128012,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "layer_types": ["full_attention"] * 36,
+        "max_position_embeddings": 65536,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "pad_token_id": 128004,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": False,
+        "use_sliding_window": False,
+        "vocab_size": 128256,
+    },
+    "mistral-7b": {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32768,
+    },
 }
 
 _META = {
@@ -222,6 +276,8 @@ def gguf_metadata(hf: Mapping[str, Any]) -> dict[str, Any]:
         ("qwen2.5-1.5b", 1_543_714_304),
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-1.7b", 1_720_574_976),
+        ("smollm3-3b", 3_075_098_624),
+        ("mistral-7b", 7_248_023_552),
     ],
 )
 def test_num_parameters(name: str, published: int) -> None:
@@ -241,6 +297,8 @@ def test_num_parameters(name: str, published: int) -> None:
         ("qwen2.5-1.5b", 28),
         ("qwen3-0.6b", 112),
         ("qwen3-1.7b", 112),
+        ("smollm3-3b", 72),
+        ("mistral-7b", 128),
     ],
 )
 def test_bytes_of_a_cache(name: str, kib: float) -> None:
@@ -322,6 +380,26 @@ def test_mistral_without_a_window_is_a_llama() -> None:
     assert from_hf(hf) == replace(CONFIGS["llama3-8b"], family="mistral")
 
 
+def test_the_window_of_mistral() -> None:
+    """As in transformers 4096 if config.json has no such key, and none if that says so or nothing is beyond it."""
+    hf = {key: value for key, value in HF["mistral-7b"].items() if key != "sliding_window"}
+    layers = {"layer_types": ["sliding_attention"] * 32}
+    for window, expected in (({}, 4096), ({"sliding_window": 100} | layers, 100), ({"sliding_window": 32768}, None)):
+        assert from_hf(hf | window) == replace(CONFIGS["mistral-7b"], sliding_window=expected)
+    metadata = gguf_metadata(hf) | {"llama.attention.sliding_window": 100}
+    assert from_gguf(metadata).sliding_window == 100
+
+
+def test_layers_without_rope() -> None:
+    hf = {key: value for key, value in HF["smollm3-3b"].items() if key != "no_rope_layers"}
+    assert from_hf(hf) == CONFIGS["smollm3-3b"]
+    assert from_hf(hf | {"no_rope_layer_interval": 12}).layers_without_rope == (11, 23, 35)
+    assert from_hf(hf | {"no_rope_layers": [1] * 36 + [0]}).layers_without_rope == ()
+    for malformed in ([1] * 35, [2] * 36, "1" * 36, {}):
+        with pytest.raises(ConfigError, match="no_rope_layers must be 0 or 1"):
+            from_hf(hf | {"no_rope_layers": malformed})
+
+
 @pytest.mark.parametrize("name", META)
 def test_from_meta(name: str) -> None:
     # Meta's files carry the head of tied models too.
@@ -332,7 +410,8 @@ def test_from_meta(name: str) -> None:
 def test_from_gguf(name: str) -> None:
     tied, divisors = CONFIGS[name].tie_word_embeddings, CONFIGS[name].rope_divisors
     found = from_gguf(gguf_metadata(HF[name]), tie_word_embeddings=tied, rope_divisors=divisors)
-    assert found == CONFIGS[name]
+    family = "llama" if CONFIGS[name].family == "mistral" else CONFIGS[name].family
+    assert found == replace(CONFIGS[name], family=family)
 
 
 def test_from_gguf_without_what_may_be_missing() -> None:
@@ -510,7 +589,13 @@ def makes_a_config_or_refuses(make: Callable[[], LlamaConfig]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(hf=changed(HF["llama3.2-1b"], _JSON, {"rope_scaling": _ROPE, "rope_parameters": _ROPE, "sliding_window": _JSON}))
+@given(
+    hf=st.sampled_from(("llama3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "smollm3-3b", "mistral-7b")).flatmap(
+        lambda name: changed(
+            HF[name], _JSON, {"rope_scaling": _ROPE, "rope_parameters": _ROPE, "sliding_window": _JSON}
+        )
+    )
+)
 def test_garbage_in_config_json(hf: dict[str, Any]) -> None:
     makes_a_config_or_refuses(lambda: from_hf(hf))
     makes_a_config_or_refuses(lambda: from_hf(hf, max_len=10**6))

@@ -100,6 +100,12 @@ struct Piece {
 };
 constexpr int64_t kPiece = 256;
 
+// Where the first piece begins that query t sees.
+template <class T>
+inline int64_t first_piece(const Attention<T>& a, int64_t b, int64_t t) {
+  return a.first_seen(b, t) / kPiece * kPiece;
+}
+
 // What pieces give of each head of the group: sums [H] of values by weights that are relative to the highest score,
 // that score, and the weights' sum.
 inline int64_t part_len(int64_t H) { return H + 2; }
@@ -109,7 +115,7 @@ template <int kRows, class T>
 inline void attend_piece(const Attention<T>& a, const Piece& piece, const T* next, int64_t t, int64_t head,
                          float* parts) {
   const auto [b, k, first] = piece;
-  const int64_t H = a.head_dim, end = std::min(a.start[b] + t + 1, first + kPiece);
+  const int64_t H = a.head_dim, end = std::min(a.start[b] + t + 1, first + kPiece), seen = a.first_seen(b, t);
   static thread_local std::vector<float> scratch;
   scratch.resize(2 * kRows * H);
   float *queries = scratch.data(), *sums = queries + kRows * H, scores[kRows * kKeys];
@@ -118,11 +124,11 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, const T* nex
   std::fill(sums, sums + kRows * H, 0);
   const float scale = kLog2e / std::sqrt(float(H));  // scores are of powers of two
   for (int r = 0; r < kRows; ++r) rotate(a, b, t, k * a.group() + head + r, scale, queries + r * H);
-  for (int64_t s = first; s < end; s += kKeys) {
+  for (int64_t s = std::max(first, seen / kKeys * kKeys); s < end; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, end - s);
     const T *keys = a.row(a.keys, b, k, s), *values = a.row(a.values, b, k, s);
     score_stored<kRows>(queries, H, keys, values, a.row_len(), count, scores);
-    for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, count);
+    for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, seen - s, count);
     softmax.go_on(most);
     for (int r = 0; r < kRows; ++r) {
       Floats total = all(0.0f);
@@ -193,8 +199,9 @@ inline void attend_few(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   pieces.clear();
   left.clear();
   for (int64_t b = 0; b < a.batch; ++b) {
-    left.insert(left.end(), a.kv_heads, (a.end(b) + kPiece - 1) / kPiece);
-    for (int64_t first = 0; first < a.end(b); first += kPiece) {
+    const int64_t begin = first_piece(a, b, 0);
+    left.insert(left.end(), a.kv_heads, (a.end(b) - begin + kPiece - 1) / kPiece);
+    for (int64_t first = begin; first < a.end(b); first += kPiece) {
       for (int64_t k = 0; k < a.kv_heads; ++k) pieces.push_back({b, k, first});
     }
   }
@@ -204,14 +211,17 @@ inline void attend_few(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   parallel_for(pool, count, 1, [&, pieces = pieces.data(), left = left.data(), parts = parts.data()](int64_t i) {
     const auto [b, k, first] = pieces[i];
     const Piece& next = pieces[std::min(i + 1, count - 1)];
-    const int64_t start = a.start[b], number = first / kPiece, end = std::min(first + kPiece, a.end(b));
+    const int64_t start = a.start[b], begin = first_piece(a, b, 0), number = (first - begin) / kPiece;
+    const int64_t end = std::min(first + kPiece, a.end(b));
     for (int64_t s = std::max(start, first); s < end; ++s) write(a, b, k, s - start);
-    for (int64_t t = std::max<int64_t>(first - start, 0); t < Q; ++t) {
+    for (int64_t t = std::max<int64_t>(first - start, 0); t < Q && a.first_seen(b, t) < end; ++t) {
       attend_group(a, pieces[i], a.row(a.keys, next.b, next.k, next.first), t, parts + (i * Q + t) * length);
     }
     if (__atomic_sub_fetch(&left[b * K + k], 1, __ATOMIC_ACQ_REL) == 0) {
       for (int64_t t = 0; t < Q; ++t) {
-        join(a, b, k, t, parts + ((i - number * K) * Q + t) * length, K * Q * length, (start + t) / kPiece + 1);
+        const int64_t from = first_piece(a, b, t), before = (from - begin) / kPiece;
+        join(a, b, k, t, parts + ((i + (before - number) * K) * Q + t) * length, K * Q * length,
+             (start + t - from) / kPiece + 1);
       }
     }
   });

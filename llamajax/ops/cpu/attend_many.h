@@ -189,6 +189,7 @@ class Tile {
     for (int r = 0; r < kColumns; ++r) {
       const int64_t row = std::min(first + r, rows - 1), t = row / group;
       end_[r] = a.start[b] + t + 1;
+      before_[r] = a.first_seen(b, t) - 1;
       rotate(a, b, t, k * group + row % group, kLog2e / std::sqrt(float(H)), rotated_.data());
       query_steps_[r] = narrow_row(rotated_.data(), H, width, finest, narrowed_.data(), width);
       for (int64_t i = 0; i < kPlanes<N> * width; i += kPer<N>) {
@@ -200,7 +201,7 @@ class Tile {
   }
 
   // Whether one of its rows sees the block of the positions from s on.
-  bool sees(int64_t s) const { return s < end_[kColumns - 1]; }
+  bool sees(int64_t s) const { return s < end_[kColumns - 1] && s + kKeys > before_[0] + 1; }
 
   // Attends to that block in three steps: scores, their weights, and the sums of values.
   void score(const Operands<N>& operands, const Block<N>& block, int64_t s, int64_t width, Work<N>& work) const {
@@ -208,7 +209,7 @@ class Tile {
     operands.multiply(block.keys, queries_, rows, width, [&](int64_t j, int i, Exact<N> sums) {
       store(work.scores + j * kColumns + i * kLanes, to_floats(sums) * all(block.key_steps[j]));
     });
-    if (s + kKeys > end_[0]) mask(work.scores, s);
+    if (s + kKeys > end_[0] || s <= before_[kColumns - 1]) mask(work.scores, s);
   }
 
   void weigh(const Block<N>& block, int64_t s, Work<N>& work) {
@@ -280,7 +281,8 @@ class Tile {
   void mask(float* scores, int64_t s) const {
     for (int64_t j = 0; j < keys_seen(s); ++j) {
       for (int i = 0; i < kColumns; i += kLanes, scores += kLanes) {
-        store(scores, add_where(load(scores), all(float(s + j)), load(end_ + i), all(kLowest)));
+        const Floats position = all(float(s + j)), seen = add_where(load(scores), position, load(end_ + i), all(kLowest));
+        store(scores, add_where(seen, load(before_ + i), position, all(kLowest)));
       }
     }
   }
@@ -289,7 +291,8 @@ class Tile {
   float* sums_;  // [width, kColumns]
   std::vector<N> room_of_queries_, narrowed_;  // and one query
   std::vector<float> room_of_sums_, rotated_;
-  float query_steps_[kColumns], end_[kColumns];  // and how many positions a row sees
+  float query_steps_[kColumns];
+  float before_[kColumns], end_[kColumns];       // the positions between which a row sees
   float highest_[kColumns], total_[kColumns];    // score so far; sum of the weights relative to it
 };
 
@@ -313,7 +316,7 @@ inline void attend_many(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
     const int64_t b = i / (K * count), k = i / count % K, s = i % count * kKeys;
     const int64_t end = std::min(s + kKeys, a.end(b));
     for (int64_t t = std::max<int64_t>(s, a.start[b]); t < end; ++t) write(a, b, k, t - a.start[b]);
-    if (s < end) pack(a, b, k, s, end - s, blocks.width, blocks[i]);
+    if (s < end && s + kKeys > a.first_seen(b, 0)) pack(a, b, k, s, end - s, blocks.width, blocks[i]);
   });
   const int64_t rows = a.queries * a.group(), each = kTiles * kColumns, parts = (rows + each - 1) / each;
   parallel_for(pool, B * K * parts, 1, [&](int64_t i) {
@@ -325,7 +328,7 @@ inline void attend_many(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
     const auto row = [&](const auto& tile) { return first + (&tile - tiles.data()) * kColumns; };
     const Operands<N> operands;
     for (auto& tile : tiles) tile.begin(a, b, k, row(tile), blocks.width);
-    for (int64_t s = 0; s < a.end(b); s += kKeys) {
+    for (int64_t s = a.first_seen(b, first / a.group()) / kKeys * kKeys; s < a.end(b); s += kKeys) {
       const Block<N> block = blocks[head * count + s / kKeys];
       for (auto begin = tiles.begin(); begin != tiles.end(); begin += std::min<int64_t>(kInStep<N>, tiles.end() - begin)) {
         Work<N> work[kInStep<N>];

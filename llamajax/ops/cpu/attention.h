@@ -1,14 +1,30 @@
 // Causal attention of grouped queries over a KV cache, with an online softmax (Milakov and Gimelshein 2018) over
 // blocks of kKeys positions. A query's sums are in the same order, however many queries are computed with it.
 
-// RoPE: the pairs (x[i], x[i + head_dim / 2]) of a head of query t, turned by its angles, times a factor.
+// 1 / sqrt(mean(x^2) + eps) of `count` numbers.
+inline float inverse_rms(const float* x, int64_t count, float eps) {
+  Floats squares = all(0.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats part = load_first(x + i, count - i);
+    squares = fma(part, part, squares);
+  }
+  return 1 / std::sqrt(sum(squares) / count + eps);
+}
+
+// RoPE: the pairs (x[i], x[i + head_dim / 2]) of a head of query t, turned by its angles, times a factor. If there are
+// norms, x is the head's.
 template <class T>
 inline void rotate(const Attention<T>& a, int64_t b, int64_t t, int64_t head, float factor, float* y) {
   const int64_t half = a.head_dim / 2, angles = (b * a.queries + t) * half;
   const float *x = a.head(b, t, head), *cos = a.cos + angles, *sin = a.sin + angles;
+  const float* norm = a.norms ? a.norms + (head < a.heads ? 0 : a.head_dim) : nullptr;
+  const Floats scale = all(norm ? inverse_rms(x, a.head_dim, a.eps) : 1);
+  const auto get = [&](int64_t i, int64_t n) {
+    return norm ? load_first(x + i, n) * scale * load_first(norm + i, n) : load_first(x + i, n);
+  };
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t n = half - i;
-    const Floats first = load_first(x + i, n), second = load_first(x + half + i, n);
+    const Floats first = get(i, n), second = get(half + i, n);
     const Floats c = load_first(cos + i, n) * all(factor), s = load_first(sin + i, n) * all(factor);
     store_first(y + i, first * c - second * s, n);
     store_first(y + half + i, second * c + first * s, n);
@@ -96,8 +112,9 @@ struct Softmax {
   float sum_of(int r) const { return sum(load(total + r * kLanes)); }
 };
 
-// The highest of kKeys scores, of which the first `count` count; the others become kLowest. NaN if one is.
-inline float highest(float* scores, int64_t count) {
+// The highest of kKeys scores, of which those from `begin` up to `count` count; the others become kLowest. NaN if one is.
+inline float highest(float* scores, int64_t begin, int64_t count) {
+  std::fill(scores, scores + std::clamp<int64_t>(begin, 0, kKeys), kLowest);
   std::fill(scores + std::clamp<int64_t>(count, 0, kKeys), scores + kKeys, kLowest);
   Floats most = all(kLowest), nothing = all(0.0f);
   for (int j = 0; j < kKeys; j += kLanes) {

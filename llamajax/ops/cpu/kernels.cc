@@ -87,11 +87,14 @@ struct Product {
 
 // A call's arrays. Query t of a sequence is at position start + t. A sequence with a negative start is idle. The cache
 // consists of pages of kKeys positions, and a sequence's table has the numbers of its pages in their order. A cache of
-// int8_t has rows of head_dim numbers and the step that they are multiples of, in f16.
+// int8_t has rows of head_dim numbers and the step that they are multiples of, in f16. A query sees `window` positions,
+// up to its own.
 template <class T>
 struct Attention {
-  int64_t batch, queries, heads, kv_heads, head_dim, table_len, layers, layer;
+  int64_t batch, queries, heads, kv_heads, head_dim, table_len, layers, layer, window;
   const float* qkv;           // [B, queries, heads + 2 * kv_heads, head_dim]
+  const float* norms;         // [2, head_dim]: weights of a query's and a key's RMS norm; null for none
+  float eps;                  // of these norms
   const float *cos, *sin;     // [B, queries, head_dim / 2]
   const int32_t* start;       // [B]
   const int32_t* table;       // [B, table_len]
@@ -109,6 +112,8 @@ struct Attention {
   }
   bool idle(int64_t b) const { return start[b] < 0; }
   int64_t end(int64_t b) const { return idle(b) ? 0 : start[b] + queries; }  // of its positions
+  // The first position that a query sees. Of an idle sequence, 0.
+  int64_t first_seen(int64_t b, int64_t t) const { return std::max<int64_t>(0, start[b] + t - window + 1); }
 };
 
 struct DrawOptions {  // of a row; in the order of native.py's columns
@@ -404,7 +409,7 @@ void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffer<ffi::F32> cos,
                      ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::S32> start, ffi::BufferR0<ffi::S32> layer,
                      ffi::Buffer<ffi::S32> table, ffi::AnyBuffer old_keys, ffi::AnyBuffer old_values,
-                     ffi::ResultBuffer<ffi::F32> y, ffi::Result<ffi::AnyBuffer> keys,
+                     ffi::Buffer<ffi::F32> norms, float eps, int64_t window, ffi::ResultBuffer<ffi::F32> y, ffi::Result<ffi::AnyBuffer> keys,
                      ffi::Result<ffi::AnyBuffer> values) {
   const auto in = qkv.dimensions(), cache = keys->dimensions(), tables = table.dimensions();
   const auto type = keys->element_type();
@@ -415,7 +420,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   if (K < 1 || cache[3] != kKeys || H < 8 || H % 8 || N < K || N % K || width != (N + 2 * K) * H ||
       int64_t(qkv.element_count()) != B * T * width || int64_t(table.element_count()) != B * M ||
       int64_t(y->element_count()) != B * T * N * H || int64_t(cos.element_count()) != B * T * H / 2 ||
-      sin.element_count() != cos.element_count() || !(values->dimensions() == cache) ||
+      sin.element_count() != cos.element_count() || window < 1 ||
+      (norms.element_count() != 0 && int64_t(norms.element_count()) != 2 * H) || !(values->dimensions() == cache) ||
       values->element_type() != type || old_keys.untyped_data() != keys->untyped_data() ||
       old_values.untyped_data() != values->untyped_data() ||
       (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16 && type != ffi::S8)) {
@@ -440,7 +446,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   }
   const auto call = [&](auto* key, auto* value) {
     attend(pool, Attention<std::remove_pointer_t<decltype(key)>>{
-                     B, T, N, K, H, M, L, l, qkv.typed_data(), cos.typed_data(), sin.typed_data(), start.typed_data(),
+                     B, T, N, K, H, M, L, l, window, qkv.typed_data(),
+                     norms.element_count() == 0 ? nullptr : norms.typed_data(), eps, cos.typed_data(), sin.typed_data(), start.typed_data(),
                      table.typed_data(), key, value, y->typed_data()});
   };
   if (type == ffi::F32) {
@@ -600,6 +607,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_attention, attention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps")
+                                  .Attr<int64_t>("window")
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());

@@ -1,6 +1,8 @@
 """Attention over a cache, of each implementation, against sums written out in float64."""
 
 from collections.abc import Callable, Sequence
+from functools import cache as once
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +30,20 @@ def reference(
     start: int,
     layer: int,
     stored: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+    *,
+    norm: ops.Norm | None = None,
+    window: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One query of one head at a time, over the positions up to its own; `stored` is what a cache makes of a row."""
     (T, width), (_, K, _, H) = qkv.shape, keys.shape
     N = width // H - 2 * K
     query, new_key, new_value = np.split(qkv.astype(float).reshape(T, -1, H), [N, N + K], axis=1)
+    if norm:
+        of_query, of_key = np.split(np.asarray(norm.weight, float), 2)
+        query, new_key = (
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * weight
+            for x, weight in ((query, of_query), (new_key, of_key))
+        )
 
     def rotated(x: np.ndarray, t: int) -> np.ndarray:
         pairs = (x[: H // 2] + 1j * x[H // 2 :]) * (cos[t] + 1j * sin[t])
@@ -45,10 +56,11 @@ def reference(
             key[k, start + t] = stored(rotated(new_key[t, k], t)).astype(key.dtype)
             value[k, start + t] = stored(new_value[t, k]).astype(value.dtype)
     for t, n in np.ndindex(T, N):
-        k, visible = n // (N // K), start + t + 1
-        scores = key[k, :visible].astype(float) @ rotated(query[t, n], t) / H**0.5
+        k, end = n // (N // K), start + t + 1
+        visible = slice(max(0, end - window) if window else 0, end)
+        scores = key[k, visible].astype(float) @ rotated(query[t, n], t) / H**0.5
         weights = np.exp(scores - scores.max())
-        mixed[t, n] = weights / weights.sum() @ value[k, :visible].astype(float)
+        mixed[t, n] = weights / weights.sum() @ value[k, visible].astype(float)
     return mixed.reshape(T, -1), keys, values
 
 
@@ -80,9 +92,23 @@ SHAPES = [
 ]
 DTYPES = [np.float32, jnp.bfloat16, np.float16, np.int8]
 layers = st.integers(0, LAYERS - 1)
-_attention = jax.jit(ops.attention)
-# Of sequences with pages in one pool.
-_batch = jax.jit(jax.vmap(ops.attention, in_axes=(0, 0, 0, None, None, 0, None, 0), out_axes=(0, None, None)))
+
+
+@once
+def attention_of(norm: bool = False, window: int | None = None, batch: bool = False) -> Callable[..., Any]:
+    """Of one sequence, or of a batch with pages in one pool. A norm's weights are the last argument."""
+
+    def attend(*given: jax.Array) -> Any:
+        return ops.attention(
+            *given[: len(given) - norm], norm=ops.Norm(given[-1], EPS) if norm else None, window=window
+        )
+
+    axes = (0, 0, 0, None, None, 0, None, 0, *[None] * norm)
+    return jax.jit(jax.vmap(attend, in_axes=axes, out_axes=(0, None, None)) if batch else attend)
+
+
+EPS = 1e-5
+_attention, _batch = attention_of(), attention_of(batch=True)
 
 
 def skip_xla(implementation: str) -> None:
@@ -135,7 +161,14 @@ def unpaged(pools: np.ndarray, table: np.ndarray, length: int) -> np.ndarray:
 
 
 def attend(
-    implementation: str, given: Sequence[np.ndarray], start: int, layer: int, order: Sequence[int] | None = None
+    implementation: str,
+    given: Sequence[np.ndarray],
+    start: int,
+    layer: int,
+    order: Sequence[int] | None = None,
+    *,
+    norm: ops.Norm | None = None,
+    window: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attention to a layer of caches [L, K, S, R]: XLA's to that layer alone, or the native one to pages of all.
 
@@ -144,14 +177,15 @@ def attend(
     """
     *tokens, key, value = given
     caches, end = np.stack([key, value]), start + len(tokens[0])
+    attention, norms = attention_of(norm is not None, window), [norm.weight] if norm else []
     if implementation == "xla" or 2 * tokens[1].shape[1] % 8:  # the head's length
         caches[..., end:, :] = 1e4  # XLA multiplies it by zero
-        mixed, *written = _attention(*tokens, *caches[:, layer], jnp.int32(start))
+        mixed, *written = attention(*tokens, *caches[:, layer], jnp.int32(start), *norms)
         caches[:, layer] = np.stack(written)
         return np.asarray(mixed), *caches[..., :end, :]
     caches[..., end:, :] = not_numbers(caches[..., end:, :].shape, caches.dtype)
     pools, (table,) = paged(caches, order=order)
-    mixed, *written = _attention(*tokens, *pools, jnp.int32(start), jnp.int32(layer), table)
+    mixed, *written = attention(*tokens, *pools, jnp.int32(start), jnp.int32(layer), table, *norms)
     found = np.stack(written)
     others = found.copy()
     for position in range(start, end):
@@ -175,6 +209,30 @@ def test_attention(
     found = attend(implementation, (qkv, cos, sin, key, value), start, layer)
     for actual, wanted in zip(found, expected, strict=True):
         assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-4)
+
+
+# Shorter than a block, of its length, longer, and of several pieces.
+WINDOWS = [1, 5, 64, 100, 300]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(SHAPES), st.integers(0, 700), st.sampled_from([0.1, 1, 30]), st.sampled_from(WINDOWS), st.booleans()
+)
+def test_attention_to_a_window(
+    implementation: str, shape: tuple[int, ...], start: int, scale: float, window: int, has_norm: bool
+) -> None:
+    """And with a norm of each head, by which the scale does not matter."""
+    T, H, S = shape[0], shape[3], shape[-1]
+    start, rng = min(start, S - T), np.random.default_rng(start)
+    qkv, *others = arguments(rng, *shape)
+    qkv[:, : -2 * shape[1] * H] *= np.float32(scale)
+    norm = ops.Norm(rng.normal(1, 0.3, 2 * H).astype(np.float32), EPS) if has_norm else None
+    mixed, keys, values = reference(qkv, *others, start, 1, norm=norm, window=window)
+    expected = mixed, keys[..., : start + T, :], values[..., : start + T, :]
+    found = attend(implementation, (qkv, *others), start, 1, norm=norm, window=window)
+    for actual, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-4)
 
 
@@ -293,8 +351,10 @@ def test_vmap_is_a_batch(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 9, 20])
-def test_a_row_depends_neither_on_its_batch_nor_on_its_pages(implementation: str, T: int, dtype: type) -> None:
+@pytest.mark.parametrize(("T", "window"), [(1, None), (9, None), (20, None), (1, 70), (9, 290), (20, 100)])
+def test_a_row_depends_neither_on_its_batch_nor_on_its_pages(
+    implementation: str, T: int, window: int | None, dtype: type
+) -> None:
     """In a batch whose last two rows share pages; in a pool of its own; with pages in order and a longer table."""
     skip_xla(implementation)
     rng, start = np.random.default_rng(0), np.array([0, 580, 300], np.int32)
@@ -305,12 +365,13 @@ def test_a_row_depends_neither_on_its_batch_nor_on_its_pages(implementation: str
     pools[:, tables[2, :4]] = not_numbers(pools[:, tables[2, :4]].shape, pools.dtype)
     tables[2, :4] = tables[1, :4]
     tokens = (np.stack(x) for x in zip(*(row[:3] for row in rows), strict=True))
-    mixed, *written = _batch(*tokens, *pools, start, jnp.int32(1), tables)
+    mixed, *written = attention_of(window=window, batch=True)(*tokens, *pools, start, jnp.int32(1), tables)
     for b, row in enumerate(rows):
-        alone = attend(implementation, row, start[b], layer=1)
+        alone = attend(implementation, row, start[b], layer=1, window=window)
         same_bits(alone, (mixed[b], *unpaged(np.stack(written), tables[b], start[b] + T)))
         longer = [np.pad(x, ((0, 0), (0, 0), (0, 70), (0, 0))) for x in row[3:]]
-        same_bits(attend(implementation, [*row[:3], *longer], start[b], layer=1, order=range(11)), alone)
+        ordered = attend(implementation, [*row[:3], *longer], start[b], layer=1, order=range(11), window=window)
+        same_bits(ordered, alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -318,20 +379,27 @@ def test_a_row_depends_neither_on_its_batch_nor_on_its_pages(implementation: str
 @given(
     st.tuples(st.integers(2, 15), st.integers(1, 3), st.integers(1, 6), st.sampled_from([8, 24, 64, 136])),
     st.sampled_from([0, 60, 250, 255, 500]) | st.integers(0, 600),
+    st.sampled_from([None, *WINDOWS]),
     st.booleans(),
     st.integers(0, 2**32),
 )
 def test_few_queries_are_as_if_each_were_alone(
-    implementation: str, dtype: type, shape: tuple[int, ...], start: int, ends_with_nan: bool, seed: int
+    implementation: str,
+    dtype: type,
+    shape: tuple[int, ...],
+    start: int,
+    window: int | None,
+    ends_with_nan: bool,
+    seed: int,
 ) -> None:
     skip_xla(implementation)
     *tokens, keys, values = arguments(np.random.default_rng(seed), *shape, start + shape[0], dtype=dtype)
     if ends_with_nan:
         tokens[0][-1] = np.nan
-    mixed, *together = attend(implementation, [*tokens, keys, values], start, layer=1)
+    mixed, *together = attend(implementation, [*tokens, keys, values], start, layer=1, window=window)
     for t in range(shape[0]):
         one = [x[t : t + 1] for x in tokens]
-        alone, *written = attend(implementation, [*one, keys, values], start + t, layer=1)
+        alone, *written = attend(implementation, [*one, keys, values], start + t, layer=1, window=window)
         keys[..., : start + t + 1, :], values[..., : start + t + 1, :] = written
         same_bits(alone[0], mixed[t])
     same_bits((keys, values), together)
