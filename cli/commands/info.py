@@ -123,6 +123,7 @@ def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
     rows = {
         "model": facts["model"],
         "path": facts["path"],
+        "architecture": config.family,
         "parameters": f"{config.num_parameters:,} ({human_count(config.num_parameters)})",
         "layers": config.num_hidden_layers,
         "hidden size": config.hidden_size,
@@ -131,7 +132,9 @@ def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
         "head size": config.head_dim,
         "vocabulary": config.vocab_size,
         "context": f"{config.max_position_embeddings} tokens",
-        "RoPE": f"theta {config.rope_theta:g}" + (", scaled" if config.rope_divisors else ""),
+        "RoPE": f"theta {config.rope_theta:g}"
+        + (", scaled" if config.rope_divisors else "")
+        + (f", none in {len(without)} of the layers" if (without := config.layers_without_rope) else ""),
         "embeddings": "tied" if config.tie_word_embeddings else "untied",
         "tensors": ", ".join(f"{count} {name}" for name, count in facts["tensors"].items()),
         "on disk": human_bytes(facts["bytes_on_disk"]),
@@ -140,6 +143,8 @@ def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
         f"{human_bytes(kv_bytes * config.max_position_embeddings)} for the whole context",
         "device": f"{facts['device']} ({facts['platform']}), jax {facts['jax']}",
     }
+    if config.sliding_window:
+        rows["attention"] = f"to the last {config.sliding_window} tokens"
     if facts["platform"] == "cpu":
         rows["computed by"] = facts["computed_by"]
     if facts["device_bytes"] is not None:

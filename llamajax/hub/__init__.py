@@ -50,7 +50,7 @@ def resolve(name: str, *, progress: bool = True) -> Path:
         raise RequestError(f"not the address of a repository on the model hub: {name!r}")
     if path_like or os.sep in name:
         raise RequestError(f"no such file or directory: {name!r}")
-    begin_so = [alias for alias in ALIASES if alias.startswith(name.lower())]
+    begin_so = [alias for alias in ALIASES if name and alias.startswith(name.lower())]
     nearest = begin_so or difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
     raise RequestError(
         f"unknown model {name!r}"

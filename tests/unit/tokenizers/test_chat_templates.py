@@ -60,6 +60,47 @@ def spm(spm_model: Path) -> Tokenizer:
     return load_sentencepiece(spm_model)
 
 
+# In the style of Qwen3's and SmolLM3's: thoughts are kept of answers after the last question only.
+THINKING = ChatTemplate(
+    """{%- set ns = namespace(last=0) %}
+{%- for message in messages[::-1] if message.role == "user" and not ns.last %}
+    {%- set ns.last = messages.index(message) %}
+{%- endfor %}
+{%- set mode = "/no_think" if enable_thinking is defined and enable_thinking is false else "/think" -%}
+{%- if messages[0].role == "system" and "/no_think" in messages[0].content -%}
+    {%- set mode = "/no_think" -%}
+{%- endif -%}
+{{- "<|im_start|>system\nDate: " ~ strftime_now("%d %B %Y") ~ "\nMode: " ~ mode ~ "<|im_end|>\n" -}}
+{%- for message in messages -%}
+    {%- if message.role == "user" -%}
+        {{ "<|im_start|>user\n" + message.content + "<|im_end|>\n" }}
+    {%- elif message.role == "assistant" -%}
+        {%- set content = message.content -%}
+        {%- if loop.index0 < ns.last and "</think>" in content -%}
+            {%- set content = content.split("</think>")[-1].lstrip("\n") -%}
+        {%- endif -%}
+        {% generation %}{{ "<|im_start|>assistant\n" + content + "<|im_end|>\n" }}{% endgeneration %}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ "<|im_start|>assistant\n" + ("" if mode == "/think" else "<think>\n\n</think>\n") }}
+{%- endif -%}"""
+)
+
+
+def test_templates_that_think() -> None:
+    talk = [user("Hi"), assistant("<think>\nhm\n</think>\n\nHello"), user("Bye")]
+    turns = (
+        f"<|im_start|>system\nDate: {datetime.now():%d %B %Y}\nMode: /think<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    )
+    silent = turns.replace("/think", "/no_think") + "<think>\n\n</think>\n"
+    assert THINKING.render(talk) == turns
+    assert THINKING.render(talk, enable_thinking=False) == silent
+    assert THINKING.render([system("Be brief. /no_think"), *talk]) == silent
+    assert "<think>\nhm\n</think>" in THINKING.render(talk[:2])
+
+
 # What the built-in templates write
 
 
