@@ -27,8 +27,8 @@ def random_prompts(llm: llamajax.LLM, count: int, length: int, seed: int) -> lis
 def first_tokens(llm: llamajax.LLM, prompts: list[list[int]], prefix_cache: int | None) -> list[float]:
     """Seconds to the first token of each prompt, one after the other."""
     with llm.serve_requests(slots=1, prefix_cache=prefix_cache) as server:
-        ask = lambda prompt: server.submit(prompt, max_new_tokens=1, sampling=GREEDY, ignore_eos=True).finish()  # noqa: E731
-        return [ask(prompt).timings.time_to_first_token for prompt in prompts]
+        options = {"max_new_tokens": 1, "sampling": GREEDY, "ignore_eos": True}
+        return [server.submit(prompt, **options).finish().timings.time_to_first_token for prompt in prompts]
 
 
 def tokens_per_second(llm: llamajax.LLM, prompts: list[list[int]], prefix_cache: int | None) -> float:
