@@ -31,13 +31,14 @@ def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, s
     whole, rest = divmod(batch, GROUP_LEN)
     # As the scheduler does: a few are read one by one, since a group that is not full takes a full one's time.
     sizes = [GROUP_LEN] * whole + ([GROUP_LEN] if 2 * rest > GROUP_LEN else [1] * rest)
-    before, request = Request(token_ids[:depth], 1, _GREEDY), Request(token_ids, 1, _GREEDY)
+    before, request = Request(token_ids[:depth] or token_ids, 1, _GREEDY), Request(token_ids, 1, _GREEDY)
     groups: dict[int, Prompts] = {}
 
     def warm_up() -> None:
         for size in set(sizes):
             read = engine.prompts([before] * size, [1] * size, num_positions=depth + sum(chunks))
-            _read(engine, read)
+            if depth:
+                _read(engine, read)
             groups[size] = Prompts(session.llm._runner, [request] * size, [1] * size, chunks, num_cached=depth)
             groups[size].cache, groups[size].tables = read.cache, read.tables
         run()

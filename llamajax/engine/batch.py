@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from llamajax.engine.pool import Tables
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner, chunk_lens
+from llamajax.engine.runner import Runner, chunk_lens, last_of_chunk
 from llamajax.engine.steps import Drawn, Requests, Rows, Slots
 from llamajax.model.cache import Cache
 from llamajax.types import Request
@@ -66,6 +66,15 @@ class Saved(NamedTuple):
     pages: Sequence[Cache] = ()
 
 
+class Chunk(NamedTuple):
+    """What `steps.prefill` is given of prompts."""
+
+    token_ids: Int32[np.ndarray, "P T"]
+    start: Int32[np.ndarray, "P"]
+    length: Int32[np.ndarray, "P"]
+    new_tokens: Int32[np.ndarray, "P"]
+
+
 class Prompts:
     """A group of prompts of one plan that is being read.
 
@@ -98,27 +107,22 @@ class Prompts:
         self.asked: Requests = runner.device_requests(self.requests)
         self.cache: Cache = ()
         self.tables = Tables(0, 0)
-        self._limits = np.array([*limits, *[limits[0]] * num_repeated], np.int32)
+        self._limits = [*limits, *[limits[0]] * num_repeated]
         self.num_cached = num_cached
         self._chunks = chunks
         self.left = len(self._chunks)
 
-    def next_chunk(self) -> tuple[Int32[np.ndarray, "P T"], Int32[np.ndarray, "P"], Int32[np.ndarray, "P"]]:
-        """Token ids, where they begin, and how many they are."""
+    def next_chunk(self) -> Chunk:
         number = len(self._chunks) - self.left
         start, size = self.num_cached + sum(self._chunks[:number]), self._chunks[number]
-        token_ids = np.zeros((len(self.requests), size), np.int32)
-        length = np.zeros(len(self.requests), np.int32)
-        for row, request in enumerate(self.requests):
-            chunk = request.token_ids[start : start + size]
-            token_ids[row, : len(chunk)], length[row] = chunk, len(chunk)
+        starts = np.full(len(self.requests), start, np.int32)
+        chunk = Chunk(np.zeros((len(starts), size), np.int32), starts, np.zeros_like(starts), np.zeros_like(starts))
+        for row, (request, limit) in enumerate(zip(self.requests, self._limits, strict=True)):
+            ids = request.token_ids[start : start + size]
+            chunk.token_ids[row, : len(ids)] = ids
+            chunk.length[row], chunk.new_tokens[row] = last_of_chunk(request, start + len(ids), len(ids), limit)
         self.left -= 1
-        return token_ids, np.full(len(self.requests), start, np.int32), length
-
-    @property
-    def limits(self) -> Int32[np.ndarray, "P"]:
-        """How many tokens each may draw after the chunk that is being read."""
-        return np.zeros_like(self._limits) if self.left else self._limits
+        return chunk
 
     @property
     def size(self) -> Size:
@@ -260,17 +264,10 @@ class Batch(ABC):
     def programs(self, num_positions: int) -> list[Program]:
         """All that rows of up to this many positions need, those of a first short request first."""
 
-    def _prefill(
-        self,
-        prompts: Prompts,
-        cache: Cache,
-        length: int,
-        chunk: tuple[Int32[np.ndarray, "P T"], Int32[np.ndarray, "P"], Int32[np.ndarray, "P"]],
-    ) -> tuple[Drawn, Cache]:
+    def _prefill(self, prompts: Prompts, chunk: Chunk, cache: Cache, length: int) -> tuple[Drawn, Cache]:
         """Reads a chunk into a cache of this length."""
-        token_ids = chunk[0]
-        program = self._runner.compile(Program("prefill", length, token_ids.shape[1], len(token_ids)))
-        drawn, cache, prompts.slots = program(self._runner.model.arrays, cache, *chunk, prompts.limits, prompts.asked)
+        program = self._runner.compile(Program("prefill", length, chunk.token_ids.shape[1], len(chunk.token_ids)))
+        drawn, cache, prompts.slots = program(self._runner.model.arrays, cache, *chunk, prompts.asked)
         self._runner.copy_ahead(drawn)
         return drawn, cache
 

@@ -131,7 +131,7 @@ class ContiguousBatch(Batch):
             prompts.cache = self._runner.empty_rows(num_prompts, length).cache
 
     def read(self, prompts: Prompts) -> Drawn:
-        drawn, prompts.cache = self._prefill(prompts, prompts.cache, _length(prompts.cache), prompts.next_chunk())
+        drawn, prompts.cache = self._prefill(prompts, prompts.next_chunk(), prompts.cache, _length(prompts.cache))
         return drawn
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:

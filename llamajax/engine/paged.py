@@ -70,10 +70,9 @@ class PagedBatch(Batch):
             self._pool.take(prompts.tables, row, num_positions)
 
     def read(self, prompts: Prompts) -> Drawn:
-        token_ids, start, length = prompts.next_chunk()
-        counts = np.array(prompts.tables.counts)
-        chunk = token_ids, np.where(counts > 0, start, np.int32(-1)), length
-        drawn, cache = self._prefill(prompts, self._pool.lend(prompts.tables.ids), self._pool.length, chunk)
+        counts, chunk = np.array(prompts.tables.counts), prompts.next_chunk()
+        chunk = chunk._replace(start=np.where(counts > 0, chunk.start, np.int32(-1)))
+        drawn, cache = self._prefill(prompts, chunk, self._pool.lend(prompts.tables.ids), self._pool.length)
         self._pool.put(cache)
         if not prompts.left:
             for row in counts.nonzero()[0].tolist():

@@ -218,7 +218,7 @@ class Runner:
             # A chunk that would pass the end of the cache begins earlier, and writes again what is there.
             start = min(end, self.cache_len - chunk_len)
             end = min(start + chunk_len, len(ids))
-            drawn = self._read_chunk(ids, start, end, chunk_len, max_new_tokens if end == len(ids) else 0)
+            drawn = self._read_chunk(request, start, end, chunk_len, max_new_tokens)
             self.cached_ids = ids[:end]
         return drawn, reused
 
@@ -449,16 +449,17 @@ class Runner:
                 f"{checks.shown(min(ids))} to {checks.shown(max(ids))}"
             )
 
-    def _read_chunk(self, ids: list[int], start: int, end: int, chunk_len: int, max_new_tokens: int) -> Drawn:
+    def _read_chunk(self, request: Request, start: int, end: int, chunk_len: int, max_new_tokens: int) -> Drawn:
         chunk = np.zeros((1, chunk_len), np.int32)
-        chunk[0, : end - start] = ids[start:end]
+        chunk[0, : end - start] = request.token_ids[start:end]
+        length, new_tokens = last_of_chunk(request, end, end - start, max_new_tokens)
         drawn, self._cache, self._slots = self.compile(Program("prefill", self.cache_len, chunk_len))(
             self.model.arrays,
             self._take_cache(),
             chunk,
             np.array([start], np.int32),
-            np.array([end - start], np.int32),
-            np.array([max_new_tokens], np.int32),
+            np.array([length], np.int32),
+            np.array([new_tokens], np.int32),
             self._requests,
         )
         return drawn
@@ -479,8 +480,8 @@ class Runner:
             prompt_mask[row, list(request.token_ids)] = True
         sampling = Sampling.of([request.sampling for request in requests])
         wants_logprobs: Any = np.array([request.sampling.logprobs is not None for request in requests])
-        constrained: Any = np.array([request.constraint is not None for request in requests])
-        asked = Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs, constrained)
+        last_token: Any = np.array([request.token_ids[-1] for request in requests], np.int32)
+        asked = Requests(sampling, stop_ids, first_stop, prompt_mask, wants_logprobs, last_token)
         return jax.device_put(asked, self.device)
 
 
@@ -488,6 +489,13 @@ def cache_len(num_positions: int, max_seq_len: int) -> int:
     """The length of a cache with room for this many positions: a power of two, up to the context."""
     longest = min(power_of_two(max_seq_len, MIN_CACHE_LEN), _multiple(max_seq_len, LAST_CACHE_STEP))
     return min(power_of_two(num_positions, MIN_CACHE_LEN), longest)
+
+
+def last_of_chunk(request: Request, end: int, length: int, limit: int) -> tuple[int, int]:
+    """The length and the new tokens that `prefill` is given with a chunk that ends there. The limit is a request's."""
+    if end < len(request.token_ids):
+        return length, 0
+    return (length - 1, -limit) if request.constraint else (length, limit)
 
 
 def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:

@@ -90,7 +90,7 @@ class Requests:
     first_stop: Int32[Array, "B"]  # the first position at which a stop token may be drawn
     prompt_mask: Bool[Array, "B V"]  # which tokens occur in the prompt
     wants_logprobs: Bool[Array, "B"]
-    constrained: Bool[Array, "B"]  # its tokens are drawn by `draw`, since they depend on a mask
+    last_token: Int32[Array, "B"]  # the prompt's
 
 
 @jax.tree_util.register_dataclass
@@ -134,26 +134,22 @@ def prefill(
     """Reads `length` tokens of each row, which begin at `start`, and draws the token after them.
 
     Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
-    A chunk that is not a prompt's last one has no new tokens: it draws none. A row with a constraint does not draw,
-    either, since prefill knows no masks: it goes back to its prompt's last token, for `forward` and `draw`.
+    A chunk that is not a prompt's last one has no new tokens: it draws none. A row with a constraint does not draw
+    here, either, since prefill knows no masks. Its new tokens are negative, and its length leaves out the prompt's last
+    token, which `forward` reads.
     """
     model = FlatModel(arrays, structure).llama()
     x, cache = _over_slots(model, token_ids, _enter(cache), start, length - 1)
     cache = _leave(cache)
     logits = jax.vmap(model.logits)(x)[:, 0]
-    constrained = requests.constrained
     slots = Slots(
-        token=jnp.take_along_axis(token_ids, length[:, None] - 1, axis=1)[:, 0],
+        token=requests.last_token,
         position=start + length,
-        left=jnp.where(constrained, 0, max_new_tokens),
+        left=max_new_tokens,
         counts=jnp.zeros(logits.shape, jnp.int32),
     )
     drawn, slots = _draw(logits, logits, slots, requests)
-    slots = replace(
-        slots,
-        position=slots.position - constrained.astype(jnp.int32),
-        left=jnp.where(constrained, max_new_tokens, slots.left),
-    )
+    slots = replace(slots, left=jnp.maximum(slots.left, -max_new_tokens))
     return jax.tree.map(lambda x: x[:, None], drawn), cache, slots
 
 
@@ -290,8 +286,9 @@ def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: 
     cache = jax.tree.map(lambda x: jnp.zeros((B, *x.shape), x.dtype), one)
     slots = Slots(zeros(), zeros(), zeros(), jnp.zeros((B, V), jnp.int32))
     stop_ids, mask = jnp.full((B, MAX_STOP_IDS), -1, jnp.int32), jnp.zeros((B, V), bool)
-    sampling, no = Sampling.of([SamplingParams(temperature=0)] * B), jnp.zeros(B, bool)
-    return Rows(cache, slots, Requests(sampling, stop_ids, zeros(), mask, no, no))
+    sampling, wants_logprobs = Sampling.of([SamplingParams(temperature=0)] * B), jnp.zeros(B, bool)
+    requests = Requests(sampling, stop_ids, zeros(), mask, wants_logprobs, zeros())
+    return Rows(cache, slots, requests)
 
 
 @partial(jax.jit, static_argnames=("num_pages", "config", "cache_dtype"))
