@@ -1,4 +1,4 @@
-"""The Llama: embedding, decoder layers, final norm, logits. One sequence; no batch, no sampling, no files."""
+"""The model of all families: embedding, layers, final norm, logits. One sequence; no batch, no sampling, no files."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -100,7 +100,10 @@ def _flat(state: nnx.State) -> tuple[list[Any], Any]:
 
 
 class Llama(nnx.Module):
-    """A Llama (Touvron et al. 2023; Grattafiori et al. 2024). Built, it is a structure without weights."""
+    """A Llama (Touvron et al. 2023; Grattafiori et al. 2024), or a model like it, as its configuration says.
+
+    Built, it is a structure without weights.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         self.config = config

@@ -19,7 +19,7 @@ from llamajax.weights.names import sources
 def random_weights(config: LlamaConfig, device: jax.Device, dtype: DType = "auto", seed: int = 0) -> dict[str, Weight]:
     """Random weights by the paths of the model's parameters, made one at a time, in the dtype they are kept in.
 
-    Norms are ones; rows of the rest have a length of about one, so that activations stay finite.
+    Norms and biases are ones; rows of the rest have a length of about one, so that activations stay finite.
 
     Args:
       dtype: as `load_weights` keeps dense weights; "auto" is bf16.
