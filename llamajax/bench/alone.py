@@ -80,7 +80,7 @@ def generate(
 
     def warm_up() -> None:
         _read(engine, prompt)
-        list(engine.fit(Needs({}, longest=length, num_wanted=batch)))
+        list(engine.fit(Needs({}, longest=length, num_wanted=batch, num_needed=batch)))
         engine.insert(prompt, [0], [0])
         saved.extend(engine.save({0: length - tokens}))
         run()

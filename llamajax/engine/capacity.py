@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from llamajax.engine.batch import row_counts
 from llamajax.engine.memory import Footprint
 from llamajax.engine.pool import pages
-from llamajax.engine.runner import CHUNKS, cache_len
+from llamajax.engine.runner import CHUNKS, cache_len, power_of_two
 from llamajax.ops import PAGE_LEN
 
 # More rows than this are nobody's wish.
@@ -17,7 +17,7 @@ class Capacity:
     """Of sequences of so many tokens, in bytes, as the engine makes their rows.
 
     Attributes:
-      num_rows: rows that a batch for so many sequences has; with pages, as many as there are sequences.
+      num_rows: rows that a batch for so many sequences has; with pages, those that have any.
       length: positions that each has room for.
       rows: all that they take, and `prompt` what one more takes that is being read.
       temporary: about what a step takes while it runs.
@@ -38,12 +38,14 @@ class Capacity:
         length = cache_len(num_tokens, footprint.config.max_position_embeddings)
         if footprint.is_paged:
             num_rows, length = sequences, pages(num_tokens) * PAGE_LEN
+        # With pages, rows are a power of two, of which those without a sequence have none.
+        idle = power_of_two(num_rows) - num_rows if footprint.is_paged else 0
         prompt = 1, length, min(length, CHUNKS[-1])
         fitting = [1, *row_counts(_MOST_ROWS)]
         return cls(
             num_rows,
             length,
-            footprint.rows(num_rows, length),
+            footprint.rows(num_rows, length) + footprint.rows(idle, 0),
             footprint.rows(1, 0 if footprint.is_paged else length),  # its pages are its row's
             footprint.temporary(num_rows, length, *prompt),
             None

@@ -48,6 +48,7 @@ class Engine:
         if prefix_bytes is not None:
             prefix_bytes = checks.integer("prefix_cache", prefix_bytes, 0)
         self._batch = make_batch(runner, num_slots, prefix_bytes)
+        self._failed_at = -1  # how many jobs had ended when memory ran out
         self._prompts: Prompts | None = None
         self._group: list[Job] = []  # whose prompts they are
         # Blocks that the device works on, with the job of each row.
@@ -331,6 +332,10 @@ class Engine:
         scheduler, batch, job = self.scheduler, self._batch, self.scheduler.next
         if job is None:
             return 0
+        # Memory ran out, and nobody has ended since: what failed would only fail again.
+        is_short = self._failed_at == scheduler.num_ended
+        if is_short and scheduler.running:
+            return 0
         needs = self._needs()
         longest = max(needs.longest, _first_len(job))
 
@@ -340,7 +345,7 @@ class Engine:
             size = self._size(job, number)
             return batch.can_admit(Needs(needs.rows, new, longest, size, num_wanted=admitted, num_needed=admitted))
 
-        for number in (1,) if job.saved else (GROUP_LEN, 1):
+        for number in (1,) if job.saved or is_short else (GROUP_LEN, 1):
             if is_room(number):
                 return number
         if scheduler.running:
@@ -384,9 +389,11 @@ class Engine:
     def _give_way(self) -> None:
         """After the device's memory ran out: prompts that are read, or else all that runs, wait until there is room."""
         scheduler, batch = self.scheduler, self._batch
-        if not batch.expect_less_memory() and len(scheduler.reading) == 1 and not scheduler.running:
-            [job] = scheduler.reading
-            self._try_again(job)
+        if not batch.expect_less_memory():
+            self._failed_at = scheduler.num_ended
+            if len(scheduler.reading) == 1 and not scheduler.running:
+                [job] = scheduler.reading
+                self._try_again(job)
         if scheduler.reading and (batch.can_go_on or not scheduler.running):
             self._put_back(scheduler.reading)
         else:

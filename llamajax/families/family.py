@@ -10,7 +10,7 @@ from typing import Any
 from llamajax.config import LlamaConfig
 
 # Options of config.json, with the value that every family has.
-_FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "mrope_section": None}
+_FIXED = {"hidden_act": "silu", "is_causal": True, "partial_rotary_factor": 1.0, "mrope_section": None}
 
 
 def _as_a_llama(config: LlamaConfig, hf: Mapping[str, Any]) -> LlamaConfig:

@@ -68,7 +68,14 @@ def from_gguf(
         hf["vocab_size"] = len(tokens)
     if keys.get("expert_count", 0):
         raise ConfigError("a mixture of experts (Mixtral) is not supported: its layers are not a Llama's")
-    config = config_of(family, {**hf, "tie_word_embeddings": tie_word_embeddings, **_rope_scaling(keys)})
+    if not metadata.get(f"{family.gguf}.attention.causal", True):
+        raise ConfigError(
+            "a model whose attention is not causal is not supported: it finds embeddings, and no next token"
+        )
+    said = {**hf, "tie_word_embeddings": tie_word_embeddings, **_rope_scaling(keys)}
+    # As in config.json, a window does not count where the family says so.
+    windows = {name: value for name, value in family.defaults.items() if name == "use_sliding_window"}
+    config = config_of(family, {**windows, **said})
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.get(key, config.head_dim) != config.head_dim:
             raise ConfigError(f"{key}={keys[key]} is not supported: expected the head's size, {config.head_dim}")

@@ -21,16 +21,19 @@ def from_hf(hf: Mapping[str, Any], *, max_len: int | None = None) -> LlamaConfig
 
     Raises ConfigError for a missing key, and for any architecture or option that no family has.
     """
-    model_type, architectures = hf.get("model_type", "llama"), hf.get("architectures")
-    family = FAMILIES.get(str(model_type))
+    architectures = hf.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
+    likely = (family.name for family in FAMILIES.values() if named in family.architectures)
+    model_type = hf.get("model_type", next(likely, "llama"))
+    family = FAMILIES.get(str(model_type))
     if family is None or named not in (None, *family.architectures):
         raise unknown(named or model_type)
     # Newer configs put theta and scaling into one dictionary; older ones keep them apart.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         raise ConfigError(f"malformed RoPE scaling {rope!r:.200}: expected one object for all layers")
-    hf = {**family.defaults, **hf, **rope}
+    said = {key: value for key, value in hf.items() if value is not None or key == "sliding_window"}  # null: none
+    hf = {**family.defaults, **said, **rope}
     if quantized := hf.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise ConfigError(

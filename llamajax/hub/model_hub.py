@@ -42,7 +42,7 @@ def cached(name: HubName) -> Path | None:
 def fetch(name: HubName, *, progress: bool = True) -> Path:
     """The .gguf file, or a folder with safetensors, configuration and tokenizer, fetched unless it is on disk.
 
-    The configuration comes first, and the rest only if it is a Llama's.
+    The configuration comes first, and the rest only if its architecture is supported.
 
     Raises:
       RequestError: the repository is missing, gated, unreachable, or has no model that can be read.
@@ -81,10 +81,10 @@ class _Repository:
             raise adapter_error(where, self._download("adapter_config.json"))
         chosen = choose(names, self._name.wanted, where, lambda file: f"{where}:{self._prefix}{file}")
         if chosen.lower().endswith(".gguf"):
-            if self._gguf_architecture != "llama":
-                raise ConfigError(
-                    f"{where}: architecture {self._gguf_architecture!r:.80} is not supported, only 'llama'"
-                )
+            from llamajax.families.registry import FAMILIES, unknown
+
+            if all(family.gguf != self._gguf_architecture for family in FAMILIES.values()):
+                raise ConfigError(f"{where}: {unknown(self._gguf_architecture)}")
             if self._name.wanted is None and self._progress:
                 print(f"{where} has GGUF files only: taking {one_line(chosen)}", file=sys.stderr, flush=True)
             return self._download_all(parts(chosen))

@@ -107,8 +107,9 @@ REPOS = {
     "org/one-gguf": {"config.json": b'{"model_type": "llama"}', "tiny.GGUF": b"GGUF", "imatrix.gguf": b"counts"},
     "org/split": {f"Q8_0/tiny-{part:05}-of-00003.gguf": b"part %d" % part for part in (1, 2, 3)}
     | {f"Q4_0/tiny-{part:05}-of-00002.gguf": b"4: part %d" % part for part in (1, 2)},
+    "org/gemma-gguf": {"tiny.gguf": b"GGUF"},
+    "org/gemma": config_with(architectures=["Gemma2ForCausalLM"], model_type="gemma2"),
     "org/qwen-gguf": {"tiny.gguf": b"GGUF"},
-    "org/qwen": config_with(architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
     "org/fp8": config_with(quantization_config={"quant_method": "fp8"}),
     "org/gptq": config_with(quantization_config={"quant_method": "gptq", "bits": 4}),
     "org/broken": WHOLE | {"config.json": b"<html>"},
@@ -262,15 +263,15 @@ def test_what_the_hub_refuses_is_one_line(online: dict[str, tuple[str, str]], na
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("org/qwen", "architecture 'Qwen2ForCausalLM' is not supported"),
+        ("org/gemma", "architecture 'Gemma2ForCausalLM' is not supported: llamajax runs LlamaForCausalLM, "),
         ("org/fp8", "quantized by 'fp8'"),
         ("org/gptq", "quantized by 'gptq'"),
         ("org/broken", "config.json: Expecting value"),
         ("org/list", "config.json: expected a JSON object"),
-        ("org/qwen-gguf", "architecture 'qwen2' is not supported"),
+        ("org/gemma-gguf", "architecture 'gemma2' is not supported: llamajax runs LlamaForCausalLM, "),
     ],
 )
-def test_what_is_no_llama_is_refused_before_its_weights_are_fetched(
+def test_what_cannot_run_is_refused_before_its_weights_are_fetched(
     online: dict[str, tuple[str, str]], hub: HubServer, name: str, expected: str
 ) -> None:
     kind, message = online[name]
@@ -294,6 +295,7 @@ def test_other_variants_are_not_fetched(online: dict[str, tuple[str, str]], hub:
         ("https://huggingface.co/org/quants/blob/main/tiny.Q2_K.gguf?download=true", "tiny.Q2_K.gguf"),
         ("org/quants", "tiny.Q4_K_M.gguf"),
         ("org/one-gguf", "tiny.GGUF"),
+        ("org/qwen-gguf", "tiny.gguf"),
     ],
 )
 def test_one_gguf_of_several_is_chosen(

@@ -380,6 +380,17 @@ def test_mistral_without_a_window_is_a_llama() -> None:
     assert from_hf(hf) == replace(CONFIGS["llama3-8b"], family="mistral")
 
 
+def test_an_architecture_is_enough() -> None:
+    hf = {key: value for key, value in HF["mistral-7b"].items() if key != "model_type"}
+    assert from_hf(hf) == CONFIGS["mistral-7b"]
+
+
+def test_a_window_that_is_not_used() -> None:
+    hf = HF["qwen2.5-0.5b"] | {"sliding_window": 4096, "use_sliding_window": None}
+    assert from_hf(hf) == CONFIGS["qwen2.5-0.5b"]
+    assert from_gguf(gguf_metadata(hf) | {"qwen2.attention.sliding_window": 4096}).sliding_window is None
+
+
 def test_the_window_of_mistral() -> None:
     """As in transformers 4096 if config.json has no such key, and none if that says so or nothing is beyond it."""
     hf = {key: value for key, value in HF["mistral-7b"].items() if key != "sliding_window"}
@@ -439,6 +450,11 @@ def test_vocab_size_of_gguf_is_that_of_the_embedding() -> None:
     metadata = gguf_metadata(HF["smollm2-135m"]) | {"llama.vocab_size": 7}
     found = from_gguf(metadata, vocab_size=49152, tie_word_embeddings=True)
     assert found == CONFIGS["smollm2-135m"]
+
+
+def test_gguf_whose_attention_is_not_causal() -> None:
+    with pytest.raises(ConfigError, match="a model whose attention is not causal"):
+        from_gguf(gguf_metadata(HF["llama3-8b"]) | {"llama.attention.causal": False})
 
 
 def test_gguf_that_holds_no_model() -> None:

@@ -409,8 +409,8 @@ void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffer<ffi::F32> cos,
                      ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::S32> start, ffi::BufferR0<ffi::S32> layer,
                      ffi::Buffer<ffi::S32> table, ffi::AnyBuffer old_keys, ffi::AnyBuffer old_values,
-                     ffi::Buffer<ffi::F32> norms, float eps, int64_t window, ffi::ResultBuffer<ffi::F32> y, ffi::Result<ffi::AnyBuffer> keys,
-                     ffi::Result<ffi::AnyBuffer> values) {
+                     ffi::Buffer<ffi::F32> norms, float eps, int64_t window, ffi::ResultBuffer<ffi::F32> y,
+                     ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values) {
   const auto in = qkv.dimensions(), cache = keys->dimensions(), tables = table.dimensions();
   const auto type = keys->element_type();
   if (in.size() < 2 || cache.size() != 5 || tables.size() + 1 != in.size()) return wrong("attention");
@@ -447,8 +447,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   const auto call = [&](auto* key, auto* value) {
     attend(pool, Attention<std::remove_pointer_t<decltype(key)>>{
                      B, T, N, K, H, M, L, l, window, qkv.typed_data(),
-                     norms.element_count() == 0 ? nullptr : norms.typed_data(), eps, cos.typed_data(), sin.typed_data(), start.typed_data(),
-                     table.typed_data(), key, value, y->typed_data()});
+                     norms.element_count() == 0 ? nullptr : norms.typed_data(), eps, cos.typed_data(),
+                     sin.typed_data(), start.typed_data(), table.typed_data(), key, value, y->typed_data()});
   };
   if (type == ffi::F32) {
     call(static_cast<float*>(keys->untyped_data()), static_cast<float*>(values->untyped_data()));

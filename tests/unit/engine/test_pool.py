@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import jax
@@ -185,6 +186,21 @@ def test_one_call_that_fails_for_want_of_memory_ends_nobody(
 
 
 @needs_kernels
+def test_those_that_run_go_on_while_there_is_no_memory_to_read_prompts(
+    runner: Runner, expected: list[list[Token]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile, engine = runner.compile, Engine(runner, num_slots=4, max_waiting=50)
+
+    def compiled(program: Program) -> Callable[..., object]:
+        if program.step == "prefill" and engine.scheduler.running:
+            raise exhausted()
+        return compile(program)
+
+    monkeypatch.setattr(runner, "compile", compiled)
+    assert [c.tokens for c in answers(engine, requests())] == expected
+
+
+@needs_kernels
 def test_where_there_is_no_memory_for_pages_at_all_requests_end_with_an_error(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,13 +263,20 @@ def shared_requests() -> list[Request]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("cache_dtype", [np.float32, np.float16, np.int8])
-@pytest.mark.parametrize("num_pages", [12, 64])
-def test_shared_prefixes_change_no_bit(monkeypatch: pytest.MonkeyPatch, num_pages: int, cache_dtype: type) -> None:
+@pytest.mark.parametrize(
+    ("num_pages", "cache_dtype", "differs"),
+    [
+        *((num_pages, dtype, {}) for num_pages in (12, 64) for dtype in (np.float32, np.float16, np.int8)),
+        (12, np.float16, {"sliding_window": 70, "qk_norm": True}),
+    ],
+)
+def test_shared_prefixes_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, num_pages: int, cache_dtype: type, differs: dict[str, Any]
+) -> None:
     """Tokens and log-probabilities, with and without, alone and together, while pages are forgotten."""
     kept = {"max_seq_len": 512, "cache_dtype": cache_dtype, "paged": True}
-    config = replace(CONFIG, max_position_embeddings=512)
-    runner = Runner(config, random_weights(), device=jax.devices()[0], **kept)
+    config = replace(CONFIG, max_position_embeddings=512, **differs)
+    runner = Runner(config, random_weights(config), device=jax.devices()[0], **kept)
     monkeypatch.setattr(paged_module, "_num_pages", lambda *_: num_pages)
     asked, found = shared_requests(), {}
     forgotten, forget = list[int](), Prefixes.remove
