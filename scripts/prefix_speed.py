@@ -47,22 +47,23 @@ def main(rounds: int) -> None:
         questions = random_prompts(llm, SLOTS, NUM_QUESTION, 2 * number + 3)
         together = [[*system, *question] for question in questions]
         first, later = first_tokens(llm, together[:2], None)
-        with_it, without = (tokens_per_second(llm, together, size) for size in (None, 0))
-        other, other_without = (tokens_per_second(llm, questions, size) for size in (None, 0))
+        sizes = (None, 0) if number % 2 else (0, None)
+        alike = {size: tokens_per_second(llm, together, size) for size in sizes}
+        unlike = {size: tokens_per_second(llm, questions, size) for size in sizes}
         if number < 0:
             continue
         firsts.append(first)
         nexts.append(later)
-        shared.append((with_it, without))
-        unshared.append((other, other_without))
+        shared.append(alike[None] / alike[0])
+        unshared.append(unlike[None] / unlike[0])
         print(
             f"round {number + 1}: first token {1000 * first:.0f} ms, next {1000 * later:.0f} ms; {SLOTS} together "
-            f"{with_it:.0f} : {without:.0f} tokens/s; nothing shared {other:.0f} : {other_without:.0f}",
+            f"{alike[None]:.0f} : {alike[0]:.0f} tokens/s; nothing shared {unlike[None]:.0f} : {unlike[0]:.0f}",
             flush=True,
         )
     print(f"next over first {median(b / a for a, b in zip(firsts, nexts, strict=True)):.3f}")
-    print(f"{SLOTS} together {median(a / b for a, b in shared):.2f} times")
-    print(f"nothing shared {median(a / b for a, b in unshared):.3f} times")
+    print(f"{SLOTS} together {median(shared):.2f} times")
+    print(f"nothing shared {median(unshared):.3f} times")
 
 
 if __name__ == "__main__":
