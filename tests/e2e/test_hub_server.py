@@ -137,7 +137,10 @@ def files_in(folder: str) -> set[str]:
 @pytest.fixture(scope="module")
 def hub() -> Iterator[HubServer]:
     with HubServer(
-        REPOS, gated=frozenset({"org/gated"}), architectures={"org/qwen-gguf": "qwen2"}, refusals=REFUSALS
+        REPOS,
+        gated=frozenset({"org/gated"}),
+        architectures={"org/gemma-gguf": "gemma2", "org/qwen-gguf": "qwen2"},
+        refusals=REFUSALS,
     ) as server:
         yield server
 
@@ -171,8 +174,9 @@ def online(hub: HubServer, hf_home: Path) -> dict[str, tuple[str, str]]:
         "org/split",
         "org/split:q8_0",
         "org/split:Q4_0/tiny-00002-of-00002.gguf",
+        "org/gemma-gguf",
+        "org/gemma",
         "org/qwen-gguf",
-        "org/qwen",
         "org/fp8",
         "org/gptq",
         "org/broken",
