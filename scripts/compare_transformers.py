@@ -1,6 +1,6 @@
 """Speed of a bf16 checkpoint beside transformers, in turns.
 
-    pip install torch transformers gguf
+    pip install torch transformers gguf accelerate
     python scripts/compare_transformers.py [--model DIRECTORY] [--rounds 5]
 
 Without a directory in Hugging Face's layout, transformers reads the default model's GGUF and writes one, in bf16. Both

@@ -4,8 +4,8 @@
 // block, the numbers of a row that one instruction multiplies are followed by those of the group's next row, so that
 // one load feeds all lanes and memory is read strictly forward.
 //
-// A tile is some rows of x times one or two groups of W, with its sums in registers: weights are loaded once for all
-// rows of the tile. With one row, memory bandwidth is the limit; with many rows, the multiply instructions are.
+// A tile is some rows of x times one or two vectors of rows of W, with its sums in registers: weights are loaded once
+// for all rows of the tile. With one row, memory bandwidth is the limit; with many rows, the multiply instructions are.
 //
 // Each row of y adds up its products in the same order, however many rows are computed with it: this makes a batch
 // equal to single requests.
@@ -19,7 +19,8 @@ struct Dense {
   using Sum = Floats;  // of a row's products in a block
   using Stored = std::conditional_t<kPairs, int16_t, T>;
   using Weights = decltype(load(static_cast<const Stored*>(nullptr)));
-  static constexpr int kRows = kTileRows, kSideBySide = 1;  // of x: in a tile; that are stored side by side
+  static constexpr int kRows = kDenseRows, kSideBySide = 1;  // of x: in a tile; that are stored side by side
+  static constexpr int kWidth = kDenseWidth;  // of a group: rows in a tile of more than one row of x
   static constexpr int kBlock = 32, kAtOnce = kPairs ? 2 : 1, kLoads = kBlock / kAtOnce;
   static constexpr int64_t kWord = kAtOnce * sizeof(T);  // bytes of a row that stand together
   static constexpr int64_t kFirst = 0, kHead = 0, kBytes = kGroup * kBlock * sizeof(T);
@@ -46,7 +47,7 @@ struct BlockOfX {
 // replaces a multiply and an FMA: 10 instructions instead of 11 in the loop that bounds large batches.
 template <int kBits_, int kBlock_, bool kOffsets_>
 struct Quantized {
-  static constexpr int kRows = kTileRows, kSideBySide = 1;
+  static constexpr int kRows = kTileRows, kSideBySide = 1, kWidth = kLanes;
   static constexpr int kBits = kBits_, kBlock = kBlock_, kAtOnce = 4, kLoads = kBlock / kAtOnce * kBits / 8;
   static constexpr bool kRounded = true, kOffsets = kOffsets_, kSteps = kBits == 4 && kOffsets;
   using Number = int8_t;  // of x
@@ -106,39 +107,42 @@ inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
   }
 }
 
-// kRows rows of x times kLanes rows of weights of each of kGroups groups: y [kGroups, F::kRows, kGroup]. Meanwhile,
-// with each block, as many lines are fetched from where each of `ahead` points to.
-template <class F, int kRows, int kGroups>
-inline void tile(const uint8_t* const* groups, int64_t lane, const typename F::Number* numbers, const BlockOfX* blocks,
+// kRows rows of x times kWidth rows of weights, from `first` on, of each of kGroups groups: y [kGroups, F::kRows,
+// kGroup]. Meanwhile, with each block, as many lines are fetched from where each of `ahead` points to.
+template <class F, int kRows, int kGroups, int kWidth>
+inline void tile(const uint8_t* const* groups, int64_t first, const typename F::Number* numbers, const BlockOfX* blocks,
                  int64_t num_blocks, const uint8_t* const* ahead, int64_t lines, float* y) {
+  constexpr int kAcross = kWidth / kLanes, kVectors = kGroups * kAcross;
   const int64_t K = num_blocks * F::kBlock;
-  Floats total[kRows][kGroups];
-  UNROLL for (int i = 0; i < kRows * kGroups; ++i) total[i / kGroups][i % kGroups] = all(0.0f);
+  const auto lane = [&](int v) { return first + v % kAcross * kLanes; };
+  Floats total[kRows][kVectors];
+  UNROLL for (int i = 0; i < kRows * kVectors; ++i) total[i / kVectors][i % kVectors] = all(0.0f);
   for (int64_t b = 0; b < num_blocks; ++b) {
-    typename F::Sum products[kRows][kGroups];
+    const auto block = [&](int v) { return groups[v / kAcross] + F::kFirst + b * F::kBytes; };
+    typename F::Sum products[kRows][kVectors];
     UNROLL for (int r = 0; r < kRows; ++r) {
-      UNROLL for (int g = 0; g < kGroups; ++g) {
+      UNROLL for (int v = 0; v < kVectors; ++v) {
         if constexpr (F::kRounded) {
-          products[r][g] = F::begin(blocks[r * num_blocks + b]);
+          products[r][v] = F::begin(blocks[r * num_blocks + b]);
         } else {
-          products[r][g] = all(0.0f);
+          products[r][v] = all(0.0f);
         }
       }
     }
-    const auto multiply = [&](const typename F::Weights (&weights)[kGroups], int step) {
+    const auto multiply = [&](const typename F::Weights (&weights)[kVectors], int step) {
       UNROLL for (int r = 0; r < kRows; ++r) {
-        UNROLL for (int g = 0; g < kGroups; ++g) {
-          products[r][g] = F::multiply(products[r][g], weights[g], numbers + r * K + b * F::kBlock + F::kAtOnce * step);
+        UNROLL for (int v = 0; v < kVectors; ++v) {
+          products[r][v] = F::multiply(products[r][v], weights[v], numbers + r * K + b * F::kBlock + F::kAtOnce * step);
         }
       }
     };
     UNROLL for (int i = 0; i < F::kLoads; ++i) {
-      typename F::Weights weights[kGroups], high[kGroups];
-      UNROLL for (int g = 0; g < kGroups; ++g) {
-        weights[g] = F::read(groups[g] + F::kFirst + b * F::kBytes + F::kHead + F::kWord * (lane + kGroup * i));
+      typename F::Weights weights[kVectors], high[kVectors];
+      UNROLL for (int v = 0; v < kVectors; ++v) {
+        weights[v] = F::read(block(v) + F::kHead + F::kWord * (lane(v) + kGroup * i));
         if constexpr (F::kLoads * F::kAtOnce < F::kBlock) {
-          high[g] = high_nibbles(weights[g]);
-          weights[g] = low_nibbles(weights[g]);
+          high[v] = high_nibbles(weights[v]);
+          weights[v] = low_nibbles(weights[v]);
         }
       }
       multiply(weights, i);
@@ -147,22 +151,23 @@ inline void tile(const uint8_t* const* groups, int64_t lane, const typename F::N
     for (int64_t i = b * lines; i < (b + 1) * lines; ++i) {
       UNROLL for (int g = 0; g < kGroups; ++g) __builtin_prefetch(ahead[g] + kLine * i);
     }
-    UNROLL for (int g = 0; g < kGroups; ++g) {
+    UNROLL for (int v = 0; v < kVectors; ++v) {
       UNROLL for (int r = 0; r < kRows; ++r) {
         if constexpr (F::kRounded) {
-          const uint8_t* head = groups[g] + F::kFirst + b * F::kBytes + lane * (F::kSteps ? 4 : 2);
           const BlockOfX& x = blocks[r * num_blocks + b];
-          total[r][g] = fma(scaled<F>(F::end(products[r][g], x), head, x), all(x.scale), total[r][g]);
+          const Floats part = scaled<F>(F::end(products[r][v], x), block(v) + lane(v) * (F::kSteps ? 4 : 2), x);
+          total[r][v] = fma(part, all(x.scale), total[r][v]);
         } else {
-          total[r][g] = total[r][g] + products[r][g];
+          total[r][v] = total[r][v] + products[r][v];
         }
       }
     }
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int g = 0; g < kGroups; ++g) {
-      if constexpr (F::kSteps) total[r][g] = total[r][g] * load(reinterpret_cast<const float*>(groups[g]) + lane);
-      store(y + (g * F::kRows + r) * kGroup + lane, total[r][g]);
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      const int g = v / kAcross;
+      if constexpr (F::kSteps) total[r][v] = total[r][v] * load(reinterpret_cast<const float*>(groups[g]) + lane(v));
+      store(y + (g * F::kRows + r) * kGroup + lane(v), total[r][v]);
     }
   }
 }
@@ -179,11 +184,11 @@ inline int64_t tile_of_pair(const uint8_t* const* pair, const typename F::Number
     }
   }
   // Memory bandwidth is the limit of one row, and one stream of weights is read faster than two interleaved ones.
-  constexpr int kTogether = kRows > 1 ? 2 : 1;
-  for (int g = 0; g < 2; g += kTogether) {
-    for (int64_t lane = 0; lane < kGroup; lane += kLanes) {
-      tile<F, kRows, kTogether>(pair + g, lane, numbers, blocks, num_blocks, ahead + g, lane == 0 ? lines : 0,
-                                y + g * F::kRows * kGroup);
+  constexpr int kWidth = kRows == 1 ? kGroup : F::kWidth, kGroups = kRows == 1 || kWidth > kLanes ? 1 : 2;
+  for (int g = 0; g < 2; g += kGroups) {
+    for (int64_t lane = 0; lane < kGroup; lane += kWidth) {
+      tile<F, kRows, kGroups, kWidth>(pair + g, lane, numbers, blocks, num_blocks, ahead + g, lane == 0 ? lines : 0,
+                                      y + g * F::kRows * kGroup);
     }
   }
   return kRows;
@@ -295,8 +300,9 @@ void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
   const int64_t pairs = (p.N + 2 * kGroup - 1) / (2 * kGroup), threads = pool.num_threads();
   const int64_t num_blocks = blocks_of<F>(p.K), row_bytes = num_blocks * F::kBlock * sizeof(typename F::Number);
   if (p.M >= kFewRows * threads) {
-    // The threads share the rows out: what one makes of its rows here, and in the next call, stays in its caches.
-    const int64_t most = std::max<int64_t>(F::kRows, kPanelBytes / row_bytes) * threads;
+    // The threads share the rows out: what one makes of its rows here, and in the next call, stays in its caches. For
+    // each panel of them, all of W comes from memory: few rows would wait for it.
+    const int64_t most = std::max<int64_t>(kFewRows, kPanelBytes / row_bytes) * threads;
     const int64_t panels = (p.M + most - 1) / most * threads, unit = std::max(4, 2 * F::kSideBySide);
     const int64_t panel = ((p.M + panels - 1) / panels + unit - 1) / unit * unit;
     parallel_for(pool, (p.M + panel - 1) / panel, 1, [&](int64_t i) {

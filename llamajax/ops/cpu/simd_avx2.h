@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C, and AVX-VNNI if kVnni: 8 lanes.
 constexpr int kLanes = 8;
 constexpr int kTileRows = 2, kBroadcasts = 4, kTogether = 2;
+constexpr int kDenseRows = 4, kDenseWidth = kGroup;
 using Floats = __m256;
 using Ints = __m256i;
 using Bytes = __m256i;

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI, and with products of bf16 if kBf16: 16 lanes.
 constexpr int kLanes = 16;
 constexpr int kTileRows = 6, kBroadcasts = 8, kTogether = 4;  // accumulators and operands fit the 32 registers
+constexpr int kDenseRows = 6, kDenseWidth = kLanes;
 using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));
 using Bytes = __m512i;

@@ -1,6 +1,7 @@
 // NEON with dot products (Armv8.2): 4 lanes.
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6, kBroadcasts = 8, kTogether = 4;  // accumulators and operands fit the 32 registers
+constexpr int kDenseRows = 6, kDenseWidth = kLanes;
 using Floats = float32x4_t;
 using Ints = int32x4_t;
 using Bytes = uint8x16_t;

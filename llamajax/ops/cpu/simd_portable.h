@@ -1,6 +1,7 @@
 // What any compiler makes of 4 lanes; with NEON's dot products where they are built in.
 constexpr int kLanes = 4;
 constexpr int kTileRows = 2, kBroadcasts = 4, kTogether = 2;
+constexpr int kDenseRows = 2, kDenseWidth = kLanes;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
