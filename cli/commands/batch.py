@@ -24,43 +24,59 @@ from .. import loading, options
 from ..prompt import read_text
 from ..render import note, note_if_interrupted, progress_bar
 
+File = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="A .txt file has a prompt in each line; a .jsonl or .ndjson file objects with a prompt or messages, "
+        "and options of their own, or OpenAI's batch format; a .json file an array of them. - is stdin.",
+    ),
+]
+FormatOption = Annotated[
+    Format | None,
+    typer.Option("--format", help="What FILE is, whatever its name; stdin is what its first line shows."),
+]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Where results are written as they finish; stdout.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the output of a run that was stopped, where it was.")]
+KeepOrder = Annotated[
+    bool, typer.Option("--keep-order", help="Write results in the input's order, not as they finish.")
+]
+Errors = Annotated[
+    Path | None,
+    typer.Option("--errors", help="Where bad lines are written; OUTPUT.errors.jsonl, or stderr without -o."),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "-n",
+        "--max-new-tokens",
+        min=1,
+        help="Longest answer, in tokens: 50; of OpenAI's lines, 16 for completions, for chats what the context leaves.",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        parser=options.parse_seed,
+        metavar="<int|random>",
+        help="What each line's own seed is made of; random: a number that is drawn now, and printed.",
+    ),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue prompts as they stand, without a chat template.")]
+Slots = Annotated[int, typer.Option("--slots", min=1, help="How many are answered at the same time.")]
+
 
 def batch(
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="A .txt file has a prompt in each line; a .jsonl or .ndjson file objects with a prompt or messages, "
-            "and options of their own, or OpenAI's batch format; a .json file an array of them. - is stdin.",
-        ),
-    ],
-    format: Annotated[
-        Format | None,
-        typer.Option("--format", help="What FILE is, whatever its name; stdin is what its first line shows."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where results are written as they finish; stdout.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the output of a run that was stopped, where it was.")
-    ] = False,
-    keep_order: Annotated[
-        bool, typer.Option("--keep-order", help="Write results in the input's order, not as they finish.")
-    ] = False,
-    errors: Annotated[
-        Path | None,
-        typer.Option("--errors", help="Where bad lines are written; OUTPUT.errors.jsonl, or stderr without -o."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "-n",
-            "--max-new-tokens",
-            min=1,
-            help="Longest answer, in tokens: 50; of OpenAI's lines, 16 for completions, for chats what the context "
-            "leaves.",
-        ),
-    ] = None,
+    file: File,
+    format: FormatOption = None,
+    output: Output = None,
+    resume: Resume = False,
+    keep_order: KeepOrder = False,
+    errors: Errors = None,
+    max_new_tokens: MaxNewTokens = None,
     model: options.Model = DEFAULT,
     system: options.System = None,
     temperature: options.Temperature = 0.6,
@@ -68,23 +84,13 @@ def batch(
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            parser=options.parse_seed,
-            metavar="<int|random>",
-            help="What each line's own seed is made of; random: a number that is drawn now, and printed.",
-        ),
-    ] = 42,
+    seed: Seed = 42,
     stop: options.Stop = [],  # noqa: B006 (Typer's way of an option that may be repeated)
     json_schema: options.JsonSchema = None,
     regex: options.Regex = None,
     grammar: options.GrammarOption = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue prompts as they stand, without a chat template.")
-    ] = False,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="How many are answered at the same time.")] = 32,
+    raw: Raw = False,
+    slots: Slots = 32,
     prefix_cache: options.PrefixCache = None,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
