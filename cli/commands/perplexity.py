@@ -19,18 +19,26 @@ if TYPE_CHECKING:
     from llamajax.bench.perplexity import Estimate, Measured
 
 
+File = Annotated[str, typer.Argument(metavar="FILE", help="A text in UTF-8; - is stdin.")]
+Context = Annotated[int, typer.Option("--context", min=5, help="Tokens of a window.")]
+Chunks = Annotated[int | None, typer.Option("--chunks", min=1, help="Only the first so many windows.")]
+SaveLogits = Annotated[
+    Path | None,
+    typer.Option("--save-logits", help="Write a file for --compare: 2 bytes a scored token and vocabulary entry."),
+]
+Compare = Annotated[
+    Path | None, typer.Option("--compare", help="What --save-logits wrote of the same text: how far is it?")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")]
+
+
 def perplexity(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A text in UTF-8; - is stdin.")],
-    context: Annotated[int, typer.Option("--context", min=5, help="Tokens of a window.")] = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Only the first so many windows.")] = None,
-    save_logits: Annotated[
-        Path | None,
-        typer.Option("--save-logits", help="Write a file for --compare: 2 bytes a scored token and vocabulary entry."),
-    ] = None,
-    compare: Annotated[
-        Path | None, typer.Option("--compare", help="What --save-logits wrote of the same text: how far is it?")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    file: File,
+    context: Context = 512,
+    chunks: Chunks = None,
+    save_logits: SaveLogits = None,
+    compare: Compare = None,
+    as_json: AsJson = False,
     model: options.Model = DEFAULT,
     dtype: options.DTypeOption = "auto",
     cache_dtype: options.CacheDTypeOption = "auto",
@@ -54,14 +62,7 @@ def perplexity(
 
     What follows a ± is the standard error.
     """
-    named = [path.resolve() for path in (Path(file), save_logits, compare) if path is not None]
-    if len(set(named)) < len(named):
-        raise typer.BadParameter("the text, --save-logits and --compare must be different files")
-    source, data = ("stdin", sys.stdin.buffer.read()) if file == "-" else (file, Path(file).read_bytes())
-    text = from_utf8(data, source)
-    if not text:
-        raise RequestError(f"{source} is empty: expected a text")
-
+    text = _read(file, save_logits, compare)
     from llamajax.bench.saved_logits import SavedLogits
 
     saved = SavedLogits(compare) if compare else None
@@ -89,6 +90,18 @@ def perplexity(
     else:
         _print(measured)
     note(f"[{dtype_kept}, {measured.tokens_per_second:.1f} tokens/s]")
+
+
+def _read(file: str, *others: Path | None) -> str:
+    """The text, which must be none of the other files."""
+    named = [path.resolve() for path in (Path(file), *others) if path is not None]
+    if len(set(named)) < len(named):
+        raise typer.BadParameter("the text, --save-logits and --compare must be different files")
+    source, data = ("stdin", sys.stdin.buffer.read()) if file == "-" else (file, Path(file).read_bytes())
+    text = from_utf8(data, source)
+    if not text:
+        raise RequestError(f"{source} is empty: expected a text")
+    return text
 
 
 def _print(measured: "Measured") -> None:

@@ -24,35 +24,43 @@ if TYPE_CHECKING:
     from llamajax.serve.service import Service
 
 
+Host = Annotated[str, typer.Option("--host", help="The address to listen on; 0.0.0.0 is all.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 is any that is free.")]
+Slots = Annotated[int, typer.Option("--slots", min=1, help="How many requests are answered at the same time.")]
+MaxWaiting = Annotated[
+    int, typer.Option("--max-waiting", min=1, help="How many more may wait; further ones get a 429.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="LLAMAJAX_API_KEY", help="What clients must send as their key.", metavar="KEY"),
+]
+Cors = Annotated[
+    list[str],
+    typer.Option("--cors", metavar="ORIGIN", help="An origin whose web pages may ask; * is all. May be repeated."),
+]
+Alias = Annotated[str | None, typer.Option("--alias", help="The name that clients ask for, in place of the model's.")]
+Deadline = Annotated[
+    float | None,
+    typer.Option("--deadline", min=0.001, help="Seconds that a request may take; no limit by default."),
+]
+Shutdown = Annotated[
+    float, typer.Option("--shutdown", min=0, help="Seconds that requests have to end when the server is stopped.")
+]
+MaxBody = Annotated[float, typer.Option("--max-body", min=0.001, help="The longest request, in MB.")]
+
+
 def serve(
     model: options.Model = DEFAULT,
-    host: Annotated[str, typer.Option("--host", help="The address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 is any that is free.")] = 8000,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="How many requests are answered at the same time.")] = 16,
-    max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="How many more may wait; further ones get a 429.")
-    ] = 256,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key", envvar="LLAMAJAX_API_KEY", help="What clients must send as their key.", metavar="KEY"
-        ),
-    ] = None,
-    cors: Annotated[
-        list[str],
-        typer.Option("--cors", metavar="ORIGIN", help="An origin whose web pages may ask; * is all. May be repeated."),
-    ] = [],  # noqa: B006 (Typer's way of an option that may be repeated)
-    alias: Annotated[
-        str | None, typer.Option("--alias", help="The name that clients ask for, in place of the model's.")
-    ] = None,
-    deadline: Annotated[
-        float | None,
-        typer.Option("--deadline", min=0.001, help="Seconds that a request may take; no limit by default."),
-    ] = None,
-    shutdown: Annotated[
-        float, typer.Option("--shutdown", min=0, help="Seconds that requests have to end when the server is stopped.")
-    ] = 30.0,
-    max_body: Annotated[float, typer.Option("--max-body", min=0.001, help="The longest request, in MB.")] = 16.0,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    slots: Slots = 16,
+    max_waiting: MaxWaiting = 256,
+    api_key: ApiKey = None,
+    cors: Cors = [],  # noqa: B006 (Typer's way of an option that may be repeated)
+    alias: Alias = None,
+    deadline: Deadline = None,
+    shutdown: Shutdown = 30.0,
+    max_body: MaxBody = 16.0,
     prefix_cache: options.PrefixCache = None,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
