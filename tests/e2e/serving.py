@@ -15,14 +15,21 @@ from .command import start
 def serving(model: str, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]", httpx.Client]]:
     """A server of the model on a free port that answers requests, though it may still compile."""
     process = start("serve", "-m", model, "--port", "0", "--max-seq-len", "512", "--slots", "2", *options)
+    with answering(process) as client:
+        yield process, client
+
+
+@contextmanager
+def answering(process: "subprocess.Popen[bytes]") -> Iterator[httpx.Client]:
+    """A client of a server that has been started, once that answers. Kills the server in the end."""
     try:
         assert process.stderr
         line = process.stderr.readline().decode()
-        found = re.fullmatch(r"\((http://127\.0\.0\.1:\d+): loading (\S+); Ctrl-C stops it\)\n", line)
+        found = re.fullmatch(r"\((http://[\d.]+:\d+): loading (\S+); Ctrl-C stops it\)\n", line)
         assert found, line
         with httpx.Client(base_url=found[1], timeout=60) as client:
             wait_for(client, "ready", "compiling")
-            yield process, client
+            yield client
     finally:
         process.kill()
         process.wait()

@@ -13,51 +13,43 @@ import typer
 import llamajax
 
 from .command import environment
-
-PROJECT = Path(__file__).parents[2]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+from .pages import PAGES, PROJECT, Block, blocks, commands
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The arguments of each `llamajax` in a page's shell lines, up to what the shell itself reads."""
+def arguments(block: Block) -> list[list[str]]:
+    """Those of each `llamajax` in a shell block, up to what the shell itself reads."""
     found = []
-    for block in blocks(page, "sh"):
-        for line in block.replace("\\\n", "").splitlines():
-            words = shlex.shlex(line.replace("$((42 + (7 << 32)))", "7"), posix=True, punctuation_chars=True)
-            words.whitespace_split = True
-            if "llamajax " in line:
-                parts = [list(part) for is_word, part in groupby(words, lambda it: it[0] not in "|&<>;()") if is_word]
-                found += [part[1:] for part in parts if part[0] == "llamajax"]
+    for command in commands(block.text):
+        words = shlex.shlex(command, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        parts = [list(part) for is_word, part in groupby(words, lambda it: it[0] not in "|&<>;()") if is_word]
+        found += [part[1:] for part in parts if part[0] == "llamajax"]
     return found
 
 
-def parse(arguments: list[str]) -> None:
+def parse(asked: list[str]) -> None:
     """Raises click's error for what the command does not know."""
     from llamajax_cli.app import app
 
     command = typer.main.get_command(app)
-    context = command.make_context("llamajax", list(arguments))
+    context = command.make_context("llamajax", list(asked))
     while hasattr(command, "commands") and (rest := [*context._protected_args, *context.args]):
         command = command.commands[rest[0]]
         context = command.make_context(rest[0], rest[1:], parent=context)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_are_known(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_commands_are_known(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for arguments in commands(page):
+    for asked in arguments(block):
         try:
-            parse(arguments)
+            parse(asked)
         except Exception as error:
-            pytest.fail(f"llamajax {shlex.join(arguments)}: {error}")
+            pytest.fail(f"llamajax {shlex.join(asked)}: {error}")
 
 
 def test_most_commands_are_found_and_a_wrong_one_is_noticed() -> None:
-    assert sum(len(commands(page)) for page in PAGES) > 30
+    assert sum(len(arguments(block)) for block in blocks("sh")) > 30
     with pytest.raises(Exception, match="No such option"):
         parse(["chat", "--temprature", "1"])
 
@@ -79,16 +71,3 @@ def test_the_reference_of_the_command_line_is_true(tmp_path: Path) -> None:
 def test_the_reference_of_the_library_has_all_names() -> None:
     page = (PROJECT / "docs" / "api.md").read_text()
     assert set(re.findall(r"^::: llamajax\.(\w+)$", page, re.MULTILINE)) == set(llamajax.__all__)
-
-
-def test_the_readmes_program_runs(shallow_model: str) -> None:
-    [program] = blocks(PROJECT / "README.md", "python")
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program.replace("smollm2-135m-instruct", shallow_model)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 4
