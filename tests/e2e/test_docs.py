@@ -1,5 +1,6 @@
 """README and docs/ say what is there: their commands are known to the command, their links lead somewhere."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -52,6 +53,14 @@ def test_most_commands_are_found_and_a_wrong_one_is_noticed() -> None:
     assert sum(len(arguments(block)) for block in blocks("sh")) > 30
     with pytest.raises(Exception, match="No such option"):
         parse(["chat", "--temprature", "1"])
+
+
+def test_commands_of_services_are_known() -> None:
+    [unit], [image] = blocks("ini"), blocks("dockerfile")
+    started = re.findall(r"^ExecStart=/opt/llamajax/bin/(.*)$", unit.text, re.MULTILINE)
+    for program, *asked in (shlex.split(started[0]), json.loads(image.text.split("CMD ")[1])):
+        assert program == "llamajax"
+        parse(asked)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
