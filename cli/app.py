@@ -15,6 +15,7 @@ from llamajax.text import one_line, printable
 
 from .commands import models
 from .commands.batch import batch
+from .commands.bench import HELP as BENCH_HELP
 from .commands.bench import bench
 from .commands.chat import chat
 from .commands.info import info
@@ -39,7 +40,7 @@ app.command(short_help="Answer each line of a file.")(batch)
 app.command(short_help="Serve a model to programs and browsers.")(serve)
 app.add_typer(models.app, name="models", short_help="List, fetch and remove models.")
 app.command(short_help="Describe a model, without loading it.")(info)
-app.command(short_help="Measure how fast a model is here.")(bench)
+app.command(short_help="Measure how fast a model is here.", help=BENCH_HELP)(bench)
 app.command(short_help="Measure how well a model predicts a text.")(perplexity)
 
 

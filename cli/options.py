@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from llamajax.errors import RequestError
 from llamajax.hub.aliases import ALIASES
-from llamajax.types import MAX_THREADS, CacheDType, Device, DType
+from llamajax.types import MAX_THREADS, CacheDType, Device, DType, SamplingParams
 
 from .prompt import read_text
 from .render import note
@@ -46,6 +47,14 @@ def constraint(json_schema: Path | None, regex: str | None, grammar: str | None)
     if len(options) > 1:
         raise typer.BadParameter("give only one of --json-schema, --regex and --grammar")
     return options
+
+
+def sampling(**values: Any) -> SamplingParams:
+    """Raises a usage error for a value out of range."""
+    try:
+        return SamplingParams(**values)
+    except RequestError as e:
+        raise typer.BadParameter(str(e)) from None
 
 
 def to_bytes(megabytes: float | None) -> int | None:
