@@ -1,44 +1,58 @@
 """`llamajax chat`: one answer, or a conversation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llamajax.errors import RequestError
 from llamajax.hub.aliases import DEFAULT
-from llamajax.types import Message, SamplingParams
+from llamajax.types import Message
 
 from .. import loading, options, render, saved
 from ..interrupt import raised
 from ..prompt import read_prompt, read_text
+from ..settings import Settings
+
+if TYPE_CHECKING:
+    from llamajax import LLM, Stream
 
 ONE_ANSWER_TOKENS = 50
 CONVERSATION_TOKENS = 512
 
 
+Argument = Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="As -p.", show_default=False)]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "-p",
+        "--prompt",
+        help="A text, @FILE or - for stdin. What is piped into stdin beside a text comes before it.",
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "-n",
+        "--max-new-tokens",
+        min=1,
+        help=f"Longest answer, in tokens: {ONE_ANSWER_TOKENS}, or {CONVERSATION_TOKENS} in a conversation.",
+    ),
+]
+Continue = Annotated[bool, typer.Option("-c", "--continue", help="Go on with the last conversation.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
+
+
 def chat(
-    argument: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="As -p.", show_default=False)] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "-p",
-            "--prompt",
-            help="A text, @FILE or - for stdin. What is piped into stdin beside a text comes before it.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "-n",
-            "--max-new-tokens",
-            min=1,
-            help=f"Longest answer, in tokens: {ONE_ANSWER_TOKENS}, or {CONVERSATION_TOKENS} in a conversation.",
-        ),
-    ] = None,
+    argument: Argument = None,
+    prompt: Prompt = None,
+    max_new_tokens: MaxNewTokens = None,
     model: options.Model = DEFAULT,
     system: options.System = None,
-    goes_on: Annotated[bool, typer.Option("-c", "--continue", help="Go on with the last conversation.")] = False,
+    goes_on: Continue = False,
     temperature: options.Temperature = 0.6,
     top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
@@ -49,10 +63,8 @@ def chat(
     json_schema: options.JsonSchema = None,
     regex: options.Regex = None,
     grammar: options.GrammarOption = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    raw: Raw = False,
+    as_json: AsJson = False,
     stats: options.Stats = True,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
@@ -67,65 +79,67 @@ def chat(
 
     In a loop that reads lines from stdin, give each command "< /dev/null": it would take the lines that follow.
     """
-    if argument is not None and prompt is not None:
-        raise typer.BadParameter("give the prompt once: as an argument or with -p")
-    prompt = prompt if argument is None else argument
-    try:
-        sampling = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-    except RequestError as e:
-        raise typer.BadParameter(str(e)) from None
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    sampling = options.sampling(**drawn, repetition_penalty=repetition_penalty)
     if not all(stop):
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
     if raw and (system is not None or goes_on):
         raise typer.BadParameter("messages need a chat template: leave out --raw, or --system and --continue")
-    text = read_prompt(prompt)
     constraint = options.constraint(json_schema, regex, grammar)
-    if text is None and (raw or as_json or constraint):
-        raise typer.BadParameter("--raw, --json, --json-schema, --regex and --grammar need a prompt")
-    if text is not None and not text.strip() and not raw:
-        raise RequestError("the prompt is empty: give a text, @FILE, or a text on stdin")
-
-    messages = saved.load_last() if goes_on else []
-    if system is not None:
-        said: Message = {"role": "system", "content": read_text(system, "the system message")}
-        messages = [said, *(message for message in messages if message["role"] != "system")]
+    text = _read(argument, prompt, raw=raw, needed=bool(raw or as_json or constraint))
+    messages = _messages(system, goes_on)
     if stats:
         options.note_seed(seed)
     load = partial(loading.load, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
     llm = load(model)
-    from llamajax import Conversation
-
+    limit = max_new_tokens or (CONVERSATION_TOKENS if text is None else ONE_ANSWER_TOKENS)
     if text is None:
         from ..repl import Repl
-        from ..settings import Settings
 
         with raised():
-            asked = Settings(sampling, max_new_tokens or CONVERSATION_TOKENS, stop)
-            Repl(llm, model, load, messages, asked, stats).run()
+            Repl(llm, model, load, messages, Settings(sampling, limit, stop), stats).run()
         return
+    asked = {"max_new_tokens": limit, "stop": stop, "sampling": sampling, **constraint}
+    with _stream(llm, text, messages, asked, raw=raw, goes_on=goes_on) as stream:
+        render.print_answer_json(stream.finish(), model, seed) if as_json else render.write_stream(stream)
+        if stats:
+            render.note_cut(stream.completion, limit, llm.max_seq_len)
+            render.note(render.stats_line(stream.completion))
 
-    limit = max_new_tokens or ONE_ANSWER_TOKENS
+
+def _read(argument: str | None, prompt: str | None, *, raw: bool, needed: bool) -> str | None:
+    """The prompt's text; None for a conversation."""
+    if argument is not None and prompt is not None:
+        raise typer.BadParameter("give the prompt once: as an argument or with -p")
+    text = read_prompt(prompt if argument is None else argument)
+    if text is None and needed:
+        raise typer.BadParameter("--raw, --json, --json-schema, --regex and --grammar need a prompt")
+    if text is not None and not text.strip() and not raw:
+        raise RequestError("the prompt is empty: give a text, @FILE, or a text on stdin")
+    return text
+
+
+def _messages(system: str | None, goes_on: bool) -> list[Message]:
+    """Those before the first question."""
+    messages = saved.load_last() if goes_on else []
+    if system is None:
+        return messages
+    said: Message = {"role": "system", "content": read_text(system, "the system message")}
+    return [said, *(message for message in messages if message["role"] != "system")]
+
+
+@contextmanager
+def _stream(
+    llm: "LLM", text: str, messages: list[Message], asked: dict[str, Any], *, raw: bool, goes_on: bool
+) -> "Iterator[Stream]":
+    """The answer to one prompt. If the last conversation goes on, it is saved with the answer."""
+    from llamajax import Conversation
+
     if goes_on:
         conversation = Conversation(llm)
         conversation.restart(messages=messages)
-        stream = conversation.ask(text, max_new_tokens=limit, stop=stop, sampling=sampling, **constraint)
+        yield conversation.ask(text, **asked)
+        saved.keep_last(conversation.messages)
     else:
         question: Message = {"role": "user", "content": text}
-        asked_for: Any = {"max_new_tokens": limit, "stop": stop, "sampling": sampling, **constraint}
-        stream = llm.stream(text if raw else [*messages, question], **asked_for)
-    if as_json:
-        render.print_answer_json(stream.finish(), model, seed)
-    else:
-        render.write_stream(stream)
-    if stats:
-        render.note_cut(stream.completion, limit, llm.max_seq_len)
-        render.note(render.stats_line(stream.completion))
-    if goes_on:
-        saved.keep_last(conversation.messages)
+        yield llm.stream(text if raw else [*messages, question], **asked)
