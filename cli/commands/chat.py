@@ -77,7 +77,7 @@ def chat(
 
     The answer goes to stdout, everything else to stderr.
 
-    In a loop that reads lines from stdin, give each command "< /dev/null": it would take the lines that follow.
+    In a loop that reads lines from stdin, give each command "< /dev/null": otherwise it takes the lines that follow.
     """
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     sampling = options.sampling(**drawn, repetition_penalty=repetition_penalty)

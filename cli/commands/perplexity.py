@@ -27,7 +27,8 @@ SaveLogits = Annotated[
     typer.Option("--save-logits", help="Write a file for --compare: 2 bytes a scored token and vocabulary entry."),
 ]
 Compare = Annotated[
-    Path | None, typer.Option("--compare", help="What --save-logits wrote of the same text: how far is it?")
+    Path | None,
+    typer.Option("--compare", help="Saved logits of the same text: print how far this run is from them."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")]
 
@@ -56,9 +57,9 @@ def perplexity(
 
     A last window that is not full is left out, but a text of less than a window is one.
 
-    --compare tells the KL divergence of this run's predictions from the saved ones, in nats a token: 0 if equal.
+    --compare prints the KL divergence of this run's predictions from the saved ones, in nats a token: 0 if equal.
 
-    It also tells how often both find the same token the most probable, and the ratio of the perplexities.
+    It also prints how often both find the same token the most probable, and the ratio of the perplexities.
 
     What follows a ± is the standard error.
     """
@@ -71,7 +72,7 @@ def perplexity(
     from llamajax.bench.session import kept_dtype
     from llamajax.loading import find_device
 
-    # Ctrl-C is raised, for half a file of logits is cleared away.
+    # Ctrl-C raises, so that half a file of logits is removed.
     with raised(), progress_bar("windows", shown=sys.stderr.isatty()) as bar:
         task = bar.add_task("")
         measured = measure(

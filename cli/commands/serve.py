@@ -75,7 +75,7 @@ def serve(
     Ctrl-C does not.
     """
     _allow_connections()
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # until uvicorn has its own
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # until uvicorn sets its own handler
     with _listening(host, port) as listening:
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         name = alias or _name(Path(model)) or model
@@ -102,7 +102,7 @@ def serve(
 def _allow_connections() -> None:
     """Each client takes a file, of which a process may have more than it is given: 1,024 at first on most systems."""
     given, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # more than the system has
+    with suppress(ValueError, OSError):  # the system allows fewer
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(given, min(most, 2**16)), most))
 
 
@@ -145,8 +145,8 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
             if service.state != self.said:
                 self.said = service.state
                 if self.said == "ready":
-                    # Programs and vocabulary stay. To go through them again took the collector 0.4 s, in which
-                    # nobody is answered.
+                    # Programs and the vocabulary are never freed. A collection that walks them stops all answers
+                    # for 0.4 s.
                     gc.freeze()
                 if text := _NOTES.get(service.state):
                     note(f"({url}: {text})")
@@ -173,7 +173,7 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
     server = Server(config)
     server.run([listening])
     if server.failed or service.error:
-        raise service.error or InternalError("the engine has stopped; what it said of it is above")
+        raise service.error or InternalError("the engine has failed: the lines above say why")
     if server.interrupted:
         raise typer.Exit(INTERRUPTED)
 

@@ -50,7 +50,7 @@ _CONSTRAINTS = {
     "guided_choice": "choice",
 }
 _STRUCTURED_OUTPUTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}
-# What a chat may call.
+# Fields about the tools that a chat may call.
 TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")  # the last one counts
 SUPPORTED_FIELDS = (
@@ -168,7 +168,7 @@ def read_num_choices(body: Mapping[str, Any]) -> int:
     n = body.get("n")
     n = 1 if n is None else checks.integer("n", n, 1, MAX_CHOICES)
     if body.get("best_of") not in (None, n):
-        raise RequestError(f"best_of is not supported but as n, {n}: leave it out")
+        raise RequestError(f"best_of must be n, which is {n}: leave it out")
     return n
 
 

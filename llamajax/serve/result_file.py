@@ -37,7 +37,7 @@ class ResultFile:
     def __init__(self, path: Path, resume: bool) -> None:
         self.path = path
         self.done: dict[int, str] = {}
-        # Without a buffer, closing has nothing left to fail at.
+        # Unbuffered, so that closing writes nothing, and cannot fail.
         self._file = path.open("ab", buffering=0)
         self._on_disk = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
         if not self._on_disk:
@@ -86,7 +86,7 @@ class ResultFile:
                 match = _NUMBERED.match(data)
                 fields = _parsed(data) if match and data.endswith(b"\n") else None
                 if not match or fields is None:
-                    # Only what we have begun to write may be removed.
+                    # Only a line whose beginning is one of ours may be removed.
                     torn = not file.read(1) and any(data.startswith(s) or s.startswith(data) for s in _STARTS)
                     if not torn:
                         raise RequestError(f"{self.path} is not an output of llamajax batch: choose another file")
@@ -94,7 +94,7 @@ class ResultFile:
                     return
                 if not isinstance(digest := fields.get("digest"), str):
                     raise RequestError(
-                        f"{self.path} is of an earlier version, which did not write what its lines are of, so it "
+                        f"{self.path} was written by an earlier version, without digests of the input's lines, so it "
                         "cannot be continued: choose another file"
                     )
                 self.done[int(match[1])] = digest
@@ -125,7 +125,7 @@ class Settings:
     def check(self, path: Path) -> None:
         """Raises RequestError, naming the options, if those that were saved differ from these."""
         saved = _parsed(path.read_bytes()) if path.is_file() else None
-        if saved is None:  # then the digests alone tell whether they do
+        if saved is None:  # the digests of the lines still show whether they differ
             return
         missing = object()
         differing = [

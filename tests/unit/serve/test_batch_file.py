@@ -170,7 +170,7 @@ def test_what_changes_no_answer_is_accepted() -> None:
         ({"prompt": "Hi", "max_tokens": True}, "max_tokens must be an integer of at least 1, not True"),
         ({"prompt": "Hi", "n": 0}, "n must be an integer from 1 to 128, not 0"),
         ({"prompt": "Hi", "n": 129}, "n must be an integer from 1 to 128, not 129"),
-        ({"prompt": "Hi", "n": 2, "best_of": 3}, "best_of is not supported but as n, 2"),
+        ({"prompt": "Hi", "n": 2, "best_of": 3}, "best_of must be n, which is 2"),
         ({"prompt": "Hi", "top_logprobs": 3}, "top_logprobs needs logprobs: true"),
         ({"prompt": "Hi", "max_tokenz": 5}, "unknown field 'max_tokenz': did you mean max_tokens?"),
         ({"prompt": "Hi", "Temperature": 0}, "unknown field 'Temperature': did you mean temperature?"),

@@ -50,7 +50,9 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path, data: bytes) -
 def test_an_output_without_digests_is_not_guessed_at(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(b'{"line": 1, "text": "Hi"}\n')
-    with pytest.raises(RequestError, match=r"is of an earlier version, .* cannot be continued: choose another file"):
+    with pytest.raises(
+        RequestError, match=r"was written by an earlier version, .* cannot be continued: choose another file"
+    ):
         ResultFile(path, resume=True)
     assert path.read_bytes() == b'{"line": 1, "text": "Hi"}\n'
 
