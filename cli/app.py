@@ -67,7 +67,7 @@ def run() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - it stays open
-    # Text that the terminal's encoding lacks must not end an answer half way.
+    # A character that the terminal's encoding lacks must not end an answer.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -75,8 +75,7 @@ def run() -> NoReturn:
     except BrokenPipeError:
         code = BROKEN_PIPE
     sys.stderr.flush()
-    # At once: a thread that still compiles would be torn down half way, and what the gone reader of a pipe has left
-    # would be flushed again.
+    # A normal exit would tear down a thread that still compiles, and would flush again to a pipe whose reader is gone.
     os._exit(code)
 
 

@@ -26,7 +26,7 @@ def exit_at_once() -> None:
 def _exit(number: int, frame: FrameType | None) -> None:
     for stream, text in reversed(_last_words):
         with suppress(OSError):
-            if select([], [stream], [], 0)[1]:  # what nobody reads must not hold us up
+            if select([], [stream], [], 0)[1]:  # a full pipe that nobody reads would block
                 os.write(stream, text)
     os._exit(INTERRUPTED)
 

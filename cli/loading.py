@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llamajax import LLM
 
 _BAR_AFTER_SECONDS = 1.0
-# Smaller ones are fast enough as they are.
+# Fewer bytes of dense weights are fast enough: no note about them.
 LARGE_BYTES = 500_000_000
 
 
@@ -43,7 +43,7 @@ def prepare_jax(device: Device | None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    # What the library and those below it warn of are notes.
+    # Warnings of the library and of its dependencies become notes.
     logging.basicConfig(handlers=[_Notes()])
     warnings.showwarning = lambda message, *_: note(f"({one_line(message)})")
 

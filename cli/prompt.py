@@ -13,7 +13,7 @@ from llamajax.utf8 import from_utf8
 
 from .render import note
 
-# Until the first byte of a pipe must have come: from a program that writes its output there, or from another.
+# How long to wait for a pipe's first byte: if the pipe is another program's output, and if not.
 _PRODUCER_SECONDS = 30
 _OTHER_SECONDS = 3
 

@@ -74,5 +74,5 @@ def measure_server(
             note(f"({short} of {total} answers ended early: figures are of fewer tokens than were asked for)")
         return about, results, bool(failures)
 
-    gc.freeze()  # a collection that goes through all that was imported would delay what is being timed
+    gc.freeze()  # a collection that walks all imported objects would delay what is being timed
     return asyncio.run(run())

@@ -22,9 +22,9 @@ from .render import note, note_cut, stats_line, write_stream
 from .settings import Settings
 from .terminal import Status, WordWrap, understands_escapes
 
-# What conversations of up to this many tokens need is compiled while the user reads and types.
+# Programs for conversations of up to this many tokens are compiled while the user reads and types.
 _AHEAD_TOKENS = 8192
-# What takes no longer goes without a word.
+# A wait that takes longer is explained on stderr.
 _PATIENCE_SECONDS = 0.3
 _LEAVE = ("/exit", "/quit", "/bye", "exit", "quit")
 
@@ -231,11 +231,11 @@ class Repl:
         messages = self._conversation.messages
         try:
             llm = self._load_model(name)
-        except (OSError, MemoryError, RuntimeError) as e:  # of the last kind are those of a device's memory
+        except (OSError, MemoryError, RuntimeError) as e:  # jax raises RuntimeError when a device's memory is full
             note(f"cannot load {name}: {one_line(e)}")
             return
         if messages:
-            llm.encode_chat(messages)  # its template says what it does not take, while the present model is still there
+            llm.encode_chat(messages)  # raises if its template refuses them; the present model then stays
         self._compiler.close()
         self._llm, self._name, self._conversation = llm, name, Conversation(llm)
         self._compiler = self._compile_ahead(messages)
@@ -244,7 +244,7 @@ class Repl:
 
     def _compile_ahead(self, messages: list[Message]) -> AheadCompiler:
         compiler = self._llm.compile_ahead(_AHEAD_TOKENS)
-        with suppress(LlamaJaxError):  # a model that cannot chat: the first question says so
+        with suppress(LlamaJaxError):  # the model cannot chat: the error comes with the first question
             question: Message = {"role": "user", "content": "A question of some ten words, as most first ones are?"}
             request, _ = self._llm.prepare([*messages, question], max_new_tokens=self._asked.max_new_tokens)
             compiler.expect(request)
