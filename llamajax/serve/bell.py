@@ -5,8 +5,8 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 
-# To send what a stream has takes about 0.1 ms of a core, however much it is, and the kernels want all cores: of many
-# streams, each is sent more at a time, less often.
+# To send a part of a stream takes about 0.1 ms of a core, however long the part is, and the kernels use all cores.
+# So the more streams there are, the longer and the rarer are their parts.
 SECONDS_PER_STREAM = 0.006
 # A stream's next part waits no longer than this.
 MOST_SECONDS = 0.25
@@ -49,7 +49,7 @@ class Wakeup:
         self._bell = bell
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
-        self._event.set()  # what came before is looked at first
+        self._event.set()  # the first `wait` returns if anything came before it
         self._is_pending = True
         self._has_begun = False
         self._only_ends = only_ends
@@ -69,7 +69,7 @@ class Wakeup:
             while True:
                 await self._event.wait()
                 self._event.clear()
-                # What was urgent may have been read before the bell rang for what was not.
+                # A later ring may be for pieces that were taken together with an urgent one.
                 if self._is_pending or self._loop.time() >= until:
                     break
         finally:

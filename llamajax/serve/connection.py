@@ -8,7 +8,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .middleware import error_response
 
-# A head, or what is sent among the parts of a body.
+# Of a request's head, or of the chunk headers and trailers of its body.
 MAX_HEAD_BYTES = 2**16
 # A connection on which nothing happens for so long is closed: longer than clients and proxies keep theirs, so that none
 # sends a request into one that is being closed.
@@ -19,7 +19,7 @@ class Connection(HttpToolsProtocol):
     """Refuses what is no request in OpenAI's form, and drops a client that does nothing."""
 
     _head_bytes = 0
-    _running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last one, of several that came at once
+    _running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last of several pipelined requests
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)

@@ -136,12 +136,12 @@ class Generation:
                 sent[index].num_chars = len(echo.text)
                 yield b"".join(events.piece(index, echo))
             async for update in _updates(self._streams, self.service.bell):
-                # What came together is sent together: a write to a socket takes longer than to make an event.
+                # One write for all that came together: a write to a socket costs more than making an event.
                 yield (
                     b": waiting\n\n" if update is None else b"".join(self._pieces(events, update, sent[update.stream]))
                 )
             yield b"".join(events.end([self._completion(stream) for stream in self._streams]))
-        except asyncio.CancelledError:  # the server ends, or nobody is there to read this
+        except asyncio.CancelledError:  # the server stops, or the client has disconnected
             yield events.error(stopping().body["error"])
         except Exception as error:
             yield events.error(error_body(error)["error"])
@@ -275,7 +275,7 @@ async def _updates(
             yield None
         for index in sorted(left):
             news = True
-            while news and index in left:  # an error is raised when there are no more pieces before it
+            while news and index in left:  # `take` raises an answer's error only after its last piece
                 update = _Update(index, streams[index].take(), streams[index].ended)
                 if update.ended:
                     left.remove(index)

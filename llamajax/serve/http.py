@@ -37,11 +37,11 @@ T = TypeVar("T")
 
 # A body of more bytes is read in another thread, so that it does not hold up the answers to others.
 _LONG_BODY = 2**16
-# Characters of what is tokenized, and ids of what becomes a text: each takes a second at most.
+# Characters for /tokenize and ids for /detokenize: so many take a second at most.
 _MAX_TOKENIZED, _MAX_DETOKENIZED = 1_000_000, 250_000
 # A client that reads nothing for this long is disconnected.
 SEND_SECONDS = 60.0
-# Threads in which requests are read. Each that computes takes turns with the event loop, of up to 5 ms.
+# Threads that parse requests. Each busy one keeps Python's lock from the event loop for up to 5 ms at a time.
 _THREADS = 4
 _OPEN_PATHS = ("/", "/health", "/version", "/docs", "/openapi.json", "/favicon.ico")
 _PAGE = str(files("llamajax.serve") / "page")
@@ -78,7 +78,7 @@ def app(
 
     Raises RequestError for an empty key, which would let everybody in.
     """
-    _check_key(api_key)  # before a service runs that nobody could close
+    _check_key(api_key)  # first: if it raises, there is no running service to close
     service = Service(lambda: llm, name=name, slots=slots, max_waiting=max_waiting, deadline=deadline)
     return app_of(service, api_key=api_key, cors=cors, max_body_bytes=max_body_bytes)
 
@@ -130,7 +130,7 @@ def app_of(
             Exception: _internal_error,
         },
     )
-    app.router.redirect_slashes = False  # it would send clients where their Host header says
+    app.router.redirect_slashes = False  # a redirect would lead wherever the Host header says
     app.state.service = service
     return app
 
@@ -154,7 +154,7 @@ async def _generate(url: str, request: Request) -> Response:
         if generation.request.streams:
             return _EventStream(generation)
         return Response(await generation.whole(), media_type="application/json")
-    except asyncio.CancelledError:  # the server ends, or nobody is there to read this
+    except asyncio.CancelledError:  # the server stops, or the client has disconnected
         generation.cancel()
         raise stopping() from None
     except BaseException:
@@ -356,7 +356,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _incomplete(request: Request, error: Exception) -> Response:
     assert isinstance(error, IncompleteError)
-    # Clients that try again by themselves would wait as long again.
+    # After a time-out, a client that retries by itself would only wait as long again.
     return Json(error.body, error.status, {"x-should-retry": "false"} if error.status == 504 else None)
 
 

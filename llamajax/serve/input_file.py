@@ -110,7 +110,7 @@ class Input:
             yield from self._file
             return
         lines: Queue[bytes | Exception] = Queue(_AHEAD)
-        # A file of the thread's own: to close one that is being read waits for the end of the read.
+        # The thread gets a file of its own: to close a file blocks until another thread's read of it ends.
         file = os.fdopen(os.dup(self._file.fileno()), "rb")
         Thread(target=_pump, args=(file, lines), name="llamajax input", daemon=True).start()
         while True:
@@ -141,11 +141,11 @@ class Input:
         text = from_utf8(self._file.read(), self._name)
         try:
             found = json.loads(text, object_pairs_hook=without_repeats) if text.strip() else []
-            # Each is read again as a line is, which says what is wrong with it.
+            # Each becomes a line, so that one place reads it and says what is wrong with it.
             elements = found if isinstance(found, list) else [found]
             self._elements = [json.dumps(element).encode() for element in elements]
         except (ValueError, RecursionError) as e:
-            # What many call .json has an object in each line.
+            # Many files named .json are JSON lines.
             first_line = text.lstrip().partition("\n")[0].encode("utf-8", "surrogatepass")
             if not lines_too or not self._is_regular or not _is_object(first_line):
                 raise RequestError(f"{self._name} is not JSON: {e}") from None

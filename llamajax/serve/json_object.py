@@ -8,11 +8,12 @@ from typing import Any
 from llamajax.errors import RequestError
 from llamajax.utf8 import from_utf8
 
-# Objects, lists, names and fractions of a request, and of the calls in its messages: a million take seconds to read.
+# Most objects, lists, names and fractions of a request, those in the arguments of its messages' calls included. To
+# parse a million of them takes seconds.
 MAX_PARTS = 250_000
-# A text, or what is left of one that does not end. Nothing is tried twice: it takes 50 ms for a megabyte at most.
+# A string, or the rest of the text if its quote is never closed. It never backtracks: at most 50 ms a megabyte.
 _TEXT = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-# One in each object, list, name, and number that is no integer (but in true and false, too).
+# Each object, list, name and fraction has one of these; true and false have one, too.
 _MARKS = "{[:.eE"
 
 
@@ -26,7 +27,7 @@ def read_object(data: bytes, name: str = "the line", max_parts: int | None = Non
 
     Raises RequestError.
     """
-    # `from_utf8` drops a byte order mark, which stands where files from Windows begin, wherever they were joined.
+    # `from_utf8` drops byte order marks: files from Windows begin with one, so joined files have them anywhere.
     text = from_utf8(data, name).rstrip("\r\n")
     if max_parts is not None and num_parts(text, max_parts) > max_parts:
         raise RequestError(f"{name} may have {max_parts:,} objects, lists, names and fractions: send less")

@@ -112,7 +112,7 @@ class Bodies:
 
         work = asyncio.ensure_future(self._app(scope, replay, send))
         gone = asyncio.ensure_future(_disconnected(receive))
-        with suppress(asyncio.CancelledError):  # the server itself ends: the work may say so
+        with suppress(asyncio.CancelledError):  # the server stops: `work` answers with an error
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         has_left = gone.done()
         gone.cancel()

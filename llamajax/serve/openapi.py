@@ -57,7 +57,7 @@ _GENERATED = {
         f"input instructions {_TOOLS}",
     ),
 }
-# Supported fields that this endpoint has not.
+# Supported fields that this endpoint lacks.
 _LACKING = {
     protocol.CHAT: {"max_output_tokens", "text"},
     protocol.COMPLETIONS: {

@@ -126,7 +126,7 @@ def _read(
 ) -> GenerationRequest:
     given = _given(body)
     options = {"max_new_tokens": length, **protocol.read_options(given, *others)}
-    seed = options.pop("seed", None)  # one that is drawn has no more bits than a number in JavaScript
+    seed = options.pop("seed", None)  # a random one fits the 53 bits of a JavaScript number
     stream_options = given.get("stream_options", {})
     if not isinstance(stream_options, dict):
         raise RequestError(f"stream_options must be an object, not {checks.shown(stream_options)}")

@@ -70,7 +70,7 @@ class Service:
         self._changing = Lock()
         self._counting = ExitStack()
         self._streams: WeakSet[ServedStream] = WeakSet()
-        # Texts are scored one after the other, and those of a client that has left are not.
+        # One text is scored at a time. Those of a client that has disconnected are skipped.
         self._scoring = ThreadPoolExecutor(1, "llamajax scores")
         # No daemon: XLA aborts the process if the interpreter ends a thread that compiles.
         self._starting = Thread(target=self._start, name="llamajax service")
@@ -187,7 +187,7 @@ class Service:
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = done, total
-        if self._is_stopping or not main_thread().is_alive():  # the interpreter waits for this thread
+        if self._is_stopping or not main_thread().is_alive():  # the interpreter cannot exit before this thread ends
             raise _StoppedError
 
 
