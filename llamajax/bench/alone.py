@@ -73,7 +73,7 @@ def generate(
     length = max(depth, 1) + tokens
     session.check(length - tokens, tokens)
     engine = make_batch(session.llm._runner, batch, 0)
-    # Its first token comes of reading the prompt, before the clock starts.
+    # Prefill draws its first token, before the clock starts.
     request = Request(_token_ids(session, length - tokens, seed), tokens + 1, sampling)
     prompt = engine.prompts([request], [request.max_new_tokens], num_positions=length)
     saved: list[Saved] = []
@@ -90,7 +90,7 @@ def generate(
             engine.leave(row, draws=False)
             engine.restore(saved[0], row)
         engine.reserve(dict.fromkeys(range(batch), length))
-        np.asarray(engine.decode(range(batch), 0).tokens)  # the copies are made
+        np.asarray(engine.decode(range(batch), 0).tokens)  # waits until the sequences are copied
         began = time.perf_counter()
         pending: list[Drawn] = []
         for done in range(0, tokens, BLOCK_LEN):

@@ -120,7 +120,7 @@ class _Connection(asyncio.Protocol):
         self.is_open = False
         self._response = Response()
         self._whole = asyncio.get_running_loop().create_future()
-        self._whole.cancel()  # no answer is awaited
+        self._whole.cancel()  # so that it counts as done: no request is under way
 
     async def ask(self, data: bytes) -> Response:
         """Sends a request. Raises OSError if the answer breaks off, or nothing comes for long."""
@@ -147,7 +147,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard = time.perf_counter()
-        if self._whole.done():  # nothing was asked
+        if self._whole.done():  # data without a request
             return self.close()
         try:
             self._parser.feed_data(data)

@@ -21,7 +21,7 @@ from llamajax.placement import bytes_per_token
 R = TypeVar("R")
 
 _READS = 5
-# How many reads an accelerator is given at once: it would wait for the host after each, a quarter of the time.
+# Reads that an accelerator is given at once. One by one, it would wait for the host a quarter of the time.
 _READS_AT_ONCE = 8
 # Rows of 32 kB in the matrix that is read. It has as many bytes as decoding reads, since caches may hold a small
 # model; beyond these sizes none does.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 
 from llamajax.errors import RequestError
 
-# All that is read beside the weights.
+# All files that are read beside the weights.
 SMALL = (
     "config.json",
     "params.json",
@@ -20,7 +20,7 @@ SMALL = (
     "chat_template.json",
 )
 
-# What is taken of several if no other is asked for: Ollama's choice.
+# The default among several quantizations: Ollama's choice.
 _USUAL = "Q4_K_M"
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -107,6 +107,6 @@ def _is_gguf_model(name: str) -> bool:
 
 def _of_quantization(ggufs: Collection[str], quantization: str) -> list[str]:
     """Those with these letters in their names, between dots, dashes or slashes."""
-    # An underscore may stand before, but not after: Q4_K is not Q4_K_M.
+    # An underscore may come before the name, but not after it: Q4_K is not Q4_K_M.
     word = re.compile(rf"(^|[-._/]){re.escape(quantization)}($|[-./])", re.IGNORECASE)
     return [name for name in ggufs if word.search(name)]

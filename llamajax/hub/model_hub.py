@@ -55,7 +55,7 @@ def fetch(name: HubName, *, progress: bool = True) -> Path:
         with _explained(name):
             info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     except RequestError:
-        # Out of reach, or it refuses: what was fetched before is still a model.
+        # The hub is out of reach or refuses: use the files of an earlier fetch.
         if found := cached(name):
             return found
         raise
@@ -113,7 +113,7 @@ class _Repository:
         if found := self._on_disk(file):
             return found
         path = self._prefix + file
-        # The client remembers which commit a revision stands for if it is asked for the revision.
+        # The client remembers a revision's commit only if it is asked for the revision by name.
         is_first = file.lower().endswith(("config.json", "params.json", ".gguf"))
         with _explained(self._name, path):
             revision = self._name.revision if is_first else self._commit

@@ -61,6 +61,6 @@ def _page(path: str) -> HubName | None:
     inside = page["path"] or ""
     if inside.lower().endswith(".gguf"):
         return HubName(page["repo"], page["revision"], inside)
-    # Another file's page stands for the folder that it is in.
+    # The page of any other file means the folder that has it.
     folder = inside.rpartition("/")[0] if re.search(r"\.(safetensors|json|model|jinja|md)$", inside) else inside
     return HubName(page["repo"], page["revision"], page["wanted"], folder)

@@ -23,9 +23,9 @@ ROLES = ("system", "user", "assistant", "tool")
 
 _MESSAGE_NAMES = {"role", "content", "tool_calls", "tool_call_id"}
 
-# Stands around the index of a message whose ids are known. Like `BREAK` a lone surrogate, which no text contains.
+# Encloses the index of a message whose token ids are known. Like `BREAK` a lone surrogate, which no text contains.
 _VERBATIM = "\ud801"
-# Stands after the last message's content where the answer goes on with it.
+# Follows the last message's content if the answer continues it.
 _END = "\ud802"
 
 

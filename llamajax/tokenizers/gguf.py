@@ -14,7 +14,9 @@ from llamajax.tokenizers.base import BYTE, Tokenizer, looks_special, refused
 from llamajax.tokenizers.metadata import Metadata
 from llamajax.tokenizers.splits import SPLITS, Split
 
-_UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(7)  # from 1 on as SentencePiece's
+_UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(
+    7
+)  # SentencePiece's numbers, which begin at 1
 
 # Ids that mean "none", as converters in C and Python write them.
 _NO_ID = (-1, 2**32 - 1)
@@ -82,7 +84,7 @@ def _vocabulary(metadata: Metadata, kind: str) -> _Vocabulary:
     tokens = metadata.texts("tokenizer.ggml.tokens")
     if tokens is None:
         raise TokenizerError("GGUF metadata: tokenizer.ggml.tokens is missing")
-    if "".join(tokens) != well_formed("".join(tokens)):  # they seldom are not, and there are many
+    if "".join(tokens) != well_formed("".join(tokens)):  # one check of all: nearly always they are well formed
         tokens = list(map(well_formed, tokens))
     ids = _ids(metadata, len(tokens), kind)
     declared = metadata.integers("tokenizer.ggml.token_type") or [_UNDEFINED] * len(tokens)
@@ -161,9 +163,9 @@ def _merging(vocab: dict[str, int], merges: list[str], ignore_merges: bool) -> A
     from tokenizers.models import BPE
 
     pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-    with suppress(Exception):  # to look at each merge takes as long as the rest
+    with suppress(Exception):  # to check each merge first would double the time
         return BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges)
-    # As llama.cpp, which has no use for other merges.
+    # As llama.cpp, which ignores merges of or to unknown tokens.
     known = [pair for pair in pairs if len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys()]
     return BPE(vocab=vocab, merges=known, ignore_merges=ignore_merges)
 

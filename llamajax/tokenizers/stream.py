@@ -49,7 +49,7 @@ class StopStrings:
         self.matched = False
         self._stops = tuple(stops)
         self._held = ""
-        self._exempt = 0  # so much of what is held is of pieces in which no stop string may end
+        self._exempt = 0  # characters of `_held` in which no stop string may end
 
     def push(self, text: str, *, may_end: bool = True) -> str:
         """The text that no stop string can claim any more; what could still begin one is held back.

@@ -81,7 +81,7 @@ def _without_ones(tensor: StoredTensor) -> StoredTensor:
 
 
 def _open_directory(path: Path, max_len: int | None) -> Checkpoint:
-    # Meta's files stand in original/ when both layouts are downloaded.
+    # Meta's files are in original/ when both layouts are downloaded.
     params = next((p for p in (path / "params.json", path / "original" / "params.json") if p.is_file()), None)
     make: Callable[[Mapping[str, Any]], LlamaConfig]
     if (path / "config.json").is_file():

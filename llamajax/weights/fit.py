@@ -10,11 +10,11 @@ from llamajax.text import one_line
 from llamajax.weights.names import Source, embedding_and_head
 from llamajax.weights.tensor import StoredTensor
 
-# Named in one message at most; a wrong file would name hundreds.
+# Most tensors that a message names: of a wrong file, hundreds do not fit.
 _NAMED = 8
 
-# What other tools save beside the weights, and no Llama computes with: constants of RoPE, which the configuration
-# has; scales of 8-bit caches and attention, which are kept in 16 bits here; masks.
+# Tensors that other tools save beside the weights, and that no model here needs: constants of RoPE, which follow from
+# the configuration; scales of 8-bit caches and attention, which have 16 bits here; masks.
 _BUFFER = re.compile(
     r"(.*\.)?rotary_emb\.[^.]+"
     r"|.*\.(self_)?attn\.(masked_bias|[qkv]_scale|kv_scale|prob_scale)"
@@ -22,7 +22,7 @@ _BUFFER = re.compile(
 )
 _MASK = re.compile(r".*\.(self_)?attn\.bias")
 _INTEGERS = re.compile(r"bool|[iu]\d+")
-# Read already, from a GGUF; and Meta's own name of what params.json says.
+# Frequencies of RoPE: a GGUF's are read elsewhere, and Meta's follow from params.json.
 _ROPE_FREQUENCIES = ("rope_freqs.weight", "rope.freqs")
 
 

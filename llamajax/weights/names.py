@@ -119,7 +119,7 @@ def sources(config: LlamaConfig, stored: Collection[str]) -> dict[str, list[Sour
                 for name, shape, h in zip(names, parts, heads, strict=False)
             ]
     if naming is _HF and c.tie_word_embeddings:
-        # Some tools keep the head's name of the two.
+        # Some tools save the tied tensor under the head's name only.
         [embedding], head = plan["embed_tokens.weight"], embedding_and_head(stored)[1]
         if embedding.name not in stored and head in stored:
             plan["embed_tokens.weight"] = [embedding._replace(name=head)]

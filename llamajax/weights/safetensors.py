@@ -55,7 +55,7 @@ def _read_sharded(index: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{index}: unreadable or not an index of shards; download it again") from None
     if outside:
         raise CheckpointError(f"{index}: expected files beside the index, found {outside[0]!r}")
-    # Looked for among the names there are, since the system refuses some names outright.
+    # Compared with the names in the directory, since the system raises other errors for names that cannot be.
     missing = sorted(set(shards) - {path.name for path in index.parent.iterdir()})
     if missing:
         raise CheckpointError(
