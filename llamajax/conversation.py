@@ -10,7 +10,7 @@ from llamajax.types import Message
 
 
 class Conversation:
-    """Messages back and forth. A new turn reads only what is new: the KV cache keeps what came before.
+    """Messages back and forth. A new turn reads the last answer and the question: what was read before is shared.
 
     When a question and the room for its answer no longer fit the context, the oldest exchanges are forgotten until
     the rest takes at most half of it; a system message stays.
@@ -73,7 +73,7 @@ class Conversation:
         limit = new_token_limit({"max_new_tokens": max_new_tokens}, self._llm.max_seq_len)
         room = min(limit, self._llm.max_seq_len // 2)
         messages, answers, forgotten = self._fitting(messages, answers, room)
-        stream = self._llm.stream(messages, max_new_tokens=limit, verbatim=answers, reuse_cache=True, **options)
+        stream = self._llm.stream(messages, max_new_tokens=limit, verbatim=answers, **options)
         self._messages, self._answers, self.forgotten, self._stream = messages, answers, forgotten, stream
         return stream
 

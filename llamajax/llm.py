@@ -19,7 +19,7 @@ from llamajax.engine.ahead import AheadCompiler
 from llamajax.engine.concurrent import Concurrent
 from llamajax.engine.engine import Engine
 from llamajax.engine.runner import Runner
-from llamajax.engine.sequential import Sequential
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.errors import InternalError, LlamaJaxError, RequestError
 from llamajax.options import (
     Options,
@@ -69,6 +69,7 @@ class LLM:
         self.template = template
         self.max_seq_len = runner.max_seq_len
         self._runner = runner
+        self._alone = OneSlot(runner)
         self.tool_format = ToolFormat.of(template.source if template else "")
         self._stop_ids = stop_ids
         self._grammars = GrammarCompiler(tokenizer, self.config.vocab_size, stop_ids)
@@ -79,7 +80,7 @@ class LLM:
         Several threads may call it: they take turns, as with `chat`. `serve_requests` answers them together.
         """
         stream = self.stream(prompt, **options)
-        with self._runner.turn:
+        with self._alone.turn:
             return stream.finish()
 
     def chat(self, messages: str | Messages, **options: Unpack[Options]) -> Completion:
@@ -92,7 +93,6 @@ class LLM:
         prompt: Prompt,
         *,
         verbatim: Mapping[int, Sequence[int]] | None = None,
-        reuse_cache: bool = False,
         **options: Unpack[Options],
     ) -> Stream:
         """Starts an answer and returns its text piece by piece: the sequential strategy.
@@ -101,15 +101,13 @@ class LLM:
           prompt: a text to continue as it stands, or messages to answer through the chat template, or token ids.
           verbatim: message index -> token ids that stand for the content of that message, such as an earlier
             answer's: text encoded anew need not give the ids that were drawn.
-          reuse_cache: leave unread what the KV cache still holds of the prompt. Off, the same request gives the
-            same answer whatever was asked before.
           options: `Options` documents them.
 
         Raises RequestError for a bad option or a model without a chat template, PromptTooLongError for a prompt
         that leaves no room for an answer.
         """
-        request, answer = self.prepare(prompt, verbatim=verbatim, reuse_cache=reuse_cache, **options)
-        return Stream(Sequential(self._runner, request), answer)
+        request, answer = self.prepare(prompt, verbatim=verbatim, **options)
+        return Stream(Sequential(self._alone, request), answer)
 
     def prepare(
         self,
@@ -117,21 +115,20 @@ class LLM:
         /,
         *,
         verbatim: Mapping[int, Sequence[int]] | None = None,
-        reuse_cache: bool = False,
         **options: Unpack[Options],
     ) -> tuple[Request, Answer]:
         """What all strategies make of a prompt and its options: a request, and its answer that is still to come.
 
         Arguments and errors as in `stream`.
         """
-        request, answer_to = self._prepared(prompt, verbatim, reuse_cache, options)
+        request, answer_to = self._prepared(prompt, verbatim, options)
         return request, answer_to(request)
 
     def _prepared(
-        self, prompt: Prompt, verbatim: Mapping[int, Sequence[int]] | None, reuse_cache: bool, options: Options
+        self, prompt: Prompt, verbatim: Mapping[int, Sequence[int]] | None, options: Options
     ) -> tuple[Request, Callable[[Request], Answer]]:
         """A request, and what makes an answer to it, or to one with another seed."""
-        check_names(options, "verbatim", "reuse_cache")
+        check_names(options, "verbatim")
         tools = read_tools(*(options.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")))
         ids = self._encode(prompt, options, verbatim, tools)
         ignores_end = flag("ignore_eos", options.get("ignore_eos", False))
@@ -148,7 +145,6 @@ class LLM:
             new_token_limit(options, self.max_seq_len),
             sampling_params(options),
             stop_ids if ignores_end and grammar is None else stop_ids | self._stop_ids,
-            flag("reuse_cache", reuse_cache),
             integer("min_tokens", options.get("min_tokens", 0), 0),
         )
         self._runner.check(request)
@@ -383,15 +379,14 @@ class LLM:
 
     def warm_up(self, num_tokens: int = 1) -> None:
         """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""
-        with self._runner.turn:
-            self._runner.warm_up(num_tokens)
+        self._alone.warm_up(num_tokens)
 
     def compile_ahead(self, num_tokens: int) -> AheadCompiler:
         """Begins to compile, in a thread, what prompts and answers of up to this many tokens together need.
 
         It waits until it knows which request comes first.
         """
-        return AheadCompiler(self._runner, min(num_tokens, self.max_seq_len))
+        return AheadCompiler(self._alone, min(num_tokens, self.max_seq_len))
 
     def warm_up_batches(self, slots: int, num_tokens: int) -> None:
         """As `warm_up`, for so many requests at once, served or in a batch."""
@@ -473,7 +468,7 @@ class Server:
         self, prompt: Prompt, seeds: Iterable[int], *, deadline: float | None = None, **options: Unpack[Options]
     ) -> Iterator[ServedStream]:
         """Asks for an answer with each of these seeds, as `submit` does. The prompt and the options are read once."""
-        request, answer_to = self._llm._prepared(prompt, None, False, options)
+        request, answer_to = self._llm._prepared(prompt, None, options)
         for seed in seeds:
             seeded = replace(request, sampling=replace(request.sampling, seed=seed))
             yield self._submit(seeded, answer_to(seeded), deadline, wait=False)

@@ -158,9 +158,6 @@ class Request:
       token_ids: at least one.
       max_new_tokens: at least one.
       stop_ids: tokens that end the answer; they are not part of it.
-      reuse_cache: whether tokens that the KV cache holds already may be left unread. An answer's tokens were
-        computed one by one, whose last bits differ from those of a prompt read at once: with reuse, a request's
-        answer may depend on what was asked before.
       min_tokens: stop tokens cannot be drawn, and stop strings do not count, before the answer has so many.
       constraint: what the answer must fit, if anything. It decides where stop tokens may be drawn.
     """
@@ -169,7 +166,6 @@ class Request:
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
     stop_ids: frozenset[int] = frozenset()
-    reuse_cache: bool = False
     min_tokens: int = 0
     constraint: Constraint | None = None
 

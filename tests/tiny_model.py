@@ -11,7 +11,9 @@ from flax import nnx
 from llamajax.config import LlamaConfig
 from llamajax.engine import programs
 from llamajax.engine.runner import Runner
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.model.llama import Llama
+from llamajax.types import Request, Token
 
 # On a CPU, a cache's length shows in the last bits while heads * length < 4096 (1 to 8 heads compared): 8 heads.
 CONFIG = LlamaConfig(
@@ -58,6 +60,11 @@ def tiny_runner(
     weights = random_weights(config) if weights is None else weights
     kept = {"cache_dtype": np.float32, "paged": paged}
     return Runner(config, weights, device=jax.devices()[0], max_seq_len=max_seq_len, **kept)
+
+
+def answer_alone(runner: Runner, request: Request) -> list[Token]:
+    """By the sequential strategy, with nothing in the cache."""
+    return list(Sequential(OneSlot(runner), request))
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:

@@ -1,4 +1,4 @@
-"""Compiles a runner's programs before they are needed, in a thread of its own. Knows nothing of text."""
+"""Compiles programs before they are needed, in a thread of its own. Knows nothing of text."""
 
 import atexit
 from collections.abc import Iterator
@@ -6,15 +6,15 @@ from contextlib import contextmanager, suppress
 from threading import Condition, Thread
 
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner
+from llamajax.engine.sequential import OneSlot
 from llamajax.types import Request
 
 
 class AheadCompiler:
     """Compiles all that a sequence of up to so many positions may need, once it knows what is expected first."""
 
-    def __init__(self, runner: Runner, num_positions: int) -> None:
-        self._runner = runner
+    def __init__(self, engine: OneSlot, num_positions: int) -> None:
+        self._engine = engine
         self._num_positions = num_positions
         self._urgent: list[Program] = []
         self._only_urgent = False
@@ -29,7 +29,7 @@ class AheadCompiler:
     def expect(self, request: Request) -> None:
         """Compiles what this request would need before all else."""
         with self._changed:
-            self._urgent = list(self._runner.programs_for(request))
+            self._urgent = self._engine.programs_for(request)
             self._changed.notify_all()
 
     @contextmanager
@@ -60,9 +60,8 @@ class AheadCompiler:
         """What is to be compiled next: what is urgent, then the rest for caches of that length, longer, shorter."""
         programs = list(self._urgent)
         if programs and not self._only_urgent:
-            length = programs[-1].cache_len
-            programs += self._runner.programs(length, self._num_positions)
-            programs += self._runner.programs(1, length)
+            length = programs[0].cache_len
+            programs += sorted(self._engine.programs(self._num_positions), key=lambda other: other.cache_len < length)
         return next((program for program in programs if program not in self._compiled), None)
 
     def _join(self) -> None:
@@ -73,7 +72,7 @@ class AheadCompiler:
         while program := self._wait_for_program():
             # What fails here fails again where the program is needed, and is reported there.
             with suppress(Exception):
-                self._runner.compile(program)
+                self._engine.runner.compile(program)
             with self._changed:
                 self._compiled.add(program)
                 self._changed.notify_all()

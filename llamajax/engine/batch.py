@@ -82,6 +82,7 @@ class Prompts:
       different: their requests.
       requests: one for each place. A group that is neither one nor full repeats its first.
       asked: the same, on the device.
+      limits: how many tokens each may draw.
       cache: what was read of them, if the cache is not in pages.
       tables: their pages, if it is. One that repeats another has none.
       slots: how far they are, once a chunk was read.
@@ -107,22 +108,26 @@ class Prompts:
         self.asked: Requests = runner.device_requests(self.requests)
         self.cache: Cache = ()
         self.tables = Tables(0, 0)
-        self._limits = [*limits, *[limits[0]] * num_repeated]
+        self.limits = [*limits, *[limits[0]] * num_repeated]
         self.num_cached = num_cached
         self._chunks = chunks
         self.left = len(self._chunks)
 
     def next_chunk(self) -> Chunk:
-        number = len(self._chunks) - self.left
-        start, size = self.num_cached + sum(self._chunks[:number]), self._chunks[number]
+        start, size = self.num_read, self._chunks[-self.left]
         starts = np.full(len(self.requests), start, np.int32)
         chunk = Chunk(np.zeros((len(starts), size), np.int32), starts, np.zeros_like(starts), np.zeros_like(starts))
-        for row, (request, limit) in enumerate(zip(self.requests, self._limits, strict=True)):
+        for row, (request, limit) in enumerate(zip(self.requests, self.limits, strict=True)):
             ids = request.token_ids[start : start + size]
             chunk.token_ids[row, : len(ids)] = ids
             chunk.length[row], chunk.new_tokens[row] = last_of_chunk(request, start + len(ids), len(ids), limit)
         self.left -= 1
         return chunk
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of each that are in the cache, if it has as many."""
+        return self.num_cached + sum(self._chunks[: len(self._chunks) - self.left])
 
     @property
     def size(self) -> Size:
@@ -145,6 +150,7 @@ class Batch(ABC):
     def __init__(self, runner: Runner, max_rows: int) -> None:
         self._runner = runner
         self._sizes = row_counts(max_rows)
+        self._is_one = max_rows == 1  # a prompt that was read becomes the row as it is
         # The scheduler reads a group only if more than half of it is there.
         self._groups = (1, GROUP_LEN) if 2 * max_rows > GROUP_LEN else (1,)
         self._rows: Rows | None = None
@@ -221,9 +227,11 @@ class Batch(ABC):
         """Makes room for so many positions of rows."""
 
     @abstractmethod
-    def decode(self, rows: Sequence[int], num_steps: int) -> Drawn:
+    def decode(self, rows: Sequence[int], num_steps: int, asked: Int32[np.ndarray, "1"] | None = None) -> Drawn:
         """Draws up to `num_steps` tokens for these rows, which are all that have any left. Returns at once: the device
         works on.
+
+        If there is somebody to ask (`native.asked`), each step of the only row asks for its mask.
         """
 
     @abstractmethod
@@ -264,6 +272,10 @@ class Batch(ABC):
     def programs(self, num_positions: int) -> list[Program]:
         """All that rows of up to this many positions need, those of a first short request first."""
 
+    @abstractmethod
+    def programs_for(self, request: Request) -> list[Program]:
+        """What the answer to a valid request needs in a batch of one, as it is now; more when the answer grows."""
+
     def _prefill(self, prompts: Prompts, chunk: Chunk, cache: Cache, length: int) -> tuple[Drawn, Cache]:
         """Reads a chunk into a cache of this length."""
         program = self._runner.compile(Program("prefill", length, chunk.token_ids.shape[1], len(chunk.token_ids)))
@@ -271,8 +283,11 @@ class Batch(ABC):
         self._runner.copy_ahead(drawn)
         return drawn, cache
 
-    def _inserted(self, rows: Rows, new: Rows, which: Sequence[int], at: Sequence[int]) -> Rows:
+    def _inserted(self, rows: Rows | None, new: Rows, which: Sequence[int], at: Sequence[int]) -> Rows:
         """Rows with these of a group's in the places `at`."""
+        if self._is_one:
+            return new
+        assert rows is not None
         old_len, new_len = self._row_len(rows), self._row_len(new)
         assert new_len <= old_len
         group, num_rows = len(new.slots.left), len(rows.slots.left)

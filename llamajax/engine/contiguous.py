@@ -1,6 +1,7 @@
 """Rows of which each has a cache of its own, for XLA: all are of one length, which doubles as the longest one grows.
 
-The rows and their lengths are of few sizes, so that programs are few. Rows move when there are fewer or more.
+The rows and their lengths are of few sizes, so that programs are few. Rows move when there are fewer or more. Where
+there is only one, it grows in steps of its own: the next prompt is read into its cache, which never gets shorter.
 """
 
 import math
@@ -15,9 +16,13 @@ from jaxtyping import Int32
 from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Needs, Prompts, Saved, Size
 from llamajax.engine.memory import Footprint
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner, power_of_two
+from llamajax.engine.runner import Runner, chunk_lens, power_of_two
 from llamajax.engine.steps import Drawn, Rows, by_layer
 from llamajax.model.cache import Cache
+from llamajax.types import Request
+
+# An answer's length is not known beforehand: where there is one row, room for this much is made at once.
+RESERVED_LEN = 512
 
 
 class ContiguousBatch(Batch):
@@ -37,7 +42,8 @@ class ContiguousBatch(Batch):
 
     @property
     def longest(self) -> int:
-        lengths, num_rows = self._runner.lengths(self._runner.max_seq_len), self._sizes[0] + 1  # one that is read
+        lengths = self._runner.lengths(self._runner.max_seq_len)
+        num_rows = 1 if self._is_one else self._sizes[0] + 1  # one that is read
         if self._all_bytes == math.inf:
             return lengths[-1]
         return max((n for n in lengths if self._footprint.rows(num_rows, n) <= self._all_bytes), default=0)
@@ -52,6 +58,10 @@ class ContiguousBatch(Batch):
     def fit(self, needs: Needs) -> Iterator[Sequence[int]]:
         num_rows, length = self._size(needs)
         self._is_room(num_rows, length, needs.prompts)  # noted as tried
+        if self._is_one:
+            if not needs.rows:
+                yield [-1]
+            return
         running = sorted(needs.rows)
         if not running and (num_rows, length) != (self.num_rows, self.length):
             self._rows = None  # its memory comes first
@@ -63,10 +73,10 @@ class ContiguousBatch(Batch):
             self._take(kept)
             running = list(range(len(running)))
             yield kept
-        while self.length != length:
-            longer = length > self.length
-            nearest = self._runner.bucket(self.length + 1) if longer else power_of_two(self.length) // 2
-            self._resize(range(self.num_rows), nearest)
+        while self.length < length:
+            self._resize(range(self.num_rows), self._runner.bucket(self.length + 1))
+        while self.length > length:
+            self._resize(range(self.num_rows), power_of_two(self.length) // 2)
         while self.num_rows != num_rows:
             old, size = self.num_rows, self._next_count(num_rows)
             kept = [*range(old), *[-1] * (size - old)]
@@ -79,6 +89,8 @@ class ContiguousBatch(Batch):
         They shrink when a quarter would do: what comes and goes at once must not copy caches back and forth. If there
         is no memory for that, there are fewer rows, but those that are needed.
         """
+        if self._is_one:
+            return 1, max(self.length, self._runner.bucket(needs.longest))
         prompts = needs.prompts if needs.prompts != NO_PROMPTS else needs.next_prompts
         wanted = next(size for size in self._sizes if size >= needs.num_wanted), self._runner.bucket(needs.longest)
         rows, length = (
@@ -112,6 +124,8 @@ class ContiguousBatch(Batch):
 
     def _needed(self, tried: tuple[int, int, Size]) -> int:
         num_rows, length, prompts = tried
+        if self._is_one and prompts[0]:
+            num_rows, prompts = 0, (1, max(length, prompts[1]), prompts[2])
         return self._footprint.needed(num_rows, length, *prompts)
 
     def expect_less_memory(self) -> bool:
@@ -125,28 +139,45 @@ class ContiguousBatch(Batch):
 
     def _make_room(self, prompts: Prompts, num_positions: int) -> None:
         num_prompts, length = len(prompts.requests), self._runner.bucket(num_positions)
+        if self._is_one:
+            length = max(self._length_for(prompts.requests[0], prompts.limits[0], num_positions), self._kept_len)
+            if self._rows:
+                self._spare[1], self._rows = self._rows.cache, None
         prompts.cache = self._spare.pop(num_prompts, ())
         if not prompts.cache or _length(prompts.cache) != length:
             prompts.cache = ()  # its memory comes first
             prompts.cache = self._runner.empty_rows(num_prompts, length).cache
+
+    @property
+    def _kept_len(self) -> int:
+        """Positions of the cache that the next prompt is read into, if there is only one row."""
+        return _length(self._spare[1]) if 1 in self._spare else self.length
+
+    def _length_for(self, request: Request, limit: int, num_positions: int) -> int:
+        """Positions to make room for at once, where there is only one row: at least so many."""
+        return self._runner.bucket(max(num_positions, len(request.token_ids) + min(limit, RESERVED_LEN)))
 
     def read(self, prompts: Prompts) -> Drawn:
         drawn, prompts.cache = self._prefill(prompts, prompts.next_chunk(), prompts.cache, _length(prompts.cache))
         return drawn
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
-        assert self._rows is not None
         self._rows = self._inserted(self._rows, prompts.rows, which, at)
-        self._spare[len(prompts.requests)] = prompts.cache
+        if not self._is_one:
+            self._spare[len(prompts.requests)] = prompts.cache
 
     def drop(self, prompts: Prompts) -> None:
-        """Their cache is theirs alone."""
+        if self._is_one and not self._rows:
+            self._spare[1] = prompts.cache
 
     def reserve(self, rows: Mapping[int, int]) -> None:
-        """`fit` made room for all."""
+        """Of many rows, `fit` made room for all."""
+        if self._is_one:
+            while self.length < self._runner.bucket(rows[0]):
+                self._resize([0], self._runner.bucket(self.length + 1))
 
-    def decode(self, rows: Sequence[int], num_steps: int) -> Drawn:
-        assert self._rows is not None
+    def decode(self, rows: Sequence[int], num_steps: int, asked: Int32[np.ndarray, "1"] | None = None) -> Drawn:
+        assert self._rows is not None and asked is None
         cache, slots, requests = self._rows
         program = Program("decode", self.length, num_rows=self.num_rows)
         drawn, cache, slots = self._runner.compile(program)(
@@ -171,7 +202,7 @@ class ContiguousBatch(Batch):
         return drawn
 
     def leave(self, row: int, *, draws: bool) -> None:
-        if draws:
+        if draws and not self._is_one:
             assert self._rows is not None
             program = Program("stop", self._runner.bucket(1), num_rows=self.num_rows)
             left = self._runner.compile(program)(self._rows.slots.left, np.int32(row))
@@ -196,7 +227,6 @@ class ContiguousBatch(Batch):
         return [Saved(jax.tree.unflatten(structure, parts)) for parts in saved]
 
     def restore(self, saved: Saved, at: int) -> None:
-        assert self._rows is not None
         self._rows = self._inserted(self._rows, jax.device_put(saved.rows, self._runner.device), [0], [at])
 
     def clear(self) -> None:
@@ -206,6 +236,8 @@ class ContiguousBatch(Batch):
     def programs(self, num_positions: int) -> list[Program]:
         """The smallest first, and last what only requests with a constraint need."""
         lengths = self._runner.lengths(num_positions)
+        if self._is_one:
+            return [program for length in lengths for program in self._of_one(length)]
         programs = [Program("stop", lengths[0], num_rows=num_rows) for num_rows in self._sizes]
         for length in lengths:
             for num_rows in sorted({*self._groups, *self._sizes}):
@@ -224,6 +256,25 @@ class ContiguousBatch(Batch):
         constrained = [Program("draw", lengths[0], num_rows=num_rows) for num_rows in self._sizes]
         constrained += [Program("forward", n, num_rows=num_rows) for num_rows in self._sizes for n in lengths]
         return [*sorted(programs, key=_size), *sorted(constrained, key=_size)]
+
+    def programs_for(self, request: Request) -> list[Program]:
+        chunks, num_tokens = chunk_lens(len(request.token_ids)), len(request.token_ids)
+        limit = min(request.max_new_tokens, min(self._runner.max_seq_len, self.longest) - num_tokens)
+        length = max(self._length_for(request, limit, sum(chunks)), self._kept_len)
+        return [
+            *([Program("empty_rows", length)] if length > self._kept_len else []),
+            *(Program("prefill", length, n) for n in sorted(set(chunks))),
+            *(_drawing(length, self._runner.bucket(1)) if request.constraint else [Program("decode", length)]),
+        ]
+
+    def _of_one(self, length: int) -> list[Program]:
+        """All that one row of this length needs."""
+        shortest = self._runner.bucket(1)
+        programs = [Program("empty_rows", length), *self._runner.prefills(1, length), Program("decode", length)]
+        if length > shortest:
+            grown = Program("resize", length, source=(1, power_of_two(length) // 2))
+            programs += [grown, self._keep(1, 1)]
+        return [*programs, *_drawing(length, shortest)]
 
     def _resizes(self, lengths: Sequence[int]) -> list[Program]:
         """All that give rows of these lengths the next size up or down."""
@@ -275,6 +326,11 @@ class ContiguousBatch(Batch):
 
     def _row_len(self, rows: Rows) -> int:
         return _length(rows.cache)
+
+
+def _drawing(length: int, shortest: int) -> list[Program]:
+    """What one row of this length needs if it has a constraint."""
+    return [Program("forward", length), Program("draw", shortest)]
 
 
 def _size(program: Program) -> int:

@@ -9,9 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
+from jaxtyping import Int32
 
 from llamajax import checks
+from llamajax.engine.asking import Asking
 from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Needs, Prompts, Size
 from llamajax.engine.contiguous import ContiguousBatch
 from llamajax.engine.memory import is_out_of_memory
@@ -53,7 +56,8 @@ class Engine:
         self._group: list[Job] = []  # whose prompts they are
         # Blocks that the device works on, with the job of each row.
         self._pending: deque[tuple[Drawn, dict[int, Job]]] = deque()
-        self._step_seconds = 0.0
+        self._asking = Asking()
+        self._step_seconds = BLOCK_SECONDS  # the first block has one token
         self._delivered = 0.0
 
     @property
@@ -87,6 +91,7 @@ class Engine:
         What goes wrong with one request ends that one; what goes wrong on the device ends all there are. If its memory
         runs out, those that came last wait until there is room.
         """
+        self._delivered = time.monotonic()  # what a listener's reader does between steps is nobody's block
         try:
             try:
                 self._go_on()
@@ -103,9 +108,16 @@ class Engine:
         self._batch.clear()
         self._prompts = None
         self._pending.clear()
-        for job in self.scheduler:
+        self._asking.end()
+        for job in dict.fromkeys(self.scheduler):  # an interrupt may have left one in two places
             self.scheduler.end(job, "cancelled", error)
         self.scheduler.rows = []
+
+    def num_read(self, job: Job) -> int | None:
+        """How many of a job's prompt tokens are read, if it will be or is being read."""
+        if job.state == "reading" and self._prompts:
+            return self._prompts.num_read if self._prompts.left else None
+        return 0 if job.state == "new" and not job.saved else None
 
     def compile(self, max_len: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles all programs for requests of up to this many tokens in all.
@@ -159,6 +171,8 @@ class Engine:
         assert self._prompts is not None
         drawn = self._batch.read(self._prompts)
         if self._prompts.left:
+            if not scheduler.running:  # the device would otherwise be given all chunks at once
+                jax.block_until_ready(drawn)
             return
         # One that was put back after its first token will not get it again.
         self._pending.append((drawn, {place: job for place, job in self._readers.items() if not job.drawn}))
@@ -218,15 +232,17 @@ class Engine:
 
     def _decode(self) -> bool:
         """Dispatches a block, unless nothing is left to draw."""
+        asked = self._begin_to_ask()
         running = self._drawing
         if not running:
             return False
-        constrained = any(job.matcher for job in running.values())
+        constrained = asked is None and any(job.matcher for job in running.values())
         num_steps = 1 if constrained else self._block_len(max(job.left for job in running.values()))
         self._fit(num_steps)
         self._batch.reserve(self._needs(num_steps).rows)
         running = self._drawing  # the rows may have moved
-        drawn = self._draw_constrained(running) if constrained else self._batch.decode(list(running), num_steps)
+        rows = list(running)
+        drawn = self._draw_constrained(running) if constrained else self._batch.decode(rows, num_steps, asked)
         self._pending.append((drawn, running))
         for job in running.values():
             job.position += min(num_steps, job.left)
@@ -237,6 +253,14 @@ class Engine:
     def _drawing(self) -> dict[int, Job]:
         """Those that have tokens to draw, by their rows."""
         return {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
+
+    def _begin_to_ask(self) -> Int32[np.ndarray, "1"] | None:
+        """By what the steps of the only one that runs ask for masks, if it has a constraint."""
+        running = list(self._drawing.values())
+        job = running[0] if len(running) == 1 and running[0].matcher and self._runner.can_ask else None
+        if self._asking.job is not job:
+            self._deliver_all()  # the matcher has to know all that was drawn
+        return self._asking.begin(job) if job and job.state == "running" else None
 
     def _draw_constrained(self, running: dict[int, Job]) -> Drawn:
         """Dispatches one token. What may come next is found while the device computes the scores."""
@@ -278,21 +302,30 @@ class Engine:
             except Exception as error:
                 self._end(job, "cancelled", error)
 
+    def _deliver_all(self) -> None:
+        while self._pending:
+            self._deliver()
+        self._asking.end()
+
     def _hand_over(self, job: Job, block: Drawn, row: int) -> None:
+        # The steps of a block that is on its way tell it of the last token.
+        is_told = self._asking.job is job and any(job in owners.values() for _, owners in self._pending)
         for token in self._runner.tokens(block, row, job.request.sampling.logprobs):
             if token.id in job.request.stop_ids:
                 self._end(job, "stop")
                 return
             job.drawn += 1
-            ended = not job.listener.token(token)
-            if job.matcher and not ended:
-                job.matcher.advance(token.id)
-                ended = job.matcher.ended
-            if ended or job.drawn == job.limit:
-                self._end(job, "stop" if ended else "length")
+            if not job.listener.token(token):
+                self._end(job, "stop")
                 return
+            if job.matcher and job.told < job.drawn and not is_told:
+                job.tell(token.id)
+        if job.has_ended or job.drawn == job.limit:
+            self._end(job, "stop" if job.has_ended else "length")
 
     def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> None:
+        if self._asking.job is job:
+            self._asking.end()
         row = self.scheduler.end(job, reason, error)
         if row is not None:
             self._batch.leave(row, draws=job.left > 0)

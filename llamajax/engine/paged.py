@@ -15,24 +15,29 @@ from llamajax.engine.batch import Batch, Needs, Prompts, Saved
 from llamajax.engine.memory import cache_bytes, prefix_cache_bytes
 from llamajax.engine.pool import Pool, Tables, missing, pages
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner, power_of_two
+from llamajax.engine.runner import Runner, chunk_lens, power_of_two
 from llamajax.engine.steps import Drawn, Rows
 from llamajax.model.cache import Cache
 from llamajax.ops import PAGE_LEN
 from llamajax.placement import bytes_per_token
+from llamajax.types import Request
+
+_Step = Literal["decode_rows", "decode_asking", "forward_rows", "draw_rows"]
 
 
 class PagedBatch(Batch):
     """Rows that have pages."""
 
     def __init__(self, runner: Runner, max_rows: int, prefix_bytes: int | None = None) -> None:
-        """Keeps so many bytes of prompts that have ended; by default a share of the computer's memory."""
+        """Keeps so many bytes of prompts that have ended beside what rows have taken; by default a share of the
+        computer's memory. 0: rows share nothing.
+        """
         super().__init__(runner, max_rows)
         self._width = power_of_two(max_rows)  # few numbers, since programs are made for each
         page_bytes = bytes_per_token(runner.config, runner.cache_dtype) * PAGE_LEN
-        most_kept = (prefix_cache_bytes() if prefix_bytes is None else prefix_bytes) // page_bytes
-        self.shares = most_kept > 0
-        self._pool = Pool(_num_pages(runner, max_rows), self._empty_pages, most_kept)
+        kept = prefix_cache_bytes() if prefix_bytes is None else prefix_bytes
+        self.shares = kept > 0
+        self._pool = Pool(_num_pages(runner, max_rows), self._empty_pages, kept // page_bytes if self.shares else None)
         self._tables = Tables(self._width, runner.table_len)
         self._drawing = self._taken([], self._sizes)  # the rows that scores are of
 
@@ -50,7 +55,8 @@ class PagedBatch(Batch):
 
     def fit(self, needs: Needs) -> Iterator[Sequence[int]]:
         if self._rows is None:
-            self._rows = self._runner.empty_rows(self._width, self._runner.bucket(1))
+            if not self._is_one:
+                self._rows = self._runner.empty_rows(self._width, self._runner.bucket(1))
             yield [-1] * self._width
 
     def expect_all_memory(self) -> None:
@@ -80,7 +86,6 @@ class PagedBatch(Batch):
         return drawn
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
-        assert self._rows is not None
         self._rows = self._inserted(self._rows, prompts.rows, which, at)
         for source, row in zip(which, at, strict=True):
             prompts.tables.move(source, self._tables, row)
@@ -93,17 +98,17 @@ class PagedBatch(Batch):
         for row, num_positions in rows.items():
             self._pool.take(self._tables, row, num_positions)
 
-    def decode(self, rows: Sequence[int], num_steps: int) -> Drawn:
+    def decode(self, rows: Sequence[int], num_steps: int, asked: Int32[np.ndarray, "1"] | None = None) -> Drawn:
         assert self._rows is not None
-        taken = self._taken(rows, self._sizes)
-        program = self._of_rows("decode_rows", len(taken))
+        taken = self._taken(rows, self._sizes if asked is None else [1])
+        program = self._of_rows("decode_rows" if asked is None else "decode_asking", len(taken))
         drawn, cache, slots = self._runner.compile(program)(
             self._runner.model.arrays,
             self._lend(taken),
             self._rows.slots,
             self._runner.step_counts[num_steps],
             self._rows.requests,
-            None,
+            asked,
             taken,
         )
         self._pool.put(cache)
@@ -149,7 +154,6 @@ class PagedBatch(Batch):
         ]
 
     def restore(self, saved: Saved, at: int) -> None:
-        assert self._rows is not None
         try:
             put_page = self._runner.compile(Program("put_page", self._pool.length))
             self._pool.restore(saved.pages, self._tables, at, put_page)
@@ -164,17 +168,34 @@ class PagedBatch(Batch):
 
     def programs(self, num_positions: int) -> list[Program]:
         length, row_len = self._pool.length, self._runner.bucket(1)
-        programs = [Program("empty_pages", length), Program("empty_rows", row_len, num_rows=self._width)]
+        programs = [Program("empty_pages", length)]
+        if not self._is_one:
+            programs.append(Program("empty_rows", row_len, num_rows=self._width))
         for group in self._groups:
             programs += self._runner.prefills(group, length)
-            programs.append(Program("insert", row_len, num_rows=self._width, source=(group, row_len)))
+            if not self._is_one:
+                programs.append(Program("insert", row_len, num_rows=self._width, source=(group, row_len)))
             if group == 1:
                 programs += [self._of_rows("decode_rows", n) for n in self._sizes]
         programs.append(Program("put_page", length))
-        programs += [self._of_rows(step, n) for n in self._drawn_sizes for step in ("forward_rows", "draw_rows")]
+        if self._runner.can_ask:
+            programs.append(self._of_rows("decode_asking", 1))
+        if not (self._is_one and self._runner.can_ask):
+            programs += [self._of_rows(step, n) for n in self._drawn_sizes for step in ("forward_rows", "draw_rows")]
         return programs
 
-    def _of_rows(self, step: Literal["decode_rows", "forward_rows", "draw_rows"], num_rows: int) -> Program:
+    def programs_for(self, request: Request) -> list[Program]:
+        length, num_cached = self._pool.length, self.find_cached(request.token_ids)[0]
+        steps: list[_Step] = ["decode_rows"]
+        if request.constraint:
+            steps = ["decode_asking"] if self._runner.can_ask else ["forward_rows", "draw_rows"]
+        return [
+            Program("empty_pages", length),
+            *(Program("prefill", length, n) for n in sorted(set(chunk_lens(len(request.token_ids), num_cached)))),
+            *(self._of_rows(step, 1) for step in steps),
+        ]
+
+    def _of_rows(self, step: _Step, num_rows: int) -> Program:
         return Program(step, self._pool.length, num_rows=num_rows, source=(self._width, 0))
 
     @property

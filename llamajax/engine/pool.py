@@ -42,10 +42,11 @@ class Pool:
 
     Attributes:
       num_pages: how many there are.
-      most_kept: pages that may be kept of prompts that have ended.
+      most_kept: pages of prompts that have ended for which others are written that never were, which takes memory.
+        Beyond these, the pages of prompts that have ended stay until their memory is needed. None: they share none.
     """
 
-    def __init__(self, num_pages: int, make: Callable[[], Cache], most_kept: int = 0) -> None:
+    def __init__(self, num_pages: int, make: Callable[[], Cache], most_kept: int | None = None) -> None:
         """`make` makes their arrays on the device, when they are first needed."""
         self.num_pages = num_pages
         self.most_kept = most_kept
@@ -56,6 +57,7 @@ class Pool:
         """Takes all pages back, and their memory from the device."""
         self._cache: Cache = ()
         self._free = list(range(self.num_pages))[::-1]
+        self._num_written = 0  # the first so many pages take memory
         self._owners = [0] * self.num_pages  # sequences that have a page
         self._prefixes = Prefixes()
         # Pages that only the tree of prefixes has, by when they were last asked for. Whoever asks for a page asks for
@@ -77,11 +79,11 @@ class Pool:
 
         Raises MemoryError if there are too few.
         """
-        count, needed = tables.counts[row], pages(num_positions)
-        while len(self._free) < needed - count:
-            self._forget_one()
+        needed = pages(num_positions)
+        if self.num_free < needed - tables.counts[row]:
+            raise MemoryError("no page of the KV cache is free")
         while tables.counts[row] < needed:
-            self._add(tables, row, self._free.pop())
+            self._add(tables, row, self._free_page())
 
     def leave(self, tables: Tables, row: int) -> None:
         """Takes a sequence's pages back.
@@ -91,11 +93,10 @@ class Pool:
         for page in tables.ids[row, : tables.counts[row]].tolist()[::-1]:
             self._drop(page)
         tables.ids[row], tables.counts[row] = -1, 0
-        self._trim()
 
     def known(self, token_ids: Sequence[int]) -> list[int]:
         """The pages that are there of a prompt's beginning, but for its last token."""
-        if not self.most_kept:
+        if self.most_kept is None:
             return []
         found = self._prefixes.match(token_ids)
         for page in found[::-1]:
@@ -118,7 +119,7 @@ class Pool:
 
         The last token is left out: if a constraint draws the first one, a step reads it again, and writes its page.
         """
-        if not self.most_kept:
+        if self.most_kept is None:
             return
         own = tables.ids[row, : tables.counts[row]].tolist()
         for place, page in enumerate(self._prefixes.insert(token_ids[:-1], own)):
@@ -126,7 +127,6 @@ class Pool:
                 self._own(page)
                 self._drop(own[place])
                 tables.ids[row, place] = page
-        self._trim()
 
     def lend(self, ids: Int32[np.ndarray, "B M"]) -> Cache:
         """The cache for a step of the sequences that have these pages, which returns it for `put`.
@@ -188,18 +188,17 @@ class Pool:
         elif self._owners[page] == 0:
             self._free.append(page)
 
-    def _trim(self) -> None:
-        while len(self._unused) > self.most_kept:
-            self._forget_one()
-
-    def _forget_one(self) -> None:
-        """Frees the page of the tree that was not needed for the longest time."""
-        if not self._unused:
-            raise MemoryError("no page of the KV cache is free")
-        page = next(iter(self._unused))
-        self._prefixes.remove(page)
-        del self._unused[page]
-        self._free.append(page)
+    def _free_page(self) -> int:
+        """A free page, if need be the one of the tree that was not needed for the longest time."""
+        is_new = not self._free or self._free[-1] >= self._num_written
+        if is_new and self._unused and (not self._free or len(self._unused) > (self.most_kept or 0)):
+            page = next(iter(self._unused))
+            self._prefixes.remove(page)
+            del self._unused[page]
+            return page
+        page = self._free.pop()
+        self._num_written = max(self._num_written, page + 1)
+        return page
 
 
 def pages(num_positions: int) -> int:

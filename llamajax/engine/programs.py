@@ -52,15 +52,14 @@ class Program(NamedTuple):
         of logits and prompt_logprobs.
       chunk_len: of a prefill.
       num_rows: when the step has run; of those that a step takes by their numbers, which have pages.
-      source: rows and positions of what an insert takes them from, or of what is grown or resized; how many rows there
-        are, of which a step takes some.
+      source: rows and positions of what an insert takes them from, or of what is resized; how many rows there are, of
+        which a step takes some.
     """
 
     step: Literal[
         "empty_rows",
         "empty_pages",
         "put_page",
-        "grow",
         "prefill",
         "decode",
         "decode_asking",
@@ -164,18 +163,14 @@ class Programs:
             case "put_page":
                 page = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), self._pages(PAGE_LEN))
                 return steps.put_page.lower(self._pages(length), page, number)
-            case "grow":
-                return steps.grow.lower(self.shapes(*source).cache[:1], length=length)
             case "prefill":
                 chunk, ones = np.zeros((num_rows, chunk_len), np.int32), np.ones(num_rows, np.int32)
                 return steps.prefill.lower(arrays, cache, chunk, ones, ones, ones, requests, structure=structure)
             case "decode":
                 return steps.decode.lower(arrays, cache, slots, number, requests, structure=structure)
-            case "decode_asking":
-                asked = np.zeros(1, np.int32)
-                return steps.decode.lower(arrays, cache, slots, number, requests, asked, structure=structure)
-            case "decode_rows":
-                rest = all_slots, number, all_requests, None, some
+            case "decode_rows" | "decode_asking":
+                asked = np.ones(1, np.int32) if step == "decode_asking" else None
+                rest = all_slots, number, all_requests, asked, some
                 return steps.decode.lower(arrays, cache, *rest, structure=structure)
             case "forward":
                 return steps.forward.lower(arrays, cache, slots, structure=structure)

@@ -1,14 +1,13 @@
-"""Owns a model's weights and KV cache on a device, and moves requests and tokens between host and device.
+"""Owns a model's weights and programs on a device, and moves requests and tokens between host and device.
 
-Knows token ids and slots; knows nothing of text, queues or strategies.
+Knows token ids; knows nothing of text, caches, queues or strategies.
 """
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from threading import RLock
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from llamajax import checks
 from llamajax.config import LlamaConfig
 from llamajax.engine.memory import cache_bytes
 from llamajax.engine.programs import Program, Programs
-from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, READ_LEN, Drawn, FlatModel, Requests, Rows, Slots, by_layer
+from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, READ_LEN, Drawn, FlatModel, Requests, Rows
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
 from llamajax.ops import PAGE_LEN, Weight, has_pages, native
@@ -38,8 +37,6 @@ CALL_COST = 32
 MIN_CACHE_LEN = 128
 # A context that is no power of two ends in a cache of a multiple of this length: each has programs of its own.
 LAST_CACHE_STEP = 1024
-# An answer's length is not known beforehand: room for this much is made at once, for more as it comes.
-RESERVED_LEN = 512
 
 
 @lru_cache(1 << 12)
@@ -82,15 +79,11 @@ def _cost(plan: Sequence[int]) -> int:
 
 
 class Runner:
-    """One sequence on a device. Its cache is in pages, or else grows by doubling, up to the context.
+    """A model on a device, for whoever computes with it: rows of an engine, or texts that are scored.
 
     Attributes:
       config: the model's.
       max_seq_len: positions that a prompt and its answer may take.
-      cached_ids: the tokens whose keys and values the cache holds.
-      current: the request that `decode` draws for: the last one that was prefilled.
-      turn: held by the thread that uses the cache: for a step of a stream, or for all of a request that nobody reads
-        along with.
       step_counts: the numbers from 0 to BLOCK_LEN, on the device.
       can_ask: whether steps can ask the host for masks.
       paged: whether caches are in pages.
@@ -116,26 +109,11 @@ class Runner:
             max_seq_len = min(context, self._most_positions) if self.paged else context
         expected = f"from 2 to the model's context, {context}"
         self.max_seq_len = checks.integer("max_seq_len", max_seq_len, 2, context, expected)
-        self.cached_ids: list[int] = []
-        self.current: Request | None = None
-        self.turn = RLock()
         self.model = FlatModel.of(config, weights, device)
         # To bring a number there takes 0.05 ms of each call.
         self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], device)
-        self.can_ask = device.platform == "cpu" and native.available()
+        self.can_ask = self.paged and native.available()
         self._programs = Programs(self.model, device, cache_dtype, self.table_len if self.paged else None)
-        self._cache: Cache = ()
-        self._slots: Slots
-        self._requests: Requests
-        self._scores: jax.Array
-        self._drawn_len = 0
-
-    @property
-    def cache_len(self) -> int:
-        """Positions that the cache has room for at present."""
-        if not self._cache:
-            return 0
-        return self.bucket(1) if self.paged else self._cache[0].key.shape[-2]
 
     @cached_property
     def table_len(self) -> int:
@@ -189,98 +167,10 @@ class Runner:
                 * (self.max_seq_len < longest)
             )
 
-    def prefill(self, request: Request, goes_on: Callable[[int], bool] = lambda read: True) -> tuple[Drawn | None, int]:
-        """Reads what the cache does not hold of the prompt and draws the first token.
-
-        `goes_on` is called before each chunk with how many of the prompt's tokens are read; False ends the reading.
-
-        Returns that token, on the device, or None if the reading was ended, and how many of the prompt's tokens were
-        in the cache already. With a constraint it draws none: `forward` and `draw` come next.
-
-        Raises as `check` does.
-        """
-        self.check(request)
-        ids = list(request.token_ids)
-        max_new_tokens = min(request.max_new_tokens, self.max_seq_len - len(ids))
-        self._requests = self.device_requests([request])
-
-        reused, chunks, room = self._plan(request)
-        self.cached_ids = ids[:reused]
-        self.reserve(room)
-        self._drawn_len = len(ids)
-        self.current = request
-        end = reused
-        drawn: Drawn | None = None
-        for chunk_len in chunks:
-            jax.block_until_ready(drawn)  # the device would otherwise be given all chunks at once
-            if not goes_on(end):
-                return None, reused
-            # A chunk that would pass the end of the cache begins earlier, and writes again what is there.
-            start = min(end, self.cache_len - chunk_len)
-            end = min(start + chunk_len, len(ids))
-            drawn = self._read_chunk(request, start, end, chunk_len, max_new_tokens)
-            self.cached_ids = ids[:end]
-        return drawn, reused
-
-    def _plan(self, request: Request) -> tuple[int, tuple[int, ...], int]:
-        """How many of the prompt's tokens the cache holds, the chunks in which to read the others, the room to make."""
-        num_tokens = len(request.token_ids)
-        # The last token is read in any case: its logits are not kept.
-        reuses = request.reuse_cache and self._cache
-        reused = _common_prefix(self.cached_ids, request.token_ids[:-1]) if reuses else 0
-        chunks = chunk_lens(num_tokens - reused)
-        max_new_tokens = min(request.max_new_tokens, self.max_seq_len - num_tokens, RESERVED_LEN)
-        return reused, chunks, max(num_tokens + max_new_tokens, reused + sum(chunks))
-
-    def decode(self, num_steps: int, asked: Int32[np.ndarray, "1"] | None = None) -> Drawn:
-        """Draws up to `num_steps` more tokens, at most BLOCK_LEN. Returns at once.
-
-        Each step asks for its mask if somebody is to be asked (`native.asked`).
-        """
-        self._drawn_len += num_steps
-        self.reserve(self._drawn_len)
-        step: Literal["decode", "decode_asking"] = "decode" if asked is None else "decode_asking"
-        drawn, self._cache, self._slots = self.compile(Program(step, self.cache_len))(
-            self.model.arrays,
-            self._take_cache(),
-            self._slots,
-            self.step_counts[num_steps],
-            self._requests,
-            *([] if asked is None else [asked]),
-        )
-        self.copy_ahead(drawn)
-        return drawn
-
-    def forward(self) -> None:
-        """Begins to compute the scores that `draw` draws from. Returns at once: the device works on."""
-        self._drawn_len += 1
-        self.reserve(self._drawn_len)
-        forward = self.compile(Program("forward", self.cache_len))
-        self._scores, self._cache = forward(self.model.arrays, self._take_cache(), self._slots)
-
-    def draw(self, mask: Int32[np.ndarray, "1 W"]) -> Drawn:
-        """Draws one token of the mask. Returns at once."""
-        draw = self.compile(Program("draw", self.bucket(1)))
-        drawn, self._slots = draw(self._scores, self._slots, self._requests, mask)
-        self.copy_ahead(drawn)
-        return drawn
-
-    def _take_cache(self) -> Cache:
-        """The cache, for a step that it is donated to: if Ctrl-C or an error comes meanwhile, nothing is left of it."""
-        cache, self._cache = self._cache, ()
-        return cache
-
     def copy_ahead(self, drawn: Drawn) -> None:
         """Lets tokens come to the host when they are drawn, not when they are read."""
         if self.device.platform != "cpu":  # there they are on the host, and to ask takes 0.1 ms
             drawn.tokens.copy_to_host_async()
-
-    def read(self, drawn: Drawn, num_logprobs: int | None = None) -> list[Token]:
-        """Waits for drawn tokens and brings them to the host.
-
-        Raises CheckpointError if the model's scores are not numbers.
-        """
-        return self.tokens(self.to_host(drawn, num_logprobs is not None), 0, num_logprobs)
 
     def to_host(self, drawn: Drawn, with_logprobs: bool) -> Drawn:
         """Waits for a block. Log-probabilities stay on the device if nobody wants them: each array takes its time."""
@@ -301,18 +191,6 @@ class Runner:
         logprobs = _token_logprobs(jax.tree.map(lambda x: x[row, : len(ids)], drawn.logprobs), num_logprobs)
         return [Token(id, token_logprobs, now) for id, token_logprobs in zip(ids, logprobs, strict=True)]
 
-    def reserve(self, num_positions: int) -> None:
-        """Makes room in the cache for this many positions, keeping what it holds."""
-        needed = self.bucket(num_positions)
-        if needed <= self.cache_len:
-            return
-        if not self.cached_ids or not self._cache:
-            self._cache = self._one_sequence() if self.paged else self.empty_rows(1, needed).cache
-        while self.cache_len < needed:
-            grow, layers = self.compile(_grow(self.bucket(self.cache_len + 1))), list(self._take_cache())
-            by_layer(grow, layers)
-            self._cache = tuple(layers)
-
     def bucket(self, num_positions: int) -> int:
         """The length of a cache with room for this many positions."""
         return self.table_len * PAGE_LEN if self.paged else cache_len(num_positions, self.max_seq_len)
@@ -327,23 +205,6 @@ class Runner:
         """Pages of so many positions on the device, without a table."""
         return jax.device_put(self.compile(Program("empty_pages", length))(), self.device)
 
-    def _one_sequence(self) -> Cache:
-        """As many pages as a sequence may have, in their order."""
-        [pages] = self.empty_pages(self.bucket(1))
-        table: Any = np.arange(self.table_len, dtype=np.int32)[None]
-        return (pages._replace(table=table),)
-
-    def warm_up(self, num_positions: int = 1) -> None:
-        """Compiles all programs for a cache of this length, so that no request waits for them. Empties the cache."""
-        self.cached_ids = []
-        self.reserve(min(num_positions, self.max_seq_len))
-        for program in self.programs(self.cache_len, self.cache_len):
-            self.compile(program)
-        drawn, _ = self.prefill(Request([0], 1))
-        assert drawn
-        self.read(drawn)
-        self.read(self.decode(1))
-
     def lengths(self, longest: int) -> list[int]:
         """Those of caches with room for up to this many positions, the shortest first."""
         lengths = [self.bucket(1)]
@@ -354,37 +215,6 @@ class Runner:
     def prefills(self, num_rows: int, length: int) -> Iterator[Program]:
         """All that read prompts into caches of this length."""
         return (Program("prefill", length, chunk_len, num_rows) for chunk_len in CHUNKS if chunk_len <= length)
-
-    def programs(self, shortest: int, longest: int) -> Iterator[Program]:
-        """All that sequences need whose caches have room for this many positions, the shortest first."""
-        for length in self.lengths(longest):
-            if length >= self.bucket(shortest):
-                yield from (self._empty(length), Program("decode", length))
-                if length > MIN_CACHE_LEN and not self.paged:
-                    yield _grow(length)
-                yield from self.prefills(1, length)
-
-    def programs_for(self, request: Request) -> Iterator[Program]:
-        """What the answer to a valid request needs, with the cache as it is; more when the answer makes it grow."""
-        reused, chunks, room = self._plan(request)
-        length, needed = self.cache_len, max(self.bucket(room), self.cache_len)
-        if length < needed and not reused:
-            length = needed
-            yield self._empty(length)
-        while length < needed:
-            length = self.bucket(length + 1)
-            yield _grow(length)
-        yield from (Program("prefill", length, chunk_len) for chunk_len in sorted(set(chunks)))
-        if request.constraint:
-            if self.can_ask:
-                yield Program("decode_asking", length)
-            else:
-                yield from (Program("draw", self.bucket(1)), Program("forward", length))
-        else:
-            yield Program("decode", length)
-
-    def _empty(self, length: int) -> Program:
-        return Program("empty_pages" if self.paged else "empty_rows", length)
 
     def compile(self, program: Program) -> Compiled:
         """A program, ready to run. Any thread may ask: no array on the device is touched."""
@@ -400,7 +230,7 @@ class Runner:
         return self._programs.is_new
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
-        """Scores of the next token after each of the given ones. The cache is left as it is."""
+        """Scores of the next token after each of the given ones."""
         self._check_text(token_ids)
         padded = np.zeros(power_of_two(len(token_ids), CHUNKS[0]), np.int32)
         padded[: len(token_ids)] = token_ids
@@ -408,7 +238,7 @@ class Runner:
         return np.asarray(scores)[: len(token_ids)]
 
     def prompt_logprobs(self, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-        """Of each token but the first, given those before it. The cache is left as it is; any thread may call it."""
+        """Of each token but the first, given those before it. Any thread may call it."""
         self._check_text(token_ids)
         padded = np.zeros(next(n for n in self._scored_lens if n >= len(token_ids)), np.int32)
         padded[: len(token_ids)] = token_ids
@@ -448,21 +278,6 @@ class Runner:
                 f"token ids must be from 0 to {self.config.vocab_size - 1}, {where} "
                 f"{checks.shown(min(ids))} to {checks.shown(max(ids))}"
             )
-
-    def _read_chunk(self, request: Request, start: int, end: int, chunk_len: int, max_new_tokens: int) -> Drawn:
-        chunk = np.zeros((1, chunk_len), np.int32)
-        chunk[0, : end - start] = request.token_ids[start:end]
-        length, new_tokens = last_of_chunk(request, end, end - start, max_new_tokens)
-        drawn, self._cache, self._slots = self.compile(Program("prefill", self.cache_len, chunk_len))(
-            self.model.arrays,
-            self._take_cache(),
-            chunk,
-            np.array([start], np.int32),
-            np.array([length], np.int32),
-            np.array([new_tokens], np.int32),
-            self._requests,
-        )
-        return drawn
 
     def free_mask(self, num_rows: int) -> Int32[np.ndarray, "B W"]:
         """A mask that allows all tokens, to be filled."""
@@ -506,15 +321,6 @@ def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:
         TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)))
         for logprob, (ids, values) in zip(chosen.tolist(), tops, strict=True)
     ]
-
-
-def _grow(length: int) -> Program:
-    """To this length from the one before."""
-    return Program("grow", length, source=(1, power_of_two(length) // 2))
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _multiple(number: int, of: int) -> int:

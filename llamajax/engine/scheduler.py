@@ -34,6 +34,8 @@ class Job:
       num_shared: those of them that others that run have, too.
       plan: the chunks in which the others are read; prompts of one plan can be read together.
       matcher: follows the answer if it must fit a constraint.
+      told: how many of the answer's tokens the matcher knows.
+      error: why the matcher could not answer a step on the device.
       deadline: on the monotonic clock, in seconds; None is never.
       limit: tokens that it may draw.
       drawn: tokens that were delivered.
@@ -50,6 +52,8 @@ class Job:
     limit: int
     deadline: float | None = None
     matcher: Matcher | None = None
+    told: int = 0
+    error: Exception | None = None
     num_cached: int = 0
     num_shared: int = 0
     cancelled: bool = False
@@ -72,6 +76,21 @@ class Job:
         if not self._has_begun:
             self._has_begun = True
             self.listener.begin(self.num_cached)
+
+    def tell(self, token_id: int) -> None:
+        """Lets the matcher know the answer's next token. Raises RequestError as it does."""
+        assert self.matcher
+        self.told += 1
+        self.matcher.advance(token_id)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing may follow the tokens that were delivered. Raises what its matcher raised."""
+        if not self.matcher or self.told != self.drawn:  # steps on the device may have told it more
+            return False
+        if self.error:
+            raise self.error
+        return self.matcher.ended
 
     @property
     def queue_time(self) -> float:
@@ -182,6 +201,11 @@ class Scheduler:
                 self.reading.remove(job)
             job.state = "waiting"
             self._waiting.appendleft(job)
+
+    def withdraw(self, job: Job) -> None:
+        """Takes a job that waits out, to be submitted again."""
+        self._waiting.remove(job)
+        job.state = "new"
 
     def free_rows(self) -> list[int]:
         """A row for each job that is being read, of which there must be enough."""

@@ -1,20 +1,75 @@
-"""The sequential strategy: one request at a time, with the lowest latency."""
+"""The sequential strategy: one request at a time, with the lowest latency. An engine of one slot."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from threading import RLock
 
-import numpy as np
-from jaxtyping import Int32
-
+from llamajax.engine.engine import Engine
+from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
-from llamajax.engine.steps import BLOCK_LEN, Drawn
+from llamajax.engine.scheduler import Job
 from llamajax.errors import RequestError
-from llamajax.ops import native
-from llamajax.types import Matcher, Request, Token
+from llamajax.types import FinishReason, Request, Token
 
-# A block takes about this long: short enough to read along and to cancel, long enough to hide a dispatch.
-_BLOCK_SECONDS = 0.1
+# Of prompts that have ended it keeps what takes no memory beside that of the longest sequence so far.
+_PREFIX_BYTES = 1
+
+
+class OneSlot(Engine):
+    """An engine that is stepped by those who wait for its tokens, of any thread.
+
+    Attributes:
+      runner: whose programs it runs.
+      turn: held by the thread that uses it: for a step of a stream, or for all of a request that nobody reads along
+        with.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner, num_slots=1, prefix_bytes=_PREFIX_BYTES)
+        self.runner = runner
+        self.turn = RLock()
+
+    def go_on(self, job: Job) -> None:
+        """A step for this job. Another one that has the slot waits, and goes on when it is stepped again."""
+        try:
+            if job.state == "new":
+                self._make_way()
+                self.scheduler.submit(job)
+            self.step()
+        except BaseException:  # Ctrl-C, at any place
+            self.abort(RequestError("an interrupt ended this request: ask again"))
+            raise
+
+    def _make_way(self) -> None:
+        self._deliver_all()
+        for job in self.scheduler:
+            if reason := job.given_up:
+                self._end(job, reason)
+                continue
+            if job.state != "waiting":
+                for row in self._put_back([job]):
+                    self._batch.leave(row, draws=True)
+            self.scheduler.withdraw(job)
+
+    def programs(self, num_positions: int) -> list[Program]:
+        """All that sequences of up to this many positions need."""
+        return self._batch.programs(num_positions)
+
+    def programs_for(self, request: Request) -> list[Program]:
+        """What the answer to a valid request needs, with the cache as it is; more when the answer makes it grow."""
+        with self.turn:
+            return self._batch.programs_for(request)
+
+    def warm_up(self, num_positions: int) -> None:
+        """Compiles all programs for a cache of this length, so that no request waits for them, and makes room there."""
+        num_positions = min(num_positions, self.runner.max_seq_len)
+        with self.turn:
+            self._make_way()
+            for program in self.programs(num_positions):
+                if program.cache_len >= self.runner.bucket(num_positions):
+                    self.runner.compile(program)
+            self._batch.drop(self._batch.prompts([Request([0], 1)], [1], num_positions=num_positions))
+            list(Sequential(self, Request([0], 2)))
 
 
 class Sequential:
@@ -28,129 +83,42 @@ class Sequential:
       goes_on: called before each chunk of the prompt with how many of its tokens are read; False ends the request.
     """
 
-    def __init__(self, runner: Runner, request: Request) -> None:
+    def __init__(self, engine: OneSlot, request: Request) -> None:
         self.request = request
         self.cached_tokens = 0
         self.stopped = False
         self.goes_on: Callable[[int], bool] = lambda read: True
-        self._runner = runner
+        self._engine = engine
+        self._tokens = deque[Token]()
+        self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[Token]:
-        """Draws until a stop token or the limit."""
-        answer: list[int] = []
-        for block in self._blocks():
-            for token in block:
-                with self._runner.turn:
-                    if self._runner.current is self.request:
-                        # The tokens before this one were read into the cache to draw it; itself it may not be there.
-                        self._runner.cached_ids = [*self.request.token_ids, *answer]
-                if token.id in self.request.stop_ids:
-                    self.stopped = True
-                    return
-                answer.append(token.id)
-                yield token
-
-    def _blocks(self) -> Iterator[list[Token]]:
-        """The first token alone, then blocks."""
-        runner, request = self._runner, self.request
-        num_logprobs = request.sampling.logprobs
-        with runner.turn:
-            drawn, self.cached_tokens = runner.prefill(request, self.goes_on)
-        if drawn is None:
-            return
-        left = min(request.max_new_tokens, runner.max_seq_len - len(request.token_ids))
-        if request.constraint:
-            constrained = self._asking_blocks if runner.can_ask else self._masked_blocks
-            yield from constrained(request.constraint.matcher(), left)
-        else:
-            yield runner.read(drawn, num_logprobs)
-            yield from self._decoded(left - 1)
-
-    def _decoded(self, left: int, asked: Int32[np.ndarray, "1"] | None = None) -> Iterator[list[Token]]:
-        """Blocks, each computed while the one before it is read, until one ends early."""
-        runner, num_steps = self._runner, 1
-        pending: deque[tuple[Drawn, int]] = deque()
-        while pending or left > 0:
-            with runner.turn:
-                self._check_turn()
-                if left > 0:
-                    num_steps = min(num_steps, left)
-                    pending.append((runner.decode(num_steps, asked), num_steps))
-                    left -= num_steps
-            if len(pending) > 1 or left <= 0:
-                began, (drawn, expected) = time.perf_counter(), pending.popleft()
-                block = runner.read(drawn, self.request.sampling.logprobs)
-                seconds = (time.perf_counter() - began) / max(len(block), 1)
-                num_steps = _block_len(seconds)
-                yield block
-                if len(block) < expected:
-                    return
-
-    def _asking_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
-        """Blocks whose steps ask the matcher themselves: a call for each token takes 1 ms longer."""
-        asked = _Asked(matcher)
-        block: list[Token] = []
-        with native.asked(asked) as number:
-            for block in self._decoded(left, number):
-                yield block
-        if asked.error:
-            raise asked.error
-        if not matcher.ended:  # the last token came without a question after it
-            matcher.advance(block[-1].id)
-        self.stopped = matcher.ended
-
-    def _masked_blocks(self, matcher: Matcher, left: int) -> Iterator[list[Token]]:
-        """Tokens one by one, since what may come next depends on each: their scores are computed meanwhile."""
-        runner = self._runner
-        with runner.turn:
-            self._check_turn()
-            runner.forward()
-        while left > 0 and not matcher.ended:
-            mask = np.frombuffer(matcher.mask(), np.int32)[None]
-            left -= 1
-            with runner.turn:
-                self._check_turn()
-                drawn = runner.draw(mask)
-                if left > 0:
-                    runner.forward()
-            for token in runner.read(drawn, self.request.sampling.logprobs):
-                if token.id not in self.request.stop_ids:
-                    matcher.advance(token.id)
-                yield [token]
-        self.stopped = matcher.ended
-
-    def _check_turn(self) -> None:
-        if self._runner.current is not self.request:
-            raise RequestError(
-                "another request took the model: read a stream to its end before the next, or answer several at once "
-                "with serve_requests"
-            )
-
-
-class _Asked:
-    """A matcher that a program asks at each step, for what may follow the last token.
-
-    Attributes:
-      error: why it could not answer.
-    """
-
-    def __init__(self, matcher: Matcher) -> None:
-        self.error: Exception | None = None
-        self._matcher = matcher
-        self._has_begun = False
-
-    def __call__(self, token: int) -> bytes | None:
-        """The mask, or None if the answer has ended or cannot go on."""
+        """Draws until a stop token or the limit: the first token alone, then blocks, each computed while the one before
+        it is read.
+        """
+        engine, job = self._engine, self._engine.job(self.request, self)
         try:
-            if self._has_begun:
-                self._matcher.advance(token)
-            self._has_begun = True  # the first token is the prompt's last one
-            return None if self._matcher.ended else self._matcher.mask()
-        except Exception as error:
-            self.error = error
-            return None
+            while self._tokens or job.state != "ended":
+                with engine.turn:  # nobody else may begin before the whole prompt is read
+                    while not self._tokens and job.state != "ended":
+                        read = engine.num_read(job)
+                        if read is not None and not self.goes_on(read):
+                            job.cancel()
+                        engine.go_on(job)
+                while self._tokens:
+                    yield self._tokens.popleft()
+            if self._error:
+                raise self._error
+        finally:
+            job.cancel()  # at the next step, whoever takes it
 
+    def begin(self, num_cached: int) -> None:
+        self.cached_tokens = num_cached
 
-def _block_len(seconds: float) -> int:
-    """Tokens to draw at once, at least one, if each takes so many seconds."""
-    return max(1, min(BLOCK_LEN, int(_BLOCK_SECONDS / max(seconds, 1e-6))))
+    def token(self, token: Token) -> bool:
+        self._tokens.append(token)
+        return True
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        self.stopped = reason == "stop"
+        self._error = error

@@ -271,12 +271,6 @@ def prompt_logprobs(
     return jax.lax.fori_loop(0, (length + read_len - 1) // read_len, read, (_enter(cache), zeros))[1]
 
 
-@partial(jax.jit, static_argnames=("length",))
-def grow(cache: Cache, *, length: int) -> Cache:
-    """The same layers with room for `length` positions."""
-    return jax.tree.map(lambda x: _of_length(x, length), cache)
-
-
 @partial(jax.jit, static_argnames=("num_rows", "length", "config", "cache_dtype", "paged"))
 def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: DTypeLike, paged: bool) -> Rows:
     """Idle rows, with caches of `length` positions if the cache is not in pages."""
@@ -358,8 +352,7 @@ def _places(slots: Slots, cache: Cache) -> Int32[Array, "B"]:
     """The position of the next token of each slot.
 
     Idle slots are computed, too. With pages they attend to nothing. Else they are where any cache has room: one that
-    has ended at a cache's last position would be after it. An only slot is not computed when it is idle, and keeps its
-    text, which the next request may go on from.
+    has ended at a cache's last position would be after it. An only slot is not computed when it is idle.
     """
     if _is_paged(cache):
         return jnp.where(slots.left > 0, slots.position, -1)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 import llamajax
 from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
-from llamajax.engine.sequential import Sequential
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.errors import CheckpointError, ConfigError, RequestError
 from llamajax.families import from_gguf
 from llamajax.model.cache import Cache
@@ -414,19 +414,19 @@ TEXTS = _texts()
 @given(
     max_seq_len=st.integers(300, 512),
     requests=st.lists(st.tuples(st.sampled_from((0, 1)), st.floats(0, 1), st.integers(1, 24)), min_size=1, max_size=4),
-    reuse_cache=st.booleans(),
 )
 # The last chunk passes the end of the cache, where a shorter one begins in the middle and a long one at 0.
-@example(max_seq_len=509, requests=[(0, 0.8, 3), (0, 1.0, 1), (1, 0.97, 24)], reuse_cache=True)
+@example(max_seq_len=509, requests=[(0, 0.8, 3), (0, 1.0, 1), (1, 0.97, 24)])
 def test_the_runner_draws_what_a_full_forward_says(
-    small: Model, max_seq_len: int, requests: list[tuple[int, float, int]], reuse_cache: bool
+    small: Model, max_seq_len: int, requests: list[tuple[int, float, int]]
 ) -> None:
     reference = Runner(*small, device=DEVICE, max_seq_len=LONG, cache_dtype=jnp.float32)
     runner = Runner(*small, device=DEVICE, max_seq_len=max_seq_len, cache_dtype=jnp.float32)
+    engine = OneSlot(runner)
     for text, fraction, max_new_tokens in requests:
         ids = TEXTS[text][: 1 + round(fraction * (max_seq_len - 2))]
-        request = Request(ids, max_new_tokens, SamplingParams(temperature=0), reuse_cache=reuse_cache)
-        tokens = [token.id for token in Sequential(runner, request)]
+        request = Request(ids, max_new_tokens, SamplingParams(temperature=0))
+        tokens = [token.id for token in Sequential(engine, request)]
         assert len(tokens) == min(max_new_tokens, max_seq_len - len(ids))
 
         padded = [*ids, *tokens, *[0] * LONG][:LONG]

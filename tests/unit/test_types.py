@@ -104,7 +104,7 @@ def test_the_default_is_what_the_command_says() -> None:
 
 def test_a_request_does_not_change() -> None:
     request = Request([1, 2], 3)
-    assert (request.sampling, request.stop_ids, request.reuse_cache) == (SamplingParams(), frozenset(), False)
+    assert (request.sampling, request.stop_ids) == (SamplingParams(), frozenset())
     with pytest.raises(FrozenInstanceError):
         request.max_new_tokens = 4  # type: ignore[misc]
 

@@ -23,7 +23,7 @@ import llamajax
 from llamajax import LLM, Completion, Conversation, Message, SamplingParams
 
 def accepted(llm: LLM, messages: list[Message]) -> list[Completion]:
-    llm.stream(messages, max_new_tokens=None, stop=["a"], continue_final_message=True, reuse_cache=True)
+    llm.stream(messages, max_new_tokens=None, stop=["a"], continue_final_message=True)
     llm.generate("Hi", sampling=SamplingParams(seed=-1), stop_token_ids=[2], min_tokens=1)
     llm.chat([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], logit_bias={5: -100.0}, top_k=-1)
     llm.chat([{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hi"}])

@@ -13,11 +13,10 @@ from llamajax.bench.session import Session
 from llamajax.bench.workload import synthetic
 from llamajax.engine.batch import Batch, Prompts
 from llamajax.engine.engine import make_batch
-from llamajax.engine.sequential import Sequential
 from llamajax.types import Request
 
 from ... import tiny_model
-from ...tiny_model import CONFIG, tiny_runner
+from ...tiny_model import CONFIG, answer_alone, tiny_runner
 
 strict_promotion = tiny_model.strict_promotion
 
@@ -32,7 +31,7 @@ def session() -> Session:
 def answer(session: Session, prompt_len: int, new_tokens: int, sampling: SamplingParams = GREEDY) -> list[int]:
     """Of the prompt that is measured, by the sequential strategy."""
     [prompt] = synthetic(1, [prompt_len], 1, vocab_size=CONFIG.vocab_size, sampling=GREEDY).prompts
-    return [token.id for token in Sequential(session.llm._runner, Request(prompt, new_tokens, sampling))]
+    return [token.id for token in answer_alone(session.llm._runner, Request(prompt, new_tokens, sampling))]
 
 
 @pytest.mark.parametrize(("batch", "depth", "sampling"), [(1, 0, GREEDY), (3, 100, SamplingParams())])
@@ -43,8 +42,8 @@ def test_generating(
     kind = type(make_batch(session.llm._runner, batch))
     decode = kind.decode
 
-    def noted(self: Batch, rows: Sequence[int], num_steps: int) -> Any:
-        block = decode(self, rows, num_steps)
+    def noted(self: Batch, rows: Sequence[int], num_steps: int, asked: None = None) -> Any:
+        block = decode(self, rows, num_steps, asked)
         drawn.append(np.asarray(block.tokens)[:batch, :num_steps])
         return block
 

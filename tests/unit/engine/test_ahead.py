@@ -10,10 +10,10 @@ import pytest
 from llamajax.engine.ahead import AheadCompiler
 from llamajax.engine.programs import Compiled, Program
 from llamajax.engine.runner import Runner
-from llamajax.engine.sequential import Sequential
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.types import Request, SamplingParams
 
-from ...tiny_model import count_compilations, no_programs, random_ids, tiny_runner
+from ...tiny_model import answer_alone, count_compilations, no_programs, random_ids, tiny_runner
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -36,27 +36,27 @@ def compile_all(compiler: AheadCompiler) -> None:
 
 def test_after_it_nothing_compiles() -> None:
     with no_programs():
-        runner = tiny_runner(256)
-        compiler = AheadCompiler(runner, 256)
+        engine = OneSlot(tiny_runner(256))
+        compiler = AheadCompiler(engine, 256)
         compiler.expect(Request(random_ids(20), 5, GREEDY))
         compile_all(compiler)
     with count_compilations() as compiled:
         # A conversation: a question, one more, a long prompt that is cancelled, a small one, an answer that grows.
-        list(Sequential(runner, Request(random_ids(20), 5, GREEDY, reuse_cache=True)))
-        list(Sequential(runner, Request(random_ids(40), 50, GREEDY, reuse_cache=True)))
-        long = Sequential(runner, Request(random_ids(200), 5, GREEDY, reuse_cache=True))
+        list(Sequential(engine, Request(random_ids(20), 5, GREEDY)))
+        list(Sequential(engine, Request(random_ids(40), 50, GREEDY)))
+        long = Sequential(engine, Request(random_ids(200), 5, GREEDY))
         long.goes_on = lambda read: read < 100
         assert list(long) == []
-        list(Sequential(runner, Request(random_ids(30), 5, GREEDY, reuse_cache=True)))
-        # Another context.
-        list(Sequential(tiny_runner(200), Request(random_ids(100), 90, GREEDY)))
+        list(Sequential(engine, Request(random_ids(30), 5, GREEDY)))
+        answer_alone(tiny_runner(200), Request(random_ids(100), 90, GREEDY))  # another context
     assert compiled == []
 
 
 def test_what_a_request_needs_comes_first() -> None:
     runner = tiny_runner(256, paged=False)
     runner.__class__ = Recorder
-    compiler = AheadCompiler(runner, 256)
+    engine = OneSlot(runner)
+    compiler = AheadCompiler(engine, 256)
     request = Request(random_ids(140), 100, GREEDY)
     with compiler.answering(request):
         assert compiler.wait(120)
@@ -66,17 +66,16 @@ def test_what_a_request_needs_comes_first() -> None:
             Program("prefill", 256, 128),
             Program("decode", 256),
         ]
-        list(Sequential(runner, request))
+        list(Sequential(engine, request))
     compile_all(compiler)
     assert len(set(runner.order)) == len(runner.order)
     rest = [program.cache_len for program in runner.order[4:]]
     assert sorted(set(rest), key=rest.index) == [256, 128]
-    assert set(runner.order) == set(runner.programs(1, 256))
+    assert set(runner.order) == set(engine.programs(256))
 
 
 def test_a_closed_one_stops() -> None:
-    runner = tiny_runner(1024)
-    compiler = AheadCompiler(runner, 1024)
+    compiler = AheadCompiler(OneSlot(tiny_runner(1024)), 1024)
     compiler.close()
     compiler.expect(Request([1], 1))
     assert not compiler.wait(0.2)
@@ -89,7 +88,7 @@ def test_a_program_that_fails_to_compile_does_not_keep_a_request_waiting(monkeyp
         raise MemoryError
 
     monkeypatch.setattr(runner, "compile", fail)
-    compiler = AheadCompiler(runner, 1024)
+    compiler = AheadCompiler(OneSlot(runner), 1024)
     compiler.expect(Request([1], 1))
     assert compiler.wait(10)
     compiler.close()  # other tests count what compiles

@@ -16,12 +16,11 @@ from llamajax.engine.engine import Engine, make_batch
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
-from llamajax.engine.sequential import Sequential
 from llamajax.errors import CheckpointError, PromptTooLongError, QueueFullError, RequestError
 from llamajax.types import FinishReason, Request, SamplingParams, Token
 
 from ... import tiny_model
-from ...tiny_model import CONFIG, count_compilations, random_ids, random_weights, tiny_runner
+from ...tiny_model import CONFIG, answer_alone, count_compilations, random_ids, random_weights, tiny_runner
 
 strict_promotion = tiny_model.strict_promotion
 
@@ -87,7 +86,7 @@ _alone: dict[int, list[Token]] = {}
 
 def alone(runner: Runner, number: int) -> list[Token]:
     if number not in _alone:
-        _alone[number] = list(Sequential(runner, request(number)))
+        _alone[number] = answer_alone(runner, request(number))
     return _alone[number]
 
 
@@ -179,7 +178,7 @@ def test_idle_rows_are_not_copied_to_have_fewer_or_more(contiguous: Runner) -> N
         collected = [submit(engine, it)[1] for it in requests]
         for _ in run(engine):
             pass
-        assert [c.tokens for c in collected] == [list(Sequential(contiguous, it)) for it in requests]
+        assert [c.tokens for c in collected] == [answer_alone(contiguous, it) for it in requests]
         sizes.append(engine._batch.num_rows)
     assert sizes == [8, 2, 8]
 
@@ -194,7 +193,7 @@ def test_those_who_come_while_the_first_prompt_is_read_find_rows(contiguous: Run
     collected += [submit(engine, it)[1] for it in requests[1:]]
     for _ in run(engine):
         assert engine._batch.num_rows == 8
-    assert [c.tokens for c in collected] == [list(Sequential(contiguous, it)) for it in requests]
+    assert [c.tokens for c in collected] == [answer_alone(contiguous, it) for it in requests]
 
 
 @pytest.mark.parametrize("limit", [56, 57, 58])
@@ -204,7 +203,7 @@ def test_one_that_ends_where_its_cache_does_disturbs_nobody(runner: Runner, limi
     engine = Engine(runner, num_slots=4)
     collected = [submit(engine, it)[1] for it in requests]
     list(run(engine))
-    assert [c.tokens for c in collected] == [list(Sequential(runner, it)) for it in requests]
+    assert [c.tokens for c in collected] == [answer_alone(runner, it) for it in requests]
 
 
 def test_a_few_slots_need_few_programs() -> None:
@@ -229,7 +228,7 @@ def test_log_probabilities_are_those_of_a_request_alone(engine: Engine, runner: 
     assert compiled == []
     assert plain.tokens == alone(runner, 1)
     for number, c in enumerate(collected):
-        expected = list(Sequential(runner, request(number, logprobs=number)))
+        expected = answer_alone(runner, request(number, logprobs=number))
         assert [token.id for token in c.tokens] == [token.id for token in expected]
         for token, alone_token in zip(c.tokens, expected, strict=True):
             # In float32 a product with one row adds up in another order than one with more.
@@ -284,7 +283,7 @@ def test_a_cancelled_request_stops_within_a_block(
     assert job not in engine.scheduler.running
     decoded: list[Sequence[int]] = []
     decode = engine._batch.decode
-    monkeypatch.setattr(engine._batch, "decode", lambda rows, n: decoded.append(rows) or decode(rows, n))
+    monkeypatch.setattr(engine._batch, "decode", lambda rows, *args: decoded.append(rows) or decode(rows, *args))
     list(run(engine))
     assert other.tokens == alone(runner, 2)
     assert {len(rows) for rows in decoded} <= {1}

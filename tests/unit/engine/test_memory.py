@@ -5,7 +5,7 @@ Each row has a cache of its own, as on an accelerator; `test_pool` does the same
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,13 +20,12 @@ from llamajax.engine.engine import Engine
 from llamajax.engine.memory import Footprint
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
-from llamajax.engine.sequential import Sequential
 from llamajax.errors import DeviceMemoryError, PromptTooLongError
 from llamajax.families import CONFIGS
 from llamajax.types import Request, SamplingParams, Token
 
 from ... import tiny_model
-from ...tiny_model import CONFIG, random_ids, tiny_runner
+from ...tiny_model import CONFIG, answer_alone, random_ids, tiny_runner
 from .test_engine import KINDS, Collected
 
 strict_promotion = tiny_model.strict_promotion
@@ -57,7 +56,7 @@ def requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def expected(runner: Runner) -> list[list[Token]]:
-    return [list(Sequential(runner, request)) for request in requests()]
+    return [answer_alone(runner, request) for request in requests()]
 
 
 def live_bytes() -> int:
@@ -243,7 +242,7 @@ def test_what_never_fits_is_refused_and_what_grows_ends_with_the_memory(
     ids = random_ids(200)
     [collected] = answers(engine, [Request(ids, 300, KINDS[1])])
     assert collected.ends == [("length", None)]
-    assert collected.tokens == list(Sequential(runner, Request(ids, 56, KINDS[1])))
+    assert collected.tokens == answer_alone(runner, Request(ids, 56, KINDS[1]))
 
 
 def test_one_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on(
@@ -257,7 +256,7 @@ def test_one_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on(
     del asked[4]
     error = collected.pop(4).ends[0][1]
     assert isinstance(error, DeviceMemoryError) and "no room for this request" in str(error)
-    assert [c.tokens for c in collected] == [list(Sequential(runner, request)) for request in asked]
+    assert [c.tokens for c in collected] == [answer_alone(runner, request) for request in asked]
 
 
 def test_rows_that_a_failed_call_has_destroyed_end_with_its_error(
@@ -271,7 +270,7 @@ def test_rows_that_a_failed_call_has_destroyed_end_with_its_error(
         engine.step()
     assert engine._batch._rows
 
-    def fail(rows: Sequence[int], num_steps: int) -> None:
+    def fail(*_: object) -> None:
         jax.tree.map(lambda x: x.delete(), engine._batch._rows.cache)
         raise exhausted()
 

@@ -1,4 +1,4 @@
-"""The runner's cache, its errors, and what it compiles."""
+"""The runner's scores, its errors, and what is compiled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from llamajax.engine import steps
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import CHUNKS, Runner, chunk_lens
-from llamajax.engine.sequential import Sequential
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.ops import PAGE_LEN, native
 from llamajax.types import Request, SamplingParams
@@ -36,19 +36,17 @@ GREEDY = SamplingParams(temperature=0)
 # The first of all, since what it compiles serves the other tests.
 def test_nothing_compiles_in_the_steady_state() -> None:
     with no_programs(), count_compilations() as compiled:
-        runner = tiny_runner(1024)
-        runner.warm_up(512)
-    length = runner.cache_len
-    assert length == runner.bucket(512)
-    assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1)
-    list(Sequential(runner, Request([1, 2, 3], 5)))
+        engine = OneSlot(tiny_runner(1024))
+        engine.warm_up(512)
+    asking = engine.runner.can_ask
+    assert (compiled.count("jit(prefill)"), compiled.count("jit(decode)")) == (len(CHUNKS), 1 + asking)
+    list(Sequential(engine, Request([1, 2, 3], 5)))
     with count_compilations() as compiled:
-        _run_requests(runner, 512)
-    assert runner.cache_len == length
+        _run_requests(engine, 512)
     assert compiled == []
 
 
-def _run_requests(runner: Runner, room: int) -> None:
+def _run_requests(engine: OneSlot, room: int) -> None:
     """Requests of every kind but log-probabilities, finished and broken off, within a cache of this length."""
     for length, max_new_tokens in ((1, 1), (1, 40), (33, 2), (128, 17), (129, 50), (room - 56, 56)):
         for seed, sampling in (
@@ -57,9 +55,8 @@ def _run_requests(runner: Runner, room: int) -> None:
             (1, SamplingParams(repetition_penalty=1.1, presence_penalty=1, frequency_penalty=1, top_p=1)),
         ):
             request = Request(random_ids(length, seed), max_new_tokens, sampling, frozenset([5, 6]))
-            for reuse_cache in (False, True):
-                list(Sequential(runner, replace(request, reuse_cache=reuse_cache)))
-            next(iter(Sequential(runner, request)), None)
+            list(Sequential(engine, request))
+            next(iter(Sequential(engine, request)), None)
 
 
 @pytest.mark.skipif(not native.available(), reason="XLA's attention takes memory for each position")
@@ -89,17 +86,6 @@ def test_logits_are_the_models(length: int) -> None:
     scores = tiny_runner(512).logits(ids)
     assert scores.shape == (length, CONFIG.vocab_size) and scores.dtype == np.float32
     np.testing.assert_allclose(scores, reference_logits(ids), atol=1e-3)
-
-
-def test_logits_leave_the_cache_as_it_is() -> None:
-    runner, ids = tiny_runner(512), random_ids(40)
-    tokens = iter(Sequential(runner, Request(ids, 30, GREEDY)))
-    found = [next(tokens).id for _ in range(5)]
-    cached = list(runner.cached_ids)
-    runner.logits(random_ids(20, seed=1))
-    assert runner.cached_ids == cached
-    found += [token.id for token in tokens]
-    assert found == reference_logits(ids + found).argmax(-1)[len(ids) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -169,34 +155,6 @@ def test_the_context_is_the_models_if_none_is_given() -> None:
         runner.check(Request([0] * 2048, 1))
 
 
-def test_prefill_says_how_much_of_the_prompt_was_there() -> None:
-    runner, ids = tiny_runner(512), random_ids(50)
-    assert runner.cached_ids == []
-    request = Request(ids, 5, GREEDY, reuse_cache=True)
-    first, reused = runner.prefill(request)
-    assert (reused, runner.cached_ids) == (0, ids)
-    again, reused = runner.prefill(request)
-    assert (reused, runner.cached_ids) == (49, ids)
-    assert runner.read(first) == runner.read(again)
-    other = [*ids[:20], ids[20] ^ 1]
-    _, reused = runner.prefill(replace(request, token_ids=other))
-    assert (reused, runner.cached_ids) == (20, other)
-    _, reused = runner.prefill(replace(request, reuse_cache=False))
-    assert (reused, runner.cached_ids) == (0, ids)
-
-
-def test_decode_draws_no_more_than_was_asked_for() -> None:
-    runner, ids = tiny_runner(512), random_ids(7)
-    found = [token.id for token in runner.read(runner.prefill(Request(ids, 12, GREEDY))[0])]
-    lengths = []
-    for num_steps in (1, 3, 5, 4, 2):
-        block = runner.read(runner.decode(num_steps))
-        lengths.append(len(block))
-        found += [token.id for token in block]
-    assert lengths == [1, 3, 5, 2, 0]
-    assert found == reference_logits(ids + found).argmax(-1)[len(ids) - 1 : -1].tolist()
-
-
 @pytest.mark.parametrize(
     ("max_seq_len", "num_positions", "cache_len"),
     [
@@ -212,58 +170,42 @@ def test_decode_draws_no_more_than_was_asked_for() -> None:
     ],
 )
 def test_the_cache_has_few_lengths(max_seq_len: int, num_positions: int, cache_len: int) -> None:
-    runner = tiny_runner(max_seq_len, paged=False)
-    assert runner.cache_len == 0
-    runner.reserve(num_positions)
-    assert runner.cache_len == cache_len
-    runner.reserve(1)
-    assert runner.cache_len == cache_len
-
-
-def test_reserve_keeps_what_the_cache_holds() -> None:
-    runner, ids = tiny_runner(1024, paged=False), random_ids(60)
-    runner.read(runner.prefill(Request(ids, 1, GREEDY))[0])
-    runner.reserve(1000)
-    assert runner.cached_ids == ids and runner.cache_len == 1024
-    prompt = ids + random_ids(5, seed=1)
-    tokens = Sequential(runner, Request(prompt, 9, GREEDY, reuse_cache=True))
-    found = [token.id for token in tokens]
-    assert tokens.cached_tokens == 60
-    assert found == reference_logits(prompt + found).argmax(-1)[len(prompt) - 1 : -1].tolist()
+    assert tiny_runner(max_seq_len, paged=False).bucket(num_positions) == cache_len
 
 
 @pytest.mark.parametrize("max_seq_len", [2, 20, 512])
 def test_warm_up_of_a_short_context(max_seq_len: int) -> None:
-    runner = tiny_runner(max_seq_len)
-    runner.warm_up(1024)
-    assert runner.cache_len == runner.bucket(max_seq_len)
-    assert len(list(Sequential(runner, Request([1], 1000, GREEDY)))) == max_seq_len - 1
+    engine = OneSlot(tiny_runner(max_seq_len))
+    engine.warm_up(1024)
+    with count_compilations() as compiled:
+        assert len(list(Sequential(engine, Request([1], 1000, GREEDY)))) == max_seq_len - 1
+    assert compiled == []
 
 
 def test_warm_up_reports_broken_weights() -> None:
     weights = random_weights()
     weights["norm.weight"][3] = np.nan
     with pytest.raises(CheckpointError, match="not finite numbers"):
-        tiny_runner(512, weights=weights).warm_up()
+        OneSlot(tiny_runner(512, weights=weights)).warm_up(1)
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_a_step_that_ctrl_c_ends_takes_the_cache_with_it(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, request = tiny_runner(256), Request([1, 2, 3], 5, GREEDY, reuse_cache=True)
-    expected = [token.id for token in Sequential(runner, request)]
-    compile = runner.compile
+    runner, request = tiny_runner(256), Request([1, 2, 3], 5, GREEDY)
+    engine, compile = OneSlot(runner), runner.compile
+    expected = list(Sequential(engine, request))
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
     def interrupted(program: Program) -> Callable:
-        return interrupt if program.step == step else compile(program)
+        return interrupt if program.step.startswith(step) else compile(program)
 
     monkeypatch.setattr(runner, "compile", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        list(Sequential(runner, replace(request, token_ids=[1, 2, 4])))
+        list(Sequential(engine, replace(request, token_ids=[1, 2, 4])))
     monkeypatch.undo()
-    assert [token.id for token in Sequential(runner, request)] == expected
+    assert list(Sequential(engine, request)) == expected
 
 
 @pytest.mark.parametrize("num_tokens", [*range(1, 700), 1000, 2047])

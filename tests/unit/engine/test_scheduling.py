@@ -22,8 +22,8 @@ from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
 from llamajax.engine.steps import BLOCK_LEN, Drawn, Rows, Slots
 from llamajax.model.cache import KeysValues
-from llamajax.ops import PAGE_LEN
-from llamajax.types import Request, Token
+from llamajax.ops import PAGE_LEN, native
+from llamajax.types import Request, Token, mask_len
 
 from ...tiny_model import CONFIG
 from .test_engine import Collected
@@ -35,10 +35,43 @@ def next_token(ids: Sequence[int]) -> int:
     return hash(tuple(ids)) % VOCAB_SIZE
 
 
+class EveryThird:
+    """A constraint, and its matcher: of answers that end after so many tokens, which each third of all allows."""
+
+    def __init__(self, length: int) -> None:
+        self.length = self.left = length
+
+    def matcher(self) -> "EveryThird":
+        return EveryThird(self.length)
+
+    @property
+    def ended(self) -> bool:
+        return self.left == 0
+
+    def mask(self) -> bytes:
+        allowed = np.arange(32 * mask_len(VOCAB_SIZE)) % 3 == self.left % 3
+        return np.packbits(allowed, bitorder="little").tobytes()
+
+    def advance(self, token_id: int) -> None:
+        assert token_id % 3 == self.left % 3 and self.left
+        self.left -= 1
+
+
+def masked(token: int, mask: Any) -> int:
+    """The first token from this one on that a mask allows."""
+    allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
+    return int(next((id for id in allowed if id >= token), allowed[0]))
+
+
 def answer(request: Request) -> list[int]:
-    ids = list(request.token_ids)
+    ids, matcher = list(request.token_ids), request.constraint.matcher() if request.constraint else None
     for _ in range(request.max_new_tokens):
-        ids.append(next_token(ids))
+        token = next_token(ids)
+        if matcher:
+            if matcher.ended:
+                break
+            matcher.advance(token := masked(token, matcher.mask()))
+        ids.append(token)
     return ids[len(request.token_ids) :]
 
 
@@ -63,6 +96,9 @@ class Device:
     config, cache_dtype, device = CONFIG, np.float32, jax.devices()[0]
     model, step_counts = SimpleNamespace(arrays=[]), range(BLOCK_LEN + 1)
 
+    def __init__(self, can_ask: bool = False) -> None:
+        self.can_ask = can_ask
+
     def check(self, request: Request) -> None: ...
 
     def copy_ahead(self, drawn: Drawn) -> None: ...
@@ -71,7 +107,10 @@ class Device:
         return TABLE_LEN * PAGE_LEN
 
     def device_requests(self, requests: Sequence[Request]) -> Any:
-        return np.zeros(len(requests), np.int32)
+        return np.array([request.token_ids[-1] for request in requests], np.int32)
+
+    def free_mask(self, num_rows: int) -> Any:
+        return np.full((num_rows, mask_len(VOCAB_SIZE)), -1, np.int32)
 
     def empty_rows(self, num_rows: int, length: int) -> Rows:
         return Rows((), slots(num_rows), cast(Any, np.zeros(num_rows, np.int32)))
@@ -95,26 +134,50 @@ class Device:
         moved, drawn = slots(len(ids)), np.full((len(ids), 1), -1, np.int32)
         for row in np.flatnonzero(start >= 0):
             held = written(cache[0], row, start[row], ids[row, : length[row]])
-            if limits[row]:
+            if limits[row] > 0:
                 drawn[row] = next_token(held)
-                for array, value in zip(
-                    (moved.token, moved.position, moved.left), (drawn[row, 0], len(held), limits[row] - 1), strict=True
-                ):
-                    cast(Any, array)[row] = value
+            last, left = (drawn[row, 0], limits[row] - 1) if limits[row] > 0 else (asked[row], -limits[row])
+            for array, value in zip((moved.token, moved.position, moved.left), (last, len(held), left), strict=True):
+                cast(Any, array)[row] = value
         return Drawn(cast(Any, drawn), cast(Any, None)), cache, moved
 
     def _decode_rows(
-        self, _: Any, cache: tuple[KeysValues], all_slots: Slots, steps: int, requests: Any, asked: None, rows: Any
+        self, _: Any, cache: tuple[KeysValues], all_slots: Slots, steps: int, requests: Any, asked: Any, rows: Any
     ) -> tuple[Drawn, tuple[KeysValues], Slots]:
         token, position, left = (np.array(x) for x in (all_slots.token, all_slots.position, all_slots.left))
         drawn = np.full((len(token), BLOCK_LEN), -1, np.int32)
         for place, row in enumerate(rows.tolist()):
             for step in range(min(steps, left[row]) if row < len(token) else 0):
+                mask = None if asked is None else native._asked[int(asked[0])](int(token[row]))
+                if asked is not None and mask is None:
+                    left[row] = 0
+                    break
                 held = written(cache[0], place, position[row], [token[row]])
-                drawn[row, step] = token[row] = next_token(held)
+                drawn[row, step] = token[row] = masked(next_token(held), mask) if mask else next_token(held)
                 position[row], left[row] = position[row] + 1, left[row] - 1
         moved = Slots(*(cast(Any, x) for x in (token, position, left, all_slots.counts)))
         return Drawn(cast(Any, drawn), cast(Any, None)), cache, moved
+
+    _decode_asking = _decode_rows
+
+    def _forward_rows(self, _: Any, cache: tuple[KeysValues], all_slots: Slots, rows: Any) -> Any:
+        scores = np.zeros(len(rows), np.int32)
+        for place, row in enumerate(rows.tolist()):
+            if row < len(all_slots.left) and all_slots.left[row] > 0:
+                scores[place] = next_token(
+                    written(cache[0], place, int(all_slots.position[row]), [all_slots.token[row]])
+                )
+        return scores, cache
+
+    def _draw_rows(self, scores: Any, all_slots: Slots, requests: Any, mask: Any, rows: Any) -> tuple[Drawn, Slots]:
+        token, position, left = (np.array(x) for x in (all_slots.token, all_slots.position, all_slots.left))
+        drawn = np.full((len(token), 1), -1, np.int32)
+        for place, row in enumerate(rows.tolist()):
+            if row < len(token) and left[row] > 0:
+                drawn[row] = token[row] = masked(scores[place], np.ascontiguousarray(mask[place]))
+                position[row], left[row] = position[row] + 1, left[row] - 1
+        moved = Slots(*(cast(Any, x) for x in (token, position, left, all_slots.counts)))
+        return Drawn(cast(Any, drawn), cast(Any, None)), moved
 
     def _insert(self, rows: Rows, new: Rows, sources: Any, places: Any) -> Rows:
         def put(old: Any, new: Any) -> Any:
@@ -139,21 +202,28 @@ def prompt(kind: int) -> list[int]:
 actions = st.one_of(
     st.tuples(st.just("submit"), st.integers(0, 40), st.integers(1, 100)),
     st.tuples(st.just("submit late"), st.integers(0, 40), st.integers(1, 100)),
+    st.tuples(st.just("submit constrained"), st.integers(0, 40), st.integers(1, 100)),
     st.tuples(st.just("cancel"), st.integers(0, 40), st.just(0)),
     st.tuples(st.just("step"), st.integers(1, 6), st.just(0)),
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from([8, 10, 13, 64]), st.integers(1, 6), st.integers(0, 12), st.lists(actions, max_size=40))
+@given(
+    st.sampled_from([8, 10, 13, 64]),
+    st.integers(1, 6),
+    st.integers(0, 12),
+    st.booleans(),
+    st.lists(actions, max_size=40),
+)
 def test_whatever_comes_all_get_their_tokens_and_nobody_starves(
-    num_pages: int, num_slots: int, most_kept: int, script: list[tuple[str, int, int]]
+    num_pages: int, num_slots: int, most_kept: int, can_ask: bool, script: list[tuple[str, int, int]]
 ) -> None:
     """Requests are admitted in their order, also where they have to wait again, and what waits comes to its end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged, "_num_pages", lambda *_: num_pages)
         page_bytes = paged.bytes_per_token(CONFIG, np.float32) * PAGE_LEN
-        engine = Engine(cast(Runner, Device()), num_slots=num_slots, prefix_bytes=most_kept * page_bytes)
+        engine = Engine(cast(Runner, Device(can_ask)), num_slots=num_slots, prefix_bytes=most_kept * page_bytes)
     batch = engine._batch
     assert isinstance(batch, PagedBatch)
     asked: list[tuple[Job, Collected]] = []
@@ -173,7 +243,8 @@ def test_whatever_comes_all_get_their_tokens_and_nobody_starves(
             asked[value][0].cancel()
         elif action.startswith("submit"):
             collected, deadline = Collected(), time.monotonic() if action.endswith("late") else None
-            job = engine.job(Request(prompt(value), limit), collected, deadline)
+            constraint = EveryThird(3 * value + 1) if action.endswith("constrained") else None
+            job = engine.job(Request(prompt(value), limit, constraint=constraint), collected, deadline)
             engine.scheduler.submit(job)
             asked.append((job, collected))
     # Each step gives a token or reads a chunk, unless a row waits for pages that another gives back.
@@ -188,8 +259,10 @@ def test_whatever_comes_all_get_their_tokens_and_nobody_starves(
         expected = answer(job.request)
         drawn = [token.id for token in collected.tokens]
         assert error is None
-        assert drawn == (expected if reason == "length" else expected[: len(drawn)])
-        assert reason == "length" or job.cancelled or job.deadline
+        whole = reason in ("length", "stop")
+        assert drawn == (expected if whole else expected[: len(drawn)])
+        assert whole or job.cancelled or job.deadline
+        assert reason != "stop" or job.matcher
     step()  # those that had only a first token leave their pages now
     assert batch._pool.num_free == num_pages
 

@@ -1,38 +1,42 @@
 """Whole answers of a tiny model, against reading the whole sequence anew for each token."""
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import jax
 import numpy as np
 import pytest
 
-from llamajax.engine import runner as runner_module
-from llamajax.engine.runner import MAX_STOP_IDS, Runner
-from llamajax.engine.sequential import Sequential
+from llamajax.engine import contiguous
+from llamajax.engine.paged import PagedBatch
+from llamajax.engine.sequential import OneSlot, Sequential
+from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
+from llamajax.ops import PAGE_LEN, native
 from llamajax.sampling import Sampling, sample
 from llamajax.types import Request, SamplingParams, Token
 
 from ... import tiny_model
-from ...tiny_model import CONFIG, random_ids, random_weights, reference_logits, tiny_runner
+from ...tiny_model import CONFIG, answer_alone, random_ids, random_weights, reference_logits, tiny_runner
 
 strict_promotion = tiny_model.strict_promotion
 
 GREEDY = SamplingParams(temperature=0)
 V = CONFIG.vocab_size
+needs_kernels = pytest.mark.skipif(not native.available(), reason="pages are for the native kernels")
 _sample = jax.jit(sample)
 
 
 def answer(
-    runner: Runner,
+    engine: OneSlot,
     ids: Sequence[int],
     max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
     stop_ids: frozenset[int] = frozenset(),
 ) -> list[int]:
-    return [token.id for token in Sequential(runner, Request(ids, max_new_tokens, sampling, stop_ids))]
+    return [token.id for token in Sequential(engine, Request(ids, max_new_tokens, sampling, stop_ids))]
 
 
 def assert_greedy(prompt: Sequence[int], found: Sequence[int]) -> None:
@@ -58,54 +62,49 @@ def naive_answer(prompt: Sequence[int], max_new_tokens: int, sampling: SamplingP
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 127, 128, 129, 159, 511, 512, 513, 700, 1018])
 def test_prompts_of_any_length(length: int) -> None:
-    found = answer(tiny_runner(1024), random_ids(length), 6)
+    found = answer(OneSlot(tiny_runner(1024)), random_ids(length), 6)
     assert len(found) == 6
     assert_greedy(random_ids(length), found)
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 16, 17, 18, 40])
 def test_an_answer_has_as_many_tokens_as_asked_for(max_new_tokens: int) -> None:
-    runner = tiny_runner(512)
+    engine = OneSlot(tiny_runner(512))
     prompt = random_ids(5)
-    found = answer(runner, prompt, max_new_tokens)
+    found = answer(engine, prompt, max_new_tokens)
     assert len(found) == max_new_tokens
     assert_greedy(prompt, found)
-    # The last token was not read yet.
-    assert runner.cached_ids == prompt + found[:-1]
 
 
 @pytest.mark.parametrize(("length", "max_seq_len"), [(500, 512), (511, 512), (1, 2), (90, 100), (1000, 1024)])
 def test_an_answer_ends_with_the_context(length: int, max_seq_len: int) -> None:
-    runner = tiny_runner(max_seq_len)
+    engine = OneSlot(tiny_runner(max_seq_len))
     prompt = random_ids(length)
-    tokens = Sequential(runner, Request(prompt, 10**12, GREEDY))
+    tokens = Sequential(engine, Request(prompt, 10**12, GREEDY))
     found = [token.id for token in tokens]
     assert length + len(found) == max_seq_len and not tokens.stopped
     assert_greedy(prompt, found)
 
 
-def test_the_cache_grows_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "RESERVED_LEN", 1)
-    prompt, sampling = random_ids(40), SamplingParams(temperature=1, top_p=0.95)
-    growing, roomy = tiny_runner(1024, paged=False), tiny_runner(1024, paged=False)
-    roomy.reserve(1024)
-    found, lengths = [], set()
-    for token in Sequential(growing, Request(prompt, 984, sampling)):
-        found.append(token.id)
-        lengths.add(growing.cache_len)
-    assert lengths == {128, 256, 512, 1024}
-    assert found == answer(roomy, prompt, 984, sampling)
-    # What the cache held when it grew is still right.
-    request = Request(prompt + found[:500], 20, sampling, reuse_cache=True)
-    tokens = Sequential(growing, request)
-    assert [token.id for token in tokens] == found[500:520]
-    assert tokens.cached_tokens == 539
+@pytest.mark.parametrize("length", [40, 456])
+def test_the_cache_grows_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    prompt, sampling = random_ids(length), SamplingParams(temperature=1, top_p=0.95)
+    engine, roomy = (OneSlot(tiny_runner(1024, paged=False)) for _ in range(2))
+    roomy.warm_up(1024)
+    expected, lengths = answer(roomy, prompt, 984, sampling), set()
+    monkeypatch.setattr(contiguous, "RESERVED_LEN", 1)
+    for number, token in enumerate(Sequential(engine, Request(prompt, 984, sampling))):
+        assert token.id == expected[number]
+        lengths.add(engine._batch.length)
+    assert lengths == {0, *(n for n in (128, 256, 512, 1024) if n > length)}
+    assert roomy._batch.length == 1024
 
 
 def test_an_answer_that_fits_does_not_grow_the_cache() -> None:
-    runner = tiny_runner(1024, paged=False)
-    assert len(answer(runner, random_ids(456), 56)) == 56
-    assert runner.cache_len == 512
+    engine = OneSlot(tiny_runner(1024, paged=False))
+    for limit in (56, 20):  # the next one is read into the same memory
+        assert len(answer(engine, random_ids(456), limit)) == limit
+        assert engine._batch.length == 512
 
 
 @pytest.mark.parametrize(
@@ -122,159 +121,128 @@ def test_an_answer_that_fits_does_not_grow_the_cache() -> None:
 def test_sampling_in_the_loop(sampling: SamplingParams) -> None:
     """Positions, the prompt's tokens and the answer's counts reach the sampler."""
     prompt = random_ids(9)
-    assert answer(tiny_runner(512), prompt, 24, sampling) == naive_answer(prompt, 24, sampling)
+    assert answer(OneSlot(tiny_runner(512)), prompt, 24, sampling) == naive_answer(prompt, 24, sampling)
 
 
 def test_a_new_request_forgets_the_counts_of_the_last_one() -> None:
-    runner, prompt = tiny_runner(512), random_ids(9)
+    engine, prompt = OneSlot(tiny_runner(512)), random_ids(9)
     penalized = SamplingParams(temperature=0, presence_penalty=2, frequency_penalty=2)
-    first = answer(runner, prompt, 24, penalized)
-    assert answer(runner, prompt, 24, penalized) == first
-    assert answer(runner, prompt + first, 8, penalized) == naive_answer(prompt + first, 8, penalized)
+    first = answer(engine, prompt, 24, penalized)
+    assert answer(engine, prompt, 24, penalized) == first
+    assert answer(engine, prompt + first, 8, penalized) == naive_answer(prompt + first, 8, penalized)
 
 
 def test_a_huge_repetition_penalty_repeats_nothing() -> None:
     prompt = random_ids(10)
-    found = answer(tiny_runner(512), prompt, 40, SamplingParams(temperature=0, repetition_penalty=1e6))
+    found = answer(OneSlot(tiny_runner(512)), prompt, 40, SamplingParams(temperature=0, repetition_penalty=1e6))
     assert len({*prompt, *found}) == len(set(prompt)) + 40
     # Without it the same answer repeats itself.
-    assert len(set(answer(tiny_runner(512), prompt, 40))) < 40
+    assert len(set(answer(OneSlot(tiny_runner(512)), prompt, 40))) < 40
 
 
 def test_seeds_and_positions_decide() -> None:
-    runner, prompt = tiny_runner(512), random_ids(4)
-    answers = [answer(runner, prompt, 12, SamplingParams(temperature=1, seed=seed)) for seed in (1, 2, 1)]
+    engine, prompt = OneSlot(tiny_runner(512)), random_ids(4)
+    answers = [answer(engine, prompt, 12, SamplingParams(temperature=1, seed=seed)) for seed in (1, 2, 1)]
     assert answers[0] == answers[2] != answers[1]
     # What was drawn of an answer may be given as a prompt: the rest is drawn the same.
-    rest = answer(runner, prompt + answers[0][:5], 7, SamplingParams(temperature=1, seed=1))
+    rest = answer(engine, prompt + answers[0][:5], 7, SamplingParams(temperature=1, seed=1))
     assert rest == answers[0][5:]
 
 
 def test_stop_ids_end_an_answer_without_being_part_of_it() -> None:
-    runner, prompt = tiny_runner(512), random_ids(6)
-    full = answer(runner, prompt, 40)
+    engine, prompt = OneSlot(tiny_runner(512)), random_ids(6)
+    full = answer(engine, prompt, 40)
     for end in (0, 1, 7, 39):
         expected = full[: full.index(full[end])]
-        tokens = Sequential(runner, Request(prompt, 40, GREEDY, frozenset([full[end]])))
+        tokens = Sequential(engine, Request(prompt, 40, GREEDY, frozenset([full[end]])))
         assert [token.id for token in tokens] == expected and tokens.stopped
-        assert runner.cached_ids == prompt + expected
     unused = sorted(set(range(2 * V)) - set(full))
     assert len(unused) > MAX_STOP_IDS
-    tokens = Sequential(runner, Request(prompt, 40, GREEDY, frozenset(unused[:MAX_STOP_IDS])))
+    tokens = Sequential(engine, Request(prompt, 40, GREEDY, frozenset(unused[:MAX_STOP_IDS])))
     assert [token.id for token in tokens] == full and not tokens.stopped
     many = frozenset([*unused[: MAX_STOP_IDS - 1], full[9]])
-    assert answer(runner, prompt, 40, stop_ids=many) == full[: full.index(full[9])]
+    assert answer(engine, prompt, 40, stop_ids=many) == full[: full.index(full[9])]
     # A stop token among the prompt's is no reason to stop.
-    assert answer(runner, prompt, 10, stop_ids=frozenset(set(prompt) - set(full[:10]))) == full[:10]
+    assert answer(engine, prompt, 10, stop_ids=frozenset(set(prompt) - set(full[:10]))) == full[:10]
 
 
 @pytest.mark.parametrize("min_tokens", [0, 1, 2, 17, 40])
 def test_no_stop_token_is_drawn_before_there_are_so_many(min_tokens: int) -> None:
-    runner, prompt = tiny_runner(512), random_ids(6)
+    engine, prompt = OneSlot(tiny_runner(512)), random_ids(6)
     stops = frozenset(range(60))  # most tokens
     asked = Request(prompt, 40, SamplingParams(temperature=1, top_p=1, seed=5), stops, min_tokens=min_tokens)
-    tokens = [token.id for token in Sequential(runner, asked)]
+    tokens = [token.id for token in Sequential(engine, asked)]
     assert min_tokens <= len(tokens) < min_tokens + 10 and stops.isdisjoint(tokens)
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "cached"),
-    [
-        (random_ids(60), random_ids(60), 59),
-        (random_ids(60), random_ids(60)[:30], 29),
-        (random_ids(60), random_ids(60)[:50] + random_ids(20, seed=1), 50),
-        (random_ids(60), [*random_ids(60)[:-1], (random_ids(60)[-1] + 1) % V], 59),
-        (random_ids(60), [(random_ids(60)[0] + 1) % V, *random_ids(60)[1:]], 0),
-        (random_ids(130), random_ids(100) + random_ids(140, seed=1), 100),
-        ([3], [3], 0),
-        ([3], [3, 4], 1),
-    ],
-)
-def test_a_shared_prefix_is_not_read_again(first: list[int], then: list[int], cached: int) -> None:
-    runner = tiny_runner(512)
-    assert_greedy(first, answer(runner, first, 4))
-    tokens = Sequential(runner, Request(then, 12, GREEDY, reuse_cache=True))
-    found = [token.id for token in tokens]
-    assert tokens.cached_tokens == cached
-    assert found == answer(tiny_runner(512), then, 12)
-    assert_greedy(then, found)
+def kept(tokens: Iterable[Token]) -> list[tuple[int, object]]:
+    return [(token.id, token.logprobs) for token in tokens]
 
 
-def test_a_shared_prefix_gives_the_same_scores() -> None:
-    runner, sampling = tiny_runner(512), SamplingParams(temperature=0, logprobs=20)
-    answer(runner, random_ids(30), 4)
-    then = random_ids(20) + random_ids(10, seed=1)
-    reused = list(Sequential(runner, Request(then, 8, sampling, reuse_cache=True)))
-    anew = list(Sequential(tiny_runner(512), Request(then, 8, sampling)))
-    for token, expected in zip(reused, anew, strict=True):
-        assert token.id == expected.id and token.logprobs and expected.logprobs
-        np.testing.assert_allclose(token.logprobs.top, expected.logprobs.top, atol=1e-4)
+@pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_kernels)])
+def test_what_was_asked_before_does_not_matter(paged: bool) -> None:
+    """To the last bit, however long the cache has grown, and whatever it has of the prompt."""
+    engine, sampling = OneSlot(tiny_runner(1024, paged=paged)), SamplingParams(temperature=1, seed=5, logprobs=3)
+    ids = random_ids(300)
+    for length, cached in ((30, 0), (300, 0), (300, 256), (129, 128), (128, 64), (270, 256)):
+        request = Request(ids[:length], 40, sampling)
+        tokens = Sequential(engine, request)
+        assert kept(tokens) == kept(answer_alone(tiny_runner(1024, paged=paged), request))
+        assert tokens.cached_tokens == (cached if paged else 0)
 
 
-def test_what_was_asked_before_does_not_matter() -> None:
-    """To the last bit of keys and values, however long the cache has grown, as long as it is not reused."""
-    request = Request(random_ids(30), 40, SamplingParams(temperature=1, seed=5))
-
-    def cached(runner: Runner) -> list[np.ndarray]:
-        return [np.asarray(x)[0, ..., :69, :] for x in jax.tree.leaves(runner._cache)]
-
-    runner, fresh = tiny_runner(1024, paged=False), tiny_runner(1024, paged=False)
-    expected = list(Sequential(fresh, request))
-    for before in (random_ids(30), random_ids(30) + random_ids(90, seed=1), random_ids(600, seed=2)):
-        answer(runner, before, 5)
-        tokens = Sequential(runner, request)
-        assert list(tokens) == expected
-        assert tokens.cached_tokens == 0
-        for found, right in zip(cached(runner), cached(fresh), strict=True):
-            np.testing.assert_array_equal(found, right)
-    assert (runner.cache_len, fresh.cache_len) == (1024, 128)
-
-
-def test_a_long_shared_prefix_near_the_end_of_the_cache() -> None:
-    """The last chunk would pass the end of the cache, and begins among what is there."""
-    runner = tiny_runner(1024)
-    runner.reserve(1024)
-    ids = random_ids(1010)
-    answer(runner, ids[:100], 2)
-    for length, cached in ((1010, 100), (1005, 1004)):
-        tokens = Sequential(runner, Request(ids[:length], 10, GREEDY, reuse_cache=True))
-        found = [token.id for token in tokens]
-        # What the answer before shares with this prompt is known, too, but only by chance more.
-        assert tokens.cached_tokens >= cached
-        assert_greedy(ids[:length], found)
-
-
-def test_a_conversation_reads_only_what_is_new() -> None:
-    runner, ids = tiny_runner(512), random_ids(20)
-    for turn in range(1, 4):
-        known = len(runner.cached_ids)
-        tokens = Sequential(runner, Request(ids, 15, GREEDY, reuse_cache=True))
+@needs_kernels
+def test_a_conversation_shares_the_pages_that_were_read() -> None:
+    engine, ids, known = OneSlot(tiny_runner(1024)), random_ids(100), 0
+    for turn in range(1, 5):
+        tokens = Sequential(engine, Request(ids, 50, GREEDY))
         found = [token.id for token in tokens]
         assert tokens.cached_tokens == known
-        assert_greedy(ids, found)
-        assert runner.cached_ids == ids + found[:-1]
+        assert found == answer(OneSlot(tiny_runner(1024)), ids, 50)
+        known = (len(ids) - 1) // PAGE_LEN * PAGE_LEN
         ids = ids + found + random_ids(10, seed=turn)
 
 
+@needs_kernels
+def test_prompts_that_have_ended_take_no_memory_beside_the_longest_sequence() -> None:
+    engine = OneSlot(tiny_runner(2048))
+    assert isinstance(engine._batch, PagedBatch)
+    for seed in range(20):
+        answer(engine, random_ids(100 + 40 * (seed % 5), seed), 100)
+    assert engine._batch._pool._num_written == -(-(100 + 160 + 100) // PAGE_LEN)
+
+
+@pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("read", [0, 1, 2, 3, 20])
-def test_an_answer_broken_off_leaves_the_cache_right(read: int) -> None:
-    runner, prompt = tiny_runner(512), random_ids(50)
-    found = [token.id for token in islice(Sequential(runner, Request(prompt, 100, GREEDY)), read)]
-    # On with what was read, then with something else after the same prompt.
+def test_an_answer_broken_off_leaves_the_engine_free(read: int, paged: bool) -> None:
+    engine, prompt = OneSlot(tiny_runner(512, paged=paged)), random_ids(50)
+    found = [token.id for token in islice(Sequential(engine, Request(prompt, 100, GREEDY)), read)]
     for then in (prompt + found + random_ids(7, seed=1), prompt + random_ids(40, seed=2)):
-        common = len(prompt) if read else 0
-        tokens = Sequential(runner, Request(then, 12, GREEDY, reuse_cache=True))
-        after = [token.id for token in tokens]
-        assert tokens.cached_tokens >= common
-        assert_greedy(then, after)
+        assert_greedy(then, answer(engine, then, 12))
+    assert engine.scheduler.num_jobs == 0
+
+
+@pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_kernels)])
+def test_streams_that_take_turns_have_their_own_tokens(paged: bool) -> None:
+    """One that begins while another runs, or is read, takes the slot; both go on."""
+    engine = OneSlot(tiny_runner(1024, paged=paged))
+    requests = [Request(random_ids(length, length), 60, GREEDY) for length in (20, 700, 130)]
+    expected = [list(answer_alone(tiny_runner(1024, paged=paged), request)) for request in requests]
+    streams = [iter(Sequential(engine, request)) for request in requests]
+    found: list[list[Token]] = [[] for _ in streams]
+    while streams_left := [i for i in range(3) if len(found[i]) < 60]:
+        for i in streams_left:
+            found[i] += islice(streams[i], 7)
+    assert found == expected
+    assert [next(stream, None) for stream in streams] == [None] * 3
 
 
 def test_logprobs_are_of_the_raw_scores() -> None:
     prompt = random_ids(12)
     sampling = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.5, presence_penalty=1, logprobs=5)
-    tokens = list(Sequential(tiny_runner(512), Request(prompt, 20, sampling)))
+    tokens = list(Sequential(OneSlot(tiny_runner(512)), Request(prompt, 20, sampling)))
     ids = [token.id for token in tokens]
-    assert ids == answer(tiny_runner(512), prompt, 20, SamplingParams(**{**vars(sampling), "logprobs": None}))
+    assert ids == answer(OneSlot(tiny_runner(512)), prompt, 20, SamplingParams(**{**vars(sampling), "logprobs": None}))
     scores = reference_logits(prompt + ids)[len(prompt) - 1 : -1]
     logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     for token, expected in zip(tokens, logprobs, strict=True):
@@ -286,19 +254,18 @@ def test_logprobs_are_of_the_raw_scores() -> None:
 
 def test_tokens_that_come_together_have_one_time() -> None:
     began = time.perf_counter()
-    blocks = list(Sequential(tiny_runner(128), Request(random_ids(12), 60, GREEDY))._blocks())
-    times = [{token.time for token in block} for block in blocks]
-    assert max(map(len, blocks)) > 1 and [len(block) for block in times] == [1] * len(blocks)
-    moments = [began, *(block.pop() for block in times), time.perf_counter()]
-    assert moments == sorted(moments) and len(set(moments)) == len(moments)
+    times = [token.time for token in answer_alone(tiny_runner(128), Request(random_ids(12), 60, GREEDY))]
+    assert times == sorted(times) and began < times[0] and times[-1] < time.perf_counter()
+    blocks = Counter(times)
+    assert blocks[times[0]] == 1 and 1 < max(blocks.values()) <= BLOCK_LEN
 
 
 def test_logprobs_are_given_when_asked_for() -> None:
-    runner, prompt = tiny_runner(512), random_ids(12)
+    engine, prompt = OneSlot(tiny_runner(512)), random_ids(12)
     for count in (0, 1, 20):
-        tokens = list(Sequential(runner, Request(prompt, 3, SamplingParams(temperature=0, logprobs=count))))
+        tokens = list(Sequential(engine, Request(prompt, 3, SamplingParams(temperature=0, logprobs=count))))
         assert [len(token.logprobs.top) for token in tokens if token.logprobs] == [count] * 3
-    assert list(Sequential(runner, Request(prompt, 1, GREEDY))) == [Token(tokens[0].id, None)]
+    assert list(Sequential(engine, Request(prompt, 1, GREEDY))) == [Token(tokens[0].id, None)]
 
 
 @pytest.mark.parametrize(
@@ -319,18 +286,18 @@ def test_logprobs_are_given_when_asked_for() -> None:
     ],
 )
 def test_bad_requests(request_: Request, error: type[Exception], message: str) -> None:
-    runner = tiny_runner(512)
+    engine = OneSlot(tiny_runner(512))
     with pytest.raises(error, match=message):
-        next(iter(Sequential(runner, request_)))
+        next(iter(Sequential(engine, request_)))
     with pytest.raises(error, match=message):
-        runner.check(request_)
-    assert_greedy([1, 2], answer(runner, [1, 2], 3))
+        engine.runner.check(request_)
+    assert_greedy([1, 2], answer(engine, [1, 2], 3))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1), SamplingParams(temperature=0, logprobs=3)])
 def test_broken_weights_are_reported(sampling: SamplingParams) -> None:
     weights = random_weights()
     weights["layers.1.mlp.down_proj.weight"][0, 0] = np.nan
-    runner = tiny_runner(512, weights=weights)
+    engine = OneSlot(tiny_runner(512, weights=weights))
     with pytest.raises(CheckpointError, match="not finite numbers"):
-        answer(runner, random_ids(3), 5, sampling)
+        answer(engine, random_ids(3), 5, sampling)

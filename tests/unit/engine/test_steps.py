@@ -6,12 +6,10 @@ import numpy as np
 from llamajax.engine import steps
 from llamajax.engine.batch import Needs
 from llamajax.engine.contiguous import ContiguousBatch
-from llamajax.engine.sequential import Sequential
 from llamajax.model.cache import Cache, KeysValues
-from llamajax.types import Request, SamplingParams
 
 from ... import tiny_model
-from ...tiny_model import random_ids, tiny_runner
+from ...tiny_model import tiny_runner
 
 strict_promotion = tiny_model.strict_promotion
 
@@ -22,7 +20,7 @@ def test_a_layer_is_gone_before_the_next_one_is_made() -> None:
     def grow(layer: Cache) -> Cache:
         at = next(i for i, other in enumerate(old) if other is layer[0])
         assert all(array.is_deleted() for before in old[:at] for array in (before.key, before.value))
-        return steps.grow(layer, length=256)
+        return steps.resize(layer, np.arange(2, dtype=np.int32), length=256)
 
     layers = list(old)
     steps.by_layer(grow, layers)
@@ -30,14 +28,6 @@ def test_a_layer_is_gone_before_the_next_one_is_made() -> None:
     for i, layer in enumerate(layers, 1):
         assert layer.key.shape == (2, 3, 256, 8)
         assert (np.asarray(layer.key[:, :, :128]) == i).all() and (np.asarray(layer.value[:, :, :128]) == -i).all()
-
-
-def test_the_old_cache_of_a_growing_answer_is_gone() -> None:
-    runner = tiny_runner(1024, paged=False)
-    list(Sequential(runner, Request(random_ids(100), 4, SamplingParams(temperature=0))))
-    old = runner._cache
-    runner.reserve(runner.cache_len + 1)
-    assert all(array.is_deleted() for layer in old for array in (layer.key, layer.value))
 
 
 def test_the_old_cache_of_rows_is_gone() -> None:
