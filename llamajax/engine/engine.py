@@ -318,7 +318,7 @@ class Engine:
             if not job.listener.token(token):
                 self._end(job, "stop")
                 return
-            if job.matcher and job.told < job.drawn and not is_told:
+            if job.matcher and job.num_told < job.drawn and not is_told:
                 job.tell(token.id)
         if job.has_ended or job.drawn == job.limit:
             self._end(job, "stop" if job.has_ended else "length")

@@ -34,7 +34,7 @@ class Job:
       num_shared: those of them that others that run have, too.
       plan: the chunks in which the others are read; prompts of one plan can be read together.
       matcher: follows the answer if it must fit a constraint.
-      told: how many of the answer's tokens the matcher knows.
+      num_told: how many of the answer's tokens the matcher knows.
       error: why the matcher could not answer a step on the device.
       deadline: on the monotonic clock, in seconds; None is never.
       limit: tokens that it may draw.
@@ -52,7 +52,7 @@ class Job:
     limit: int
     deadline: float | None = None
     matcher: Matcher | None = None
-    told: int = 0
+    num_told: int = 0
     error: Exception | None = None
     num_cached: int = 0
     num_shared: int = 0
@@ -80,13 +80,13 @@ class Job:
     def tell(self, token_id: int) -> None:
         """Lets the matcher know the answer's next token. Raises RequestError as it does."""
         assert self.matcher
-        self.told += 1
+        self.num_told += 1
         self.matcher.advance(token_id)
 
     @property
     def has_ended(self) -> bool:
         """Whether nothing may follow the tokens that were delivered. Raises what its matcher raised."""
-        if not self.matcher or self.told != self.drawn:  # steps on the device may have told it more
+        if not self.matcher or self.num_told != self.drawn:  # steps on the device may have told it more
             return False
         if self.error:
             raise self.error
