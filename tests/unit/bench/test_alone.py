@@ -78,10 +78,11 @@ def test_reading(
             finished.extend(np.asarray(drawn.tokens)[:, 0].tolist())
         return drawn
 
+    expected = answer(session, depth + tokens, 1)
     monkeypatch.setattr(kind, "read", noted)
     result = read_prompts(session, tokens, batch=batch, depth=depth)
     # A warm-up and two runs; what is drawn after the whole prompt depends on all of it.
-    assert finished == answer(session, depth + tokens, 1) * sum(groups) * 3
+    assert finished == expected * sum(groups) * 3
     assert set(begun) == {(depth, depth + tokens), *([(0, depth)] if depth else [])}
     assert (result.name, result.requests, result.depth, result.programs_while_measured) == (
         f"pp{tokens}",
