@@ -152,6 +152,7 @@ class Repl:
             note("(stopped)" if self._last.token_ids else "(stopped; /regen asks again)")
         if self._stats:
             note(stats_line(self._last))
+        self._conversation.read_ahead()
 
     def _write(self, stream: Stream) -> None:
         began = time.monotonic()

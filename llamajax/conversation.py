@@ -1,9 +1,11 @@
 """A conversation with a model: its messages, the tokens they were made of, and what is forgotten when it is long."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from threading import Thread
 from typing import Unpack
 
-from llamajax.errors import RequestError
+from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.llm import LLM, Stream
 from llamajax.options import AnswerOptions, new_token_limit
 from llamajax.types import Message
@@ -11,6 +13,7 @@ from llamajax.types import Message
 
 class Conversation:
     """Messages back and forth. A new turn reads the last answer and the question: what was read before is shared.
+    `read_ahead` reads the answer while the user reads it.
 
     When a question and the room for its answer no longer fit the context, the oldest exchanges are forgotten until
     the rest takes at most half of it; a system message stays.
@@ -63,6 +66,24 @@ class Conversation:
         earlier = {i: ids for i, ids in answers.items() if i < asked[-1]}
         return self._start(messages[: asked[-1] + 1], earlier, max_new_tokens, options)
 
+    def read_ahead(self) -> Thread | None:
+        """Begins to read the last answer, in a thread, while nobody asks: the next turn then reads little more than its
+        question.
+
+        Returns the thread. None if there is nothing to read, or where prompts share nothing.
+        """
+        messages, answers = self._remembered()
+        if not self._llm.shares_prompts or not messages or messages[-1]["role"] != "assistant":
+            return None
+        with suppress(LlamaJaxError):  # too long, or refused by the template: the next turn will say so
+            # What a template writes of a question depends on it, but not what it writes before.
+            question: Message = {"role": "user", "content": "?"}
+            stream = self._llm.stream([*messages, question], max_new_tokens=1, verbatim=answers)
+            thread = Thread(target=_finish, args=[stream], daemon=True)
+            thread.start()
+            return thread
+        return None
+
     def _start(
         self,
         messages: list[Message],
@@ -104,3 +125,8 @@ class Conversation:
             num_tokens = len(self._llm.encode_chat(messages, answers))
             forgotten += 1
         return messages, answers, forgotten
+
+
+def _finish(stream: Stream) -> None:
+    with suppress(LlamaJaxError):  # as when the device's memory is full: the next turn will say so
+        stream.finish()

@@ -59,6 +59,7 @@ class LLM:
       template: the checkpoint's chat template, a built-in one, or None for a model that was not made to chat.
       tool_format: how the model calls functions.
       max_seq_len: tokens that a prompt and its answer may take together.
+      shares_prompts: whether prompts that begin alike share what was read of them.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class LLM:
         self.max_seq_len = runner.max_seq_len
         self._runner = runner
         self._alone = OneSlot(runner)
+        self.shares_prompts = self._alone.shares_prompts
         self.tool_format = ToolFormat.of(template.source if template else "")
         self._stop_ids = stop_ids
         self._grammars = GrammarCompiler(tokenizer, self.config.vocab_size, stop_ids)

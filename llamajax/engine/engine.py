@@ -61,6 +61,11 @@ class Engine:
         self._delivered = 0.0
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether prompts that begin alike share what was read of them."""
+        return self._batch.shares
+
+    @property
     def num_positions(self) -> int:
         """Positions that the sequences that have a slot take at present."""
         scheduler = self.scheduler
@@ -195,7 +200,7 @@ class Engine:
 
     def _num_different(self) -> int:
         """How many that wait have no whole page in common with each other that is still to be read."""
-        if not self._batch.shares:
+        if not self.shares_prompts:
             return GROUP_LEN
         found = set[tuple[int, ...]]()
         for number, job in enumerate(self.scheduler.first(GROUP_LEN)):

@@ -51,6 +51,24 @@ def test_a_turn_shares_what_was_read_before(llama: LLM) -> None:
     assert conversation.forgotten == 0
 
 
+def test_what_was_read_ahead_is_not_read_again(llama: LLM) -> None:
+    conversation = Conversation(llama)
+    assert conversation.read_ahead() is None  # nothing was said yet
+    asked: Any = {"max_new_tokens": 100, "ignore_eos": True}
+    first = ask(conversation, "Which animals live in the sea?", **asked)
+    thread = conversation.read_ahead()
+    assert (thread is not None) == native.available()
+    if thread:
+        thread.join()
+    second = ask(conversation, "And which in the desert?", **asked)
+    if native.available():
+        assert second.cached_tokens >= (first.prompt_tokens + 100) // PAGE_LEN * PAGE_LEN
+    # The same tokens as without it.
+    other = Conversation(llama)
+    assert ask(other, "Which animals live in the sea?", **asked).token_ids == first.token_ids
+    assert ask(other, "And which in the desert?", **asked).token_ids == second.token_ids
+
+
 def test_once_it_is_warm_nothing_compiles(llama: LLM) -> None:
     llama.warm_up(512)
     conversation = Conversation(llama)
