@@ -68,12 +68,12 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: Cach
         gc.freeze()
         with erase_if_interrupted(), _Bar() as bar:
             llm = load_opened(opened, bar)
-    on_cpu = llm._runner.device.platform == "cpu"
-    if on_cpu and not native.available():
+    placement = llm._runner.placement
+    if placement.platform == "cpu" and not placement.has_kernels:
         note(f"(slower than it could be: computed by {native.implementation()})")
     if llm._runner.is_new:
         note("(first run of this model here: compiling for this machine; the next runs start quickly)")
-    if on_cpu and native.available():
+    if placement.has_kernels:
         _note_size(llm)
     return llm
 

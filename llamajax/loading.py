@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from llamajax import checks, hub, kernels
+from llamajax.config import LlamaConfig
 from llamajax.errors import PlatformError, RequestError
 from llamajax.interrupts import keep_interrupts
-from llamajax.placement import find_cache_dtype, is_cpu, limit_threads, take_most_memory
+from llamajax.placement import Placement, is_cpu, limit_threads, take_most_memory
 from llamajax.tokenizers import sandbox
 from llamajax.tokenizers.chat import ChatTemplate, builtin_template, find_template
 from llamajax.tokenizers.gguf import from_gguf
@@ -101,7 +102,10 @@ def open_model(
     if template is not None:
         sandbox.start()
     by_kernels = is_cpu(device) and not isinstance(kernels.library(), str)
-    packing = Packing(checkpoint.config, checkpoint.tensors, dtype) if by_kernels else None
+    packing = None
+    if by_kernels:
+        here = Placement.of(checkpoint.config, "cpu", has_kernels=True, dtype=dtype)
+        packing = Packing(checkpoint.config, checkpoint.tensors, here)
     return Opened(str(name), checkpoint, template, packing, max_seq_len, dtype, cache_dtype, device)
 
 
@@ -110,21 +114,32 @@ def load_opened(opened: Opened, progress: Callable[[int, int], None] = lambda do
     with opened.packing or nullcontext() as packing:
         from llamajax.engine.runner import Runner
         from llamajax.llm import LLM
-        from llamajax.ops import native
         from llamajax.weights.load import load_weights
 
         _use_compilation_cache()
-        checkpoint, device = opened.checkpoint, find_device(opened.device)
-        metadata = checkpoint.metadata
+        checkpoint, metadata = opened.checkpoint, opened.checkpoint.metadata
         tokenizer = load_directory(checkpoint.path) if metadata is None else from_gguf(metadata)
         template = opened.template or builtin_template(tokenizer, checkpoint.stop_ids, opened.name)
         if template is not None:
             sandbox.start()
         config = checkpoint.config
-        kept = find_cache_dtype(opened.cache_dtype, config, opened.dtype, device.platform, native.available())
-        weights = load_weights(config, checkpoint.tensors, device, opened.dtype, progress, packing)
-    runner = Runner(config, weights, device=device, max_seq_len=opened.max_seq_len, cache_dtype=kept)
+        placement = place(config, opened.dtype, opened.cache_dtype, opened.device)
+        weights = load_weights(config, checkpoint.tensors, placement, progress, packing)
+    runner = Runner(config, weights, placement, opened.max_seq_len)
     return LLM(runner, tokenizer, template, checkpoint.stop_ids | tokenizer.stop_ids)
+
+
+def place(config: LlamaConfig, dtype: DType, cache_dtype: CacheDType, kind: Device | None) -> Placement:
+    """Where a model is to compute. Arguments as `load` takes them.
+
+    Raises PlatformError if there is no such device, or the KV cache cannot be kept so.
+    """
+    from llamajax.ops import native
+
+    device, has_kernels = find_device(kind), native.available()
+    return Placement.of(
+        config, device.platform, has_kernels=has_kernels, dtype=dtype, cache_dtype=cache_dtype, device=device
+    )
 
 
 def find_device(kind: Device | None) -> "jax.Device":

@@ -1,8 +1,9 @@
-"""Where a model is computed and in what its KV cache is kept, as far as that is known without asking jax."""
+"""Where a model computes, and how its weights and its KV cache are kept there. Needs no jax."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from llamajax.formats import DENSE_DTYPES
 from llamajax.types import MAX_THREADS, CacheDType, Chip, Device, DType
 
 if TYPE_CHECKING:
+    import jax
     from numpy.typing import DTypeLike
 
 # Of a GPU's memory, what jax takes at the start.
@@ -31,6 +33,65 @@ _CHIPS: dict[Chip, tuple[str, int]] = {
 }
 # After the numbers of a row of int8: the step that they are multiples of, in f16.
 _STEP_LEN = 2
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model computes, and what that decides.
+
+    Attributes:
+      platform: jax's name of the device's kind.
+      has_kernels: whether the native kernels compute: they keep weights packed, and quantized ones in their blocks.
+        Otherwise XLA does.
+      has_pages: whether the KV cache is in pages: where the native kernels read them. XLA would copy them at each step.
+      dtype: of the weights, as `llamajax.load` takes it.
+      cache_dtype: of the KV cache.
+      device: None if nothing is to compute.
+    """
+
+    platform: str
+    has_kernels: bool
+    has_pages: bool
+    dtype: DType
+    cache_dtype: np.dtype
+    device: jax.Device | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: LlamaConfig,
+        platform: str,
+        *,
+        has_kernels: bool,
+        dtype: DType = "auto",
+        cache_dtype: CacheDType = "auto",
+        device: jax.Device | None = None,
+    ) -> Placement:
+        """A model's, if the native kernels can be called on a CPU, or if not.
+
+        Raises PlatformError for a KV cache in int8 where it is not supported.
+        """
+        has_kernels = has_kernels and platform == "cpu"
+        has_pages = has_kernels and config.head_dim % 8 == 0
+        if cache_dtype == "int8" and not has_pages:
+            computed_by = kernels.described(kernels.library())
+            found = f"heads of {config.head_dim} numbers on {platform}, computed by {computed_by}"
+            raise PlatformError(
+                "a KV cache in int8 needs a CPU with native kernels, and heads of a multiple of 8 numbers, not "
+                f"{found}: leave out cache_dtype"
+            )
+        kept = np.dtype(np.int8) if cache_dtype == "int8" else _cache_dtype(dtype, platform, has_kernels)
+        return cls(platform, has_kernels, has_pages, dtype, kept, device)
+
+
+def _cache_dtype(dtype: DType, platform: str, has_kernels: bool) -> np.dtype:
+    """In what the KV cache is kept, unless the user says it."""
+    if dtype == "float32":
+        return DENSE_DTYPES["f32"]
+    if platform != "cpu":
+        return DENSE_DTYPES["bf16"]
+    # XLA's CPU products with few rows are slow in 16 bits, and it writes into bf16 arrays by way of f32.
+    return DENSE_DTYPES["f16" if has_kernels else "f32"]
 
 
 def is_cpu(wanted: Device | None) -> bool:
@@ -66,34 +127,6 @@ def find_chip(name: Chip) -> tuple[str, int]:
     """A chip's platform, and the bytes of its memory that jax has for arrays."""
     platform, size = _CHIPS[name]
     return platform, int((size << 20) * (float(_GPU_FRACTION) if platform == "gpu" else 1))
-
-
-def find_cache_dtype(
-    wanted: CacheDType, config: LlamaConfig, dtype: DType, platform: str, has_kernels: bool
-) -> np.dtype:
-    """What the KV cache is kept in.
-
-    Args:
-      dtype: as `llamajax.load` takes it.
-      has_kernels: whether the native kernels can be called, on a CPU.
-
-    Raises PlatformError for int8 where it is not supported.
-    """
-    if wanted == "int8":
-        if platform == "cpu" and has_kernels and config.head_dim % 8 == 0:
-            return np.dtype(np.int8)
-        computed_by = kernels.described(kernels.library())
-        found = f"heads of {config.head_dim} numbers on {platform}, computed by {computed_by}"
-        raise PlatformError(
-            "a KV cache in int8 needs a CPU with native kernels, and heads of a multiple of 8 numbers, not "
-            f"{found}: leave out cache_dtype"
-        )
-    if dtype == "float32":
-        return DENSE_DTYPES["f32"]
-    if platform != "cpu":
-        return DENSE_DTYPES["bf16"]
-    # XLA's CPU products with few rows are slow in 16 bits, and it writes into bf16 arrays by way of f32.
-    return DENSE_DTYPES["f16" if has_kernels else "f32"]
 
 
 def row_len(head_dim: int, dtype: DTypeLike) -> int:

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from llamajax.config import LlamaConfig
 from llamajax.engine.programs import Program, Programs
 from llamajax.engine.steps import FlatModel
-from llamajax.placement import bytes_per_token, find_cache_dtype
+from llamajax.placement import Placement, bytes_per_token
 from llamajax.types import DType
 from llamajax.weights.random import random_weights
 
@@ -113,9 +113,10 @@ class Shapes(NamedTuple):
 def shapes(target: Target, config: LlamaConfig, dtype: DType) -> Shapes:
     """A model of this configuration, kept as `llamajax.load` keeps it."""
     place, structures = device(target), []
+    placement = Placement.of(config, place.platform, has_kernels=False, dtype=dtype, device=place)
 
     def arrays() -> list[jax.Array]:
-        model = FlatModel.of(config, random_weights(config, place, dtype), place)
+        model = FlatModel.of(config, random_weights(config, placement), place)
         structures.append(model.structure)
         return model.arrays
 
@@ -126,8 +127,7 @@ def shapes(target: Target, config: LlamaConfig, dtype: DType) -> Shapes:
     if not config.tie_word_embeddings:
         del weights["embed_tokens.weight"]  # a token reads one row
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    cache_dtype = find_cache_dtype("auto", config, dtype, place.platform, has_kernels=False)
-    return Shapes(target, config, Programs(model, place, cache_dtype), cache_dtype, weight_bytes)
+    return Shapes(target, config, Programs(model, placement), placement.cache_dtype, weight_bytes)
 
 
 @dataclass(frozen=True)

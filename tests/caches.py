@@ -7,12 +7,14 @@ from jax.typing import DTypeLike
 
 from llamajax.config import LlamaConfig
 from llamajax.model.cache import Cache, KeysValues, empty_cache, paged_cache
-from llamajax.ops import PAGE_LEN, has_pages
+from llamajax.ops import PAGE_LEN
+
+from .tiny_model import placed
 
 
 def caches(config: LlamaConfig, length: int, dtype: DTypeLike, num_rows: int = 1) -> list[Cache]:
     """One a row, of this device's kind: pages are in a random order, in a pool that all share, with some of nobody."""
-    if not has_pages(jax.devices()[0], config.head_dim):
+    if not placed(config).has_pages:
         return [empty_cache(config, length, dtype) for _ in range(num_rows)]
     num_pages = num_rows * -(-length // PAGE_LEN)
     order = np.random.default_rng(0).permutation(num_pages + 3)[:num_pages]

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,9 @@ from llamajax.engine import programs
 from llamajax.engine.runner import Runner
 from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.model.llama import Llama
-from llamajax.types import Request, Token
+from llamajax.ops import native
+from llamajax.placement import Placement
+from llamajax.types import DType, Request, Token
 
 # On a CPU, a cache's length shows in the last bits while heads * length < 4096 (1 to 8 heads compared): 8 heads.
 CONFIG = LlamaConfig(
@@ -49,17 +53,24 @@ def random_weights(config: LlamaConfig = CONFIG) -> dict[str, np.ndarray]:
     return weights
 
 
+def placed(
+    config: LlamaConfig = CONFIG, dtype: DType = "auto", device: jax.Device | None = None, **kept: Any
+) -> Placement:
+    """As `llamajax.load` places a model, but for a KV cache in f32, and for what else is given."""
+    device = device or jax.devices()[0]
+    found = Placement.of(config, device.platform, has_kernels=native.available(), dtype=dtype, device=device)
+    return replace(found, **{"cache_dtype": np.dtype(np.float32), **kept})
+
+
 def tiny_runner(
     max_seq_len: int | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
     config: LlamaConfig = CONFIG,
-    *,
-    paged: bool | None = None,
+    **kept: Any,
 ) -> Runner:
-    """A runner of its own, with an empty cache; compiled programs are shared by all of one configuration."""
+    """A runner of its own, placed as `placed` says; compiled programs are shared by all of one configuration."""
     weights = random_weights(config) if weights is None else weights
-    kept = {"cache_dtype": np.float32, "paged": paged}
-    return Runner(config, weights, device=jax.devices()[0], max_seq_len=max_seq_len, **kept)
+    return Runner(config, weights, placed(config, **kept), max_seq_len)
 
 
 def answer_alone(runner: Runner, request: Request) -> list[Token]:

@@ -18,9 +18,8 @@ from .. import loading, options
 from ..render import human_bytes, human_count, print_json, print_rows
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from llamajax.config import LlamaConfig
+    from llamajax.placement import Placement
 
 
 def info(
@@ -43,14 +42,14 @@ def info(
 ) -> None:
     """Print a model's configuration, size, memory and cache, and what fits a device. Its weights are not loaded."""
     path = loading.resolve(model)
-    from llamajax.placement import bytes_per_token, find_cache_dtype
+    from llamajax.placement import Placement, bytes_per_token
     from llamajax.weights.checkpoint import open_checkpoint
     from llamajax.weights.kept import bytes_in_memory
 
     checkpoint = open_checkpoint(path)
     config, found = checkpoint.config, _device(device)
-    platform, has_kernels = found["platform"], found["computed_by"].startswith("native")
-    kept = find_cache_dtype(cache_dtype, config, dtype, platform, has_kernels)
+    has_kernels = found["computed_by"].startswith("native")
+    placement = Placement.of(config, found["platform"], has_kernels=has_kernels, dtype=dtype, cache_dtype=cache_dtype)
     formats = Counter(tensor.format for tensor in checkpoint.tensors.values())
     facts: dict[str, Any] = {
         "model": model,
@@ -59,13 +58,13 @@ def info(
         "config": asdict(config),
         "tensors": dict(formats.most_common()),
         "bytes_on_disk": sum(tensor.data.nbytes for tensor in checkpoint.tensors.values()),
-        "bytes_in_memory": bytes_in_memory(config, checkpoint.tensors, dtype, platform, has_kernels),
-        "cache_dtype": kept.name,
-        "cache_bytes_per_token": bytes_per_token(config, kept),
+        "bytes_in_memory": bytes_in_memory(config, checkpoint.tensors, placement),
+        "cache_dtype": placement.cache_dtype.name,
+        "cache_bytes_per_token": bytes_per_token(config, placement.cache_dtype),
         **found,
     }
     if num_rows or length:
-        facts["capacity"] = _capacity(facts, config, kept, num_rows or 1, length or config.max_position_embeddings)
+        facts["capacity"] = _capacity(facts, config, placement, num_rows or 1, length or config.max_position_embeddings)
     if as_json:
         print_json(facts)
     else:
@@ -102,7 +101,7 @@ def _device(wanted: Device | Chip | None) -> dict[str, Any]:
 
 
 def _capacity(
-    facts: Mapping[str, Any], config: "LlamaConfig", cache_dtype: "np.dtype", num_rows: int, length: int
+    facts: Mapping[str, Any], config: "LlamaConfig", placement: "Placement", num_rows: int, length: int
 ) -> dict[str, int | None]:
     """What so many rows of so many tokens take, and how many fit."""
     if length > config.max_position_embeddings:
@@ -112,8 +111,7 @@ def _capacity(
     from llamajax.engine.capacity import Capacity
     from llamajax.engine.memory import Footprint
 
-    has_kernels = facts["computed_by"].startswith("native")
-    footprint = Footprint(config, cache_dtype, facts["platform"], has_kernels)
+    footprint = Footprint(config, placement)
     memory, weights = facts["device_bytes"], facts["bytes_in_memory"]
     return asdict(Capacity.of(footprint, num_rows, length, None if memory is None else memory - weights))
 

@@ -4,9 +4,7 @@ from llamajax.engine.runner import Runner
 from llamajax.errors import RequestError
 from llamajax.families import CONFIGS
 from llamajax.llm import LLM
-from llamajax.loading import find_device
-from llamajax.ops import native
-from llamajax.placement import find_cache_dtype
+from llamajax.loading import place
 from llamajax.tokenizers.base import Tokenizer
 from llamajax.types import CacheDType, Device, DType
 from llamajax.weights.random import random_weights
@@ -28,10 +26,8 @@ def random_llm(
     config = CONFIGS.get(name.removesuffix("-instruct").removesuffix("-chat"))
     if config is None:
         raise RequestError(f"no configuration is called {name!r}: there are {', '.join(CONFIGS)}")
-    chosen = find_device(device)
-    kept = find_cache_dtype(cache_dtype, config, dtype, chosen.platform, native.available())
-    weights = random_weights(config, chosen, dtype, seed)
-    runner = Runner(config, weights, device=chosen, max_seq_len=max_seq_len, cache_dtype=kept)
+    placement = place(config, dtype, cache_dtype, device)
+    runner = Runner(config, random_weights(config, placement, seed), placement, max_seq_len)
     return LLM(runner, _Mute(config.vocab_size), None, frozenset())
 
 

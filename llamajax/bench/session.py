@@ -75,7 +75,7 @@ class Session:
 
     def kv_bytes(self, positions: float) -> int:
         """Of one sequence's keys and values."""
-        return round(positions * bytes_per_token(self.llm.config, self.llm._runner.cache_dtype))
+        return round(positions * bytes_per_token(self.llm.config, self.llm._runner.placement.cache_dtype))
 
 
 def kept_dtype(llm: LLM) -> str:

@@ -34,19 +34,19 @@ class Capacity:
     @classmethod
     def of(cls, footprint: Footprint, sequences: int, num_tokens: int, free_bytes: int | None) -> "Capacity":
         """Of so many sequences of so many tokens, where the weights leave so many bytes free."""
-        num_rows = row_counts(sequences)[-1]
+        is_paged, num_rows = footprint.placement.has_pages, row_counts(sequences)[-1]
         length = cache_len(num_tokens, footprint.config.max_position_embeddings)
-        if footprint.is_paged:
+        if is_paged:
             num_rows, length = sequences, pages(num_tokens) * PAGE_LEN
         # With pages, rows are a power of two, of which those without a sequence have none.
-        idle = power_of_two(num_rows) - num_rows if footprint.is_paged else 0
+        idle = power_of_two(num_rows) - num_rows if is_paged else 0
         prompt = 1, length, min(length, CHUNKS[-1])
         fitting = [1, *row_counts(_MOST_ROWS)]
         return cls(
             num_rows,
             length,
             footprint.rows(num_rows, length) + footprint.rows(idle, 0),
-            footprint.rows(1, 0 if footprint.is_paged else length),  # its pages are its row's
+            footprint.rows(1, 0 if is_paged else length),  # its pages are its row's
             footprint.temporary(num_rows, length, *prompt),
             None
             if free_bytes is None

@@ -31,7 +31,7 @@ class ContiguousBatch(Batch):
     def __init__(self, runner: Runner, max_rows: int) -> None:
         super().__init__(runner, max_rows)
         self._spare: dict[int, Cache] = {}  # of prompts that were read, by how many they are
-        self._footprint = Footprint(runner.config, runner.cache_dtype, runner.device.platform, has_kernels=False)
+        self._footprint = Footprint(runner.config, runner.placement)
         self._all_bytes = self._free_bytes = runner.free_bytes()
         self._tried: tuple[int, int, Size] | None = None  # what there was found room for, if there was the last time
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 from llamajax.config import LlamaConfig
 from llamajax.engine import steps
-from llamajax.placement import bytes_per_token
+from llamajax.placement import Placement, bytes_per_token
 
 # Of a score in attention: in f32 as it is computed, and in 16 bits as a weight.
 _SCORE_BYTES = 6
@@ -27,26 +26,19 @@ _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model's rows take of a device, in bytes.
-
-    Attributes:
-      platform: jax's name of the device's kind.
-      has_kernels: whether the native kernels compute, on a CPU.
-    """
+    """What a model's rows take of a device, in bytes."""
 
     config: LlamaConfig
-    cache_dtype: DTypeLike
-    platform: str
-    has_kernels: bool
+    placement: Placement
 
-    @property
-    def is_paged(self) -> bool:
-        """Whether the cache is in pages, as `ops.has_pages` tells of a device."""
-        return self.platform == "cpu" and self.has_kernels and self.config.head_dim % 8 == 0
+    @cached_property
+    def position(self) -> int:
+        """Of one position's keys and values: exact."""
+        return bytes_per_token(self.config, self.placement.cache_dtype)
 
     def rows(self, num_rows: int, length: int) -> int:
         """Of rows with room for so many positions, or with pages for them: exact."""
-        return num_rows * (bytes_per_token(self.config, self.cache_dtype) * length + self._beside_cache)
+        return num_rows * (self.position * length + self._beside_cache)
 
     def needed(self, num_rows: int, length: int, num_prompts: int = 0, prompt_len: int = 0, chunk_len: int = 0) -> int:
         """Of rows that are decoded while prompts are read into caches of `prompt_len`: with temporary arrays."""
@@ -60,20 +52,20 @@ class Footprint:
     @cached_property
     def _beside_cache(self) -> int:
         """Of one row: what was asked for, and how far it is."""
-        settings = {"config": self.config, "cache_dtype": self.cache_dtype, "paged": True}
+        settings = {"config": self.config, "cache_dtype": self.placement.cache_dtype, "paged": True}
         _, *others = jax.eval_shape(partial(steps.empty_rows, num_rows=1, length=1, **settings))
         return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(others))
 
     def _of_step(self, num_rows: int, length: int, num_queries: int) -> int:
         """About what a step with so many queries of each row takes."""
-        num_arrays = _GPU_SAMPLING_ARRAYS if self.platform == "gpu" else _SAMPLING_ARRAYS
+        num_arrays = _GPU_SAMPLING_ARRAYS if self.placement.platform == "gpu" else _SAMPLING_ARRAYS
         sampling = 4 * num_arrays * self.config.vocab_size
-        if self.platform == "cpu" and self.has_kernels:
+        if self.placement.has_pages:
             return num_rows * sampling
         scores = _SCORE_BYTES * self.config.num_attention_heads * num_queries * length
         # Shorter heads are written into another layout and back: the cache twice more.
-        copied = self.platform == "tpu" and self.config.head_dim % _TPU_LANES
-        copies = 2 * bytes_per_token(self.config, self.cache_dtype) * length if copied else 0
+        copied = self.placement.platform == "tpu" and self.config.head_dim % _TPU_LANES
+        copies = 2 * self.position * length if copied else 0
         return num_rows * (sampling + scores + copies)
 
 

@@ -34,7 +34,7 @@ class PagedBatch(Batch):
         """
         super().__init__(runner, max_rows)
         self._width = power_of_two(max_rows)  # few numbers, since programs are made for each
-        page_bytes = bytes_per_token(runner.config, runner.cache_dtype) * PAGE_LEN
+        page_bytes = bytes_per_token(runner.config, runner.placement.cache_dtype) * PAGE_LEN
         kept = prefix_cache_bytes() if prefix_bytes is None else prefix_bytes
         self.shares = kept > 0
         self._pool = Pool(_num_pages(runner, max_rows), self._empty_pages, kept // page_bytes if self.shares else None)
@@ -220,6 +220,6 @@ def _num_pages(runner: Runner, max_rows: int) -> int:
 
     Few numbers, since programs are made for each: without memory that is written, a page costs nothing.
     """
-    most = max(1, cache_bytes() // (bytes_per_token(runner.config, runner.cache_dtype) * PAGE_LEN))
+    most = max(1, cache_bytes() // (bytes_per_token(runner.config, runner.placement.cache_dtype) * PAGE_LEN))
     wanted = power_of_two(max_rows) * runner.table_len
     return max(runner.table_len, min(wanted, power_of_two(most + 1) // 2))

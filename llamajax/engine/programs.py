@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 from jax.stages import Compiled, Lowered
-from jax.typing import DTypeLike
 from jaxtyping import Int32
 
 from llamajax.engine import steps
@@ -22,6 +21,7 @@ from llamajax.engine.steps import FlatModel, Rows, Slots
 from llamajax.errors import PlatformError
 from llamajax.model.cache import Cache
 from llamajax.ops import PAGE_LEN
+from llamajax.placement import Placement
 from llamajax.types import mask_len
 
 # XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
@@ -84,17 +84,16 @@ class Program(NamedTuple):
 class Programs:
     """What a model's programs are called by. If the cache is in pages, a row has up to `table_len`."""
 
-    def __init__(
-        self, model: FlatModel, device: jax.Device, cache_dtype: DTypeLike, table_len: int | None = None
-    ) -> None:
+    def __init__(self, model: FlatModel, placement: Placement, table_len: int | None = None) -> None:
+        assert placement.device is not None
         self._model = model
-        self._device = device
+        self._device = placement.device
         self._table_len = table_len
-        self._cache_settings = {"cache_dtype": cache_dtype, "paged": table_len is not None}
+        self._cache_settings = {"cache_dtype": placement.cache_dtype, "paged": placement.has_pages}
         arrays = [(array.shape, array.dtype.name) for array in model.arrays]
-        self._options = graph_options() if device.platform == "gpu" else {}
+        self._options = graph_options() if placement.platform == "gpu" else {}
         settings = arrays, model.structure, self._cache_settings, table_len, self._options
-        self._on_disk = Executables(device, repr(settings))
+        self._on_disk = Executables(self._device, repr(settings))
 
     def compile(self, program: Program) -> Compiled:
         """The program, ready to run: its arguments are the arrays that its step takes.

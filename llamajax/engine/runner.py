@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.stages import Compiled
-from jax.typing import DTypeLike
 from jaxtyping import Float32, Int32
 
 from llamajax import checks
@@ -22,8 +21,8 @@ from llamajax.engine.programs import Program, Programs
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, READ_LEN, Drawn, FlatModel, Requests, Rows
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
-from llamajax.ops import PAGE_LEN, Weight, has_pages, native
-from llamajax.placement import bytes_per_token
+from llamajax.ops import PAGE_LEN, Weight
+from llamajax.placement import Placement, bytes_per_token
 from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs, mask_len
 
@@ -83,6 +82,7 @@ class Runner:
 
     Attributes:
       config: the model's.
+      placement: where it computes, and how it is kept there.
       max_seq_len: positions that a prompt and its answer may take.
       step_counts: the numbers from 0 to BLOCK_LEN, on the device.
       can_ask: whether steps can ask the host for masks.
@@ -90,30 +90,23 @@ class Runner:
     """
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        weights: Mapping[str, Weight],
-        *,
-        device: jax.Device,
-        max_seq_len: int | None = None,
-        cache_dtype: DTypeLike,
-        paged: bool | None = None,
+        self, config: LlamaConfig, weights: Mapping[str, Weight], placement: Placement, max_seq_len: int | None = None
     ) -> None:
-        """`paged` is for tests: by default caches are in pages where they can be."""
+        assert placement.device is not None
         self.config = config
-        self.device = device
-        self.cache_dtype = cache_dtype
-        self.paged = has_pages(device, config.head_dim) if paged is None else paged
+        self.placement = placement
+        self.device = placement.device
+        self.paged = placement.has_pages
         context = self.config.max_position_embeddings
         if max_seq_len is None:
             max_seq_len = min(context, self._most_positions) if self.paged else context
         expected = f"from 2 to the model's context, {context}"
         self.max_seq_len = checks.integer("max_seq_len", max_seq_len, 2, context, expected)
-        self.model = FlatModel.of(config, weights, device)
+        self.model = FlatModel.of(config, weights, self.device)
         # To bring a number there takes 0.05 ms of each call.
-        self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], device)
-        self.can_ask = self.paged and native.available()
-        self._programs = Programs(self.model, device, cache_dtype, self.table_len if self.paged else None)
+        self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], self.device)
+        self.can_ask = self.paged
+        self._programs = Programs(self.model, placement, self.table_len if self.paged else None)
 
     @cached_property
     def table_len(self) -> int:
@@ -127,7 +120,7 @@ class Runner:
     @property
     def _most_positions(self) -> int:
         """A power of two that the memory for caches has room for."""
-        most = cache_bytes() // bytes_per_token(self.config, self.cache_dtype)
+        most = cache_bytes() // bytes_per_token(self.config, self.placement.cache_dtype)
         return max(MIN_CACHE_LEN, power_of_two(most + 1) // 2)
 
     def free_bytes(self) -> float:

@@ -23,7 +23,7 @@ class KeysValues(NamedTuple):
     table: Int32[Array, "M"] | None = None
 
 
-# One item for each layer, or one for all, with pages: `ops.has_pages` tells where.
+# One item for each layer, or one for all, with pages: `Placement.has_pages`.
 Cache = tuple[KeysValues, ...]
 
 

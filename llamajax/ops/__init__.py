@@ -1,6 +1,6 @@
 """Arithmetic that has more than one implementation. The choice between them is made here and nowhere else."""
 
-from llamajax.ops.attention import PAGE_LEN, attention, has_pages
+from llamajax.ops.attention import PAGE_LEN, attention
 from llamajax.ops.linear import Int8Weight, Norm, Weight, embed, gated_linear, linear, quantize_int8
 from llamajax.ops.packed import PackedWeight
 from llamajax.ops.stacked import Stacked, alone
@@ -16,7 +16,6 @@ __all__ = [
     "attention",
     "embed",
     "gated_linear",
-    "has_pages",
     "linear",
     "quantize_int8",
 ]

@@ -53,11 +53,6 @@ def attention(
     return _operation(eps, window)(qkv, cos, sin, key, value, start, layer, table, weight)
 
 
-def has_pages(device: jax.Device, head_dim: int) -> bool:
-    """Whether this device's cache is in pages: where native kernels read them. XLA would copy them at each step."""
-    return device.platform == "cpu" and head_dim % 8 == 0 and native.available()
-
-
 @cache
 def _operation(eps: float, window: int | None) -> Callable[..., Mixed]:
     by_kernels = partial(native.attention, eps=eps, window=window)

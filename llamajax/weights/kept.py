@@ -12,6 +12,7 @@ from typing import NamedTuple
 from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
 from llamajax.formats import DENSE_DTYPES, DENSE_NAMES, FORMATS, GROUP, MOVED_FORMATS, PACKED_FORMATS
+from llamajax.placement import Placement
 from llamajax.types import DType
 from llamajax.weights.names import Source, sources
 from llamajax.weights.tensor import StoredTensor
@@ -33,19 +34,15 @@ class Kept(NamedTuple):
     is_moved: bool = False
 
 
-def how_kept(
-    path: str, parts: list[Source], stored: list[StoredTensor], dtype: DType, platform: str, has_kernels: bool
-) -> Kept:
-    """How a parameter is kept that these stored tensors make, where `load_weights` puts it.
-
-    Args:
-      has_kernels: whether the native kernels can be called, on a CPU.
+def how_kept(path: str, parts: list[Source], tensors: Mapping[str, StoredTensor], placement: Placement) -> Kept:
+    """How `load_weights` keeps a parameter that is made of these parts.
 
     Raises CheckpointError for rows that the blocks of `dtype` do not fit.
     """
     width, is_matrix = parts[0].shape[-1], len(parts[0].shape) == 2
-    packs, by_xla = platform == "cpu" and has_kernels, platform == "cpu" and not has_kernels
-    formats = tuple(tensor.format for tensor in stored)
+    dtype, packs = placement.dtype, placement.has_kernels
+    by_xla = placement.platform == "cpu" and not packs
+    formats = tuple(tensors[part.name].format for part in parts)
     if len(set(formats)) == 1:
         formats = formats[:1]
     if not is_matrix:
@@ -89,17 +86,11 @@ def alike(paths: Iterable[str], kind: Callable[[str], Hashable] = lambda path: N
     return groups.values()
 
 
-def bytes_in_memory(
-    config: LlamaConfig,
-    tensors: Mapping[str, StoredTensor],
-    dtype: DType = "auto",
-    platform: str = "cpu",
-    has_kernels: bool = True,
-) -> int:
+def bytes_in_memory(config: LlamaConfig, tensors: Mapping[str, StoredTensor], placement: Placement) -> int:
     """What `load_weights` would take, from the tensors' shapes and formats alone."""
     total = 0
     for path, parts in sources(config, tensors).items():
-        kept = how_kept(path, parts, [tensors[part.name] for part in parts], dtype, platform, has_kernels)
+        kept = how_kept(path, parts, tensors, placement)
         rows = [part.shape[0] for part in parts]
         if len(kept.formats) == 1:
             rows = [sum(rows)]

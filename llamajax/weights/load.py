@@ -21,7 +21,7 @@ from llamajax.ops import Weight, native, quantize_int8
 from llamajax.ops.packed import PackedWeight, pack, pack_dense
 from llamajax.ops.quantize import quantize
 from llamajax.ops.quants import dequantize, split
-from llamajax.types import DType
+from llamajax.placement import Placement
 from llamajax.weights.kept import Kept, alike, how_kept
 from llamajax.weights.names import Source, sources
 from llamajax.weights.packing import Packing, half_split, kind
@@ -31,8 +31,7 @@ from llamajax.weights.tensor import StoredTensor
 def load_weights(
     config: LlamaConfig,
     tensors: Mapping[str, StoredTensor],
-    device: jax.Device,
-    dtype: DType = "auto",
+    placement: Placement,
     progress: Callable[[int, int], None] = lambda done, total: None,
     packing: Packing | None = None,
 ) -> dict[str, Weight]:
@@ -40,20 +39,20 @@ def load_weights(
 
     Args:
       tensors: by the names of a Hugging Face, GGUF or Meta checkpoint; they fit the model (`check_fit`).
-      device: where the weights are put, and converted.
-      dtype: "auto" keeps dense weights in the precision they were shipped in (but on a CPU without the native kernels
-        f16 and the embeddings in f32, in which products take a third of the time), and quantized ones in their blocks
-        on a CPU with the native kernels, elsewhere dense in bf16; "int8" keeps all with a scale for each output;
-        "q8_0", "q4_0" and "q4_k" round to these blocks (the embeddings and the head to q8_0), kept as such or in bf16
-        as quantized ones are; another dtype makes all dense in it.
+      placement: the device on which they are converted and kept, and their dtype. "auto" keeps dense weights in the
+        precision they were shipped in (but on a CPU without the native kernels f16 and the embeddings in f32, in which
+        products take a third of the time), and quantized ones in their blocks on a CPU with the native kernels,
+        elsewhere dense in bf16; "int8" keeps all with a scale for each output; "q8_0", "q4_0" and "q4_k" round to these
+        blocks (the embeddings and the head to q8_0), kept as such or in bf16 as quantized ones are; another dtype makes
+        all dense in it.
       progress: called with bytes read so far, and in all.
       packing: of the same weights, if it has begun already.
 
-    Raises CheckpointError for rows that the blocks of `dtype` do not fit.
+    Raises CheckpointError for rows that the blocks of the dtype do not fit.
     """
     plan = sources(config, tensors)
     total = sum(tensors[source.name].data.nbytes for parts in plan.values() for source in parts)
-    kept = {path: _kept(path, parts, tensors, dtype, device.platform) for path, parts in plan.items()}
+    kept = {path: how_kept(path, parts, tensors, placement) for path, parts in plan.items()}
     done = 0
 
     def report() -> None:
@@ -65,7 +64,7 @@ def load_weights(
         for path in paths:
             stored = [tensors[part.name] for part in plan[path]]
             weight = _convert(path, plan[path], stored, kept[path])
-            yield jax.block_until_ready(jax.device_put(weight, device))
+            yield jax.block_until_ready(jax.device_put(weight, placement.device))
             for tensor in stored:
                 done += tensor.data.nbytes
                 tensor.release()
@@ -78,38 +77,29 @@ def load_weights(
         return weights
 
     with ExitStack() as stack:
-        if packing is None and keeps_blocks(device.platform):
-            packing = stack.enter_context(Packing(config, tensors, dtype))
+        if packing is None and placement.has_kernels:
+            packing = stack.enter_context(Packing(config, tensors, placement))
         loaded: dict[str, Weight] = {}
         for group in alike(plan, kind(plan, tensors)):
-            with jax.default_device(device):
+            with jax.default_device(placement.device):
                 is_moved = kept[group[0]].is_moved
-                weights = packed(group) if is_moved else shared(converted(group), len(group), device.platform)
+                weights = packed(group) if is_moved else shared(converted(group), len(group), placement)
                 loaded.update(zip(group, weights, strict=True))
     return loaded
 
 
-def shared(weights: Iterator[Weight], num_layers: int, platform: str) -> Iterable[Weight]:
+def shared(weights: Iterator[Weight], num_layers: int, placement: Placement) -> Iterable[Weight]:
     """Layers' weights of one kind, in one array where the native kernels can read them there."""
     first = next(weights)
     weights = chain([first], weights)
     read_in_place = isinstance(first, PackedWeight | tuple) or len(first.shape) == 1
-    return native.stack(weights, num_layers) if num_layers > 1 and read_in_place and keeps_blocks(platform) else weights
+    return native.stack(weights, num_layers) if num_layers > 1 and read_in_place and placement.has_kernels else weights
 
 
 def in_blocks(weight: jax.Array, name: str, packed: bool) -> Weight:
     """A weight rounded to a format's blocks, kept in them (packed) or in bf16."""
     parts = quantize(weight, name)
     return pack(parts, name) if packed else parts.dequantized().astype(jnp.bfloat16)
-
-
-def keeps_blocks(platform: str) -> bool:
-    """Whether weights are packed for the native kernels, quantized ones in a file's blocks; else these are bf16."""
-    return platform == "cpu" and native.available()
-
-
-def _kept(path: str, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType, platform: str) -> Kept:
-    return how_kept(path, parts, [tensors[part.name] for part in parts], dtype, platform, native.available())
 
 
 def _convert(path: str, parts: list[Source], stored: list[StoredTensor], kept: Kept) -> Weight:

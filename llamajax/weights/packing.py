@@ -14,8 +14,8 @@ import numpy as np
 
 from llamajax import kernels
 from llamajax.config import LlamaConfig
-from llamajax.types import DType
-from llamajax.weights.kept import Kept, alike, how_kept
+from llamajax.placement import Placement
+from llamajax.weights.kept import alike, how_kept
 from llamajax.weights.names import Source, sources
 from llamajax.weights.tensor import StoredTensor
 
@@ -40,13 +40,13 @@ class Packed(NamedTuple):
 class Packing:
     """The packing of those parameters that are moved. Begins at once, and ends with the `with` that it is in."""
 
-    def __init__(self, config: LlamaConfig, tensors: Mapping[str, StoredTensor], dtype: DType = "auto") -> None:
-        """Arguments as `load_weights` has them. The native kernels are there."""
+    def __init__(self, config: LlamaConfig, tensors: Mapping[str, StoredTensor], placement: Placement) -> None:
+        """Arguments as `load_weights` has them. The placement has the native kernels."""
         self._plan, self._tensors = sources(config, tensors), tensors
         self._num_bytes, self._lock = 0, Lock()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="llamajax packing")
         self._packed: dict[tuple[str, ...], Future[Packed]] = {}
-        kept = {path: _kept(path, parts, tensors, dtype) for path, parts in self._plan.items()}
+        kept = {path: how_kept(path, parts, tensors, placement) for path, parts in self._plan.items()}
         for group in alike(self._plan, kind(self._plan, tensors)):
             if kept[group[0]].is_moved:
                 self._packed[tuple(group)] = self._threads.submit(self._pack, group, kept[group[0]].formats[0])
@@ -96,10 +96,6 @@ def kind(plan: Mapping[str, list[Source]], tensors: Mapping[str, StoredTensor]) 
 def half_split(rows: _Rows, num_heads: int) -> _Rows:
     """Rows of interleaved heads in half-split order; others as they are."""
     return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape) if num_heads else rows
-
-
-def _kept(path: str, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: DType) -> Kept:
-    return how_kept(path, parts, [tensors[part.name] for part in parts], dtype, "cpu", has_kernels=True)
 
 
 def _rows_in_order(sources: list[Source]) -> Int[np.ndarray, N]:

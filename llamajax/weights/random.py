@@ -10,34 +10,35 @@ from llamajax.config import LlamaConfig
 from llamajax.ops import Weight, quantize_int8
 from llamajax.ops.packed import pack_dense
 from llamajax.ops.quantize import QUANTIZABLE
-from llamajax.types import DType
+from llamajax.placement import Placement
 from llamajax.weights.kept import alike, block_format
-from llamajax.weights.load import in_blocks, keeps_blocks, shared
+from llamajax.weights.load import in_blocks, shared
 from llamajax.weights.names import sources
 
 
-def random_weights(config: LlamaConfig, device: jax.Device, dtype: DType = "auto", seed: int = 0) -> dict[str, Weight]:
+def random_weights(config: LlamaConfig, placement: Placement, seed: int = 0) -> dict[str, Weight]:
     """Random weights by the paths of the model's parameters, made one at a time, in the dtype they are kept in.
 
     Norms and biases are ones; rows of the rest have a length of about one, so that activations stay finite.
 
     Args:
-      dtype: as `load_weights` keeps dense weights; "auto" is bf16.
+      placement: as `load_weights` takes it; "auto" is bf16.
     """
+    dtype = placement.dtype
     numbers = count()
 
     def drawn(path: str, shape: tuple[int, ...]) -> Weight:
         name = block_format(path, dtype) if dtype in QUANTIZABLE else {"auto": "bfloat16"}.get(dtype, dtype)
         # Not threefry, jax's default: on a CPU it takes ten times as long.
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), next(numbers))
-        return jax.block_until_ready(_random(key, shape, name, keeps_blocks(device.platform)))
+        return jax.block_until_ready(_random(key, shape, name, placement.has_kernels))
 
     shapes = {path: _fused([part.shape for part in parts]) for path, parts in sources(config, ()).items()}
     made: dict[str, Weight] = {}
     for group in alike(shapes):
-        with jax.default_device(device):
+        with jax.default_device(placement.device):
             weights = (drawn(path, shapes[path]) for path in group)
-            made.update(zip(group, shared(weights, len(group), device.platform), strict=True))
+            made.update(zip(group, shared(weights, len(group), placement), strict=True))
     return made
 
 

@@ -13,7 +13,7 @@ from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
 from ..parity.tiny import CASES, PROMPT_LEN, goldens, prompt, state_dict, write_hf
-from ..tiny_model import CONFIG, random_ids, tiny_runner
+from ..tiny_model import CONFIG, placed, random_ids, tiny_runner
 
 DEVICE = jax.devices()[0]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.platform != "gpu", reason="there is no GPU")]
@@ -24,8 +24,9 @@ LENGTHS = 1, 7, 30, 65, 200, 3, 140, 61
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_the_references(case: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_hf(tmp_path / "hf", CASES[case], state_dict(case)), PROMPT_LEN)
-    weights = load_weights(checkpoint.config, checkpoint.tensors, DEVICE, "auto")
-    found = Runner(checkpoint.config, weights, device=DEVICE, cache_dtype=np.float32).logits(prompt(case))
+    placement = placed(checkpoint.config)
+    weights = load_weights(checkpoint.config, checkpoint.tensors, placement)
+    found = Runner(checkpoint.config, weights, placement).logits(prompt(case))
     expected = goldens()[f"{case}/logits"]
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 

@@ -26,6 +26,7 @@ from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
 from ..caches import caches
+from ..tiny_model import placed
 from .tiny import DATA, WINDOW, goldens
 
 TEXT = (DATA / "text.txt").read_text(encoding="utf-8")
@@ -111,7 +112,7 @@ def test_smaller_weights_are_as_good(
     """The text's perplexity, against f32's. A text this short tells it to 0.2 %, as sums in another order show."""
     checkpoint = open_checkpoint(smollm2_gguf)
     config = checkpoint.config
-    weights = load_weights(config, checkpoint.tensors, jax.devices()[0], dtype)
+    weights = load_weights(config, checkpoint.tensors, placed(config, dtype))
     found = np.concatenate([losses(in_chunks(config, weights, ids, rows), ids) for ids in windows[::part]])
     ends = np.cumsum([len(ids) - 1 for ids in windows])
     expected = np.concatenate(np.split(LOSSES, ends[:-1])[::part])

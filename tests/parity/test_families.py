@@ -3,8 +3,6 @@
 import random
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -16,6 +14,7 @@ from llamajax.tokenizers.hf import byte_alphabet
 from llamajax.weights.checkpoint import open_checkpoint
 from llamajax.weights.load import load_weights
 
+from ..tiny_model import placed
 from .test_strategies import agree
 from .tiny import CASES, goldens, prompt, state_dict, write_hf
 
@@ -36,16 +35,18 @@ def relative_error(found: np.ndarray, case: str) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def runner(case: str, path: Path, dtype: llamajax.types.DType = "auto", paged: bool | None = None) -> Runner:
+def runner(case: str, path: Path, dtype: llamajax.types.DType = "auto", **kept: bool) -> Runner:
     opened = open_checkpoint(checkpoint(case, path))
-    device = jax.devices()[0]
-    weights = load_weights(opened.config, opened.tensors, device, dtype)
-    return Runner(opened.config, weights, device=device, cache_dtype=jnp.float32, paged=paged)
+    placement = placed(opened.config, dtype, **kept)
+    return Runner(opened.config, load_weights(opened.config, opened.tensors, placement), placement)
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_logits_without_pages(case: str, tmp_path: Path) -> None:
-    assert relative_error(runner(case, tmp_path, paged=False).logits(prompt(case)), case) < 1e-4
+def test_logits_without_pages(case: str, tmp_path: Path, has_kernels: bool) -> None:
+    """With the native kernels' products, and by XLA alone."""
+    kept = {"has_pages": False, **({} if has_kernels else {"has_kernels": False})}
+    assert relative_error(runner(case, tmp_path, **kept).logits(prompt(case)), case) < 1e-4
 
 
 @pytest.mark.parametrize("case", FAMILIES)

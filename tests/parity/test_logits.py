@@ -30,6 +30,7 @@ from llamajax.weights.load import load_weights
 
 from .. import tiny_model
 from ..caches import batched, caches, contents, full_of_noise, row_of
+from ..tiny_model import placed
 from .tiny import CASES, PROMPT_LEN, goldens, prompt, state_dict, write_gguf, write_hf, write_meta
 
 strict_promotion = tiny_model.strict_promotion
@@ -41,11 +42,12 @@ Model = tuple[LlamaConfig, dict[str, Weight]]
 
 def load(path: Path, dtype: DType = "auto") -> Model:
     checkpoint = open_checkpoint(path, PROMPT_LEN)
-    return checkpoint.config, load_weights(checkpoint.config, checkpoint.tensors, DEVICE, dtype)
+    return checkpoint.config, load_weights(checkpoint.config, checkpoint.tensors, placed(checkpoint.config, dtype))
 
 
 def logits(path: Path, case: str, dtype: DType = "auto") -> np.ndarray:
-    return Runner(*load(path, dtype), device=DEVICE, cache_dtype=jnp.float32).logits(prompt(case))
+    config, weights = load(path, dtype)
+    return Runner(config, weights, placed(config)).logits(prompt(case))
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -420,8 +422,7 @@ TEXTS = _texts()
 def test_the_runner_draws_what_a_full_forward_says(
     small: Model, max_seq_len: int, requests: list[tuple[int, float, int]]
 ) -> None:
-    reference = Runner(*small, device=DEVICE, max_seq_len=LONG, cache_dtype=jnp.float32)
-    runner = Runner(*small, device=DEVICE, max_seq_len=max_seq_len, cache_dtype=jnp.float32)
+    reference, runner = (Runner(*small, placed(small[0]), longest) for longest in (LONG, max_seq_len))
     engine = OneSlot(runner)
     for text, fraction, max_new_tokens in requests:
         ids = TEXTS[text][: 1 + round(fraction * (max_seq_len - 2))]

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
 import safetensors.numpy
 import sentencepiece
@@ -20,8 +19,7 @@ from llamajax import LLM, LlamaJaxError
 from llamajax.bench.saved_logits import SavedLogits
 from llamajax.config import LlamaConfig
 from llamajax.engine.runner import Runner
-from llamajax.ops import native
-from llamajax.placement import find_cache_dtype
+from llamajax.loading import place
 from llamajax.serve import batch_file, json_object
 from llamajax.serve.input_file import Input
 from llamajax.serve.result_file import SETTINGS_SUFFIX, ResultFile, Settings
@@ -143,12 +141,11 @@ def config_key(config: LlamaConfig) -> str:
 
 
 def _answer(checkpoint: Checkpoint, runs: bool) -> None:
-    config, device = checkpoint.config, jax.devices()[0]
-    weights = load_weights(config, checkpoint.tensors, device)
+    config = checkpoint.config
+    placement = place(config, "auto", "auto", None)
+    weights = load_weights(config, checkpoint.tensors, placement)
     if runs:
-        kept = find_cache_dtype("auto", config, "auto", device.platform, native.available())
-        runner = Runner(config, weights, device=device, max_seq_len=64, cache_dtype=kept)
-        llm = LLM(runner, tiny_llm().tokenizer, None, checkpoint.stop_ids)
+        llm = LLM(Runner(config, weights, placement, 64), tiny_llm().tokenizer, None, checkpoint.stop_ids)
         answer = llm.stream([1, 2, 3], max_new_tokens=2, temperature=0.0).finish()
         assert all(0 <= i < checkpoint.config.vocab_size for i in answer.token_ids)
         assert np.isfinite(llm.logits([1, 2, 3])).all()

@@ -53,7 +53,7 @@ def test_after_it_nothing_compiles() -> None:
 
 
 def test_what_a_request_needs_comes_first() -> None:
-    runner = tiny_runner(256, paged=False)
+    runner = tiny_runner(256, has_pages=False)
     runner.__class__ = Recorder
     engine = OneSlot(runner)
     compiler = AheadCompiler(engine, 256)

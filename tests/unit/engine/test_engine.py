@@ -158,7 +158,7 @@ def test_once_all_is_compiled_nothing_compiles_whatever_is_asked() -> None:
 
 @pytest.fixture(scope="module")
 def contiguous() -> Runner:
-    return tiny_runner(1024, paged=False)
+    return tiny_runner(1024, has_pages=False)
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_one_that_ends_where_its_cache_does_disturbs_nobody(runner: Runner, limi
 
 
 def test_a_few_slots_need_few_programs() -> None:
-    runner = tiny_runner(1024, paged=False)
+    runner = tiny_runner(1024, has_pages=False)
 
     def programs(slots: int) -> set[Program]:
         return set(make_batch(runner, slots).programs(1024))
@@ -254,7 +254,7 @@ def test_those_that_run_go_on_while_a_long_prompt_is_read(engine: Engine) -> Non
 
 
 def test_rows_and_length_follow_what_runs() -> None:
-    engine = Engine(tiny_runner(1024, paged=False), num_slots=8)
+    engine = Engine(tiny_runner(1024, has_pages=False), num_slots=8)
     batch = engine._batch
     assert isinstance(batch, ContiguousBatch)
     jobs = [submit(engine, Request([1 + i], 60 if i else 300, SamplingParams(temperature=0)))[0] for i in range(8)]

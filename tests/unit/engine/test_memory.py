@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,20 +21,21 @@ from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.errors import DeviceMemoryError, PromptTooLongError
 from llamajax.families import CONFIGS
+from llamajax.placement import Placement
 from llamajax.types import Request, SamplingParams, Token
 
 from ... import tiny_model
-from ...tiny_model import CONFIG, answer_alone, random_ids, tiny_runner
+from ...tiny_model import CONFIG, answer_alone, placed, random_ids, tiny_runner
 from .test_engine import KINDS, Collected
 
 strict_promotion = tiny_model.strict_promotion
 
-FOOTPRINT = Footprint(CONFIG, np.float32, "cpu", has_kernels=False)
+FOOTPRINT = Footprint(CONFIG, placed(has_pages=False))
 
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    return tiny_runner(512, paged=False)
+    return tiny_runner(512, has_pages=False)
 
 
 def exhausted() -> Exception:
@@ -129,7 +129,7 @@ def test_the_bytes_of_rows_are_those_of_their_arrays(runner: Runner, num_rows: i
 def test_the_temporary_bytes_are_about_the_compiler_s(
     name: str, platform: str, rows: int, length: int, queries: int, megabytes: float
 ) -> None:
-    footprint = Footprint(CONFIGS[name], jnp.bfloat16, platform, has_kernels=False)
+    footprint = Footprint(CONFIGS[name], Placement.of(CONFIGS[name], platform, has_kernels=False))
     assert footprint.temporary(0, 0, rows, length, queries) / 1e6 == pytest.approx(megabytes, rel=0.25)
 
 

@@ -23,7 +23,7 @@ from llamajax.ops import PAGE_LEN, native
 from llamajax.types import Request, SamplingParams, Token
 
 from ... import tiny_model
-from ...tiny_model import CONFIG, answer_alone, random_ids, random_weights, tiny_runner
+from ...tiny_model import CONFIG, answer_alone, random_ids, tiny_runner
 from .test_engine import KINDS, Collected
 from .test_memory import answers, exhausted, requests
 
@@ -111,7 +111,7 @@ needs_kernels = pytest.mark.skipif(not native.available(), reason="pages are for
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    return tiny_runner(512, paged=True)
+    return tiny_runner(512, has_pages=True)
 
 
 @pytest.fixture(scope="module")
@@ -275,9 +275,8 @@ def test_shared_prefixes_change_no_bit(
     monkeypatch: pytest.MonkeyPatch, num_pages: int, cache_dtype: type, differs: dict[str, Any]
 ) -> None:
     """Tokens and log-probabilities, with and without, alone and together, while pages are forgotten."""
-    kept = {"max_seq_len": 512, "cache_dtype": cache_dtype, "paged": True}
     config = replace(CONFIG, max_position_embeddings=512, **differs)
-    runner = Runner(config, random_weights(config), device=jax.devices()[0], **kept)
+    runner = tiny_runner(512, config=config, cache_dtype=np.dtype(cache_dtype))
     monkeypatch.setattr(paged_module, "_num_pages", lambda *_: num_pages)
     asked, found = shared_requests(), {}
     forgotten, forget = list[int](), Prefixes.remove

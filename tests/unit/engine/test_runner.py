@@ -170,7 +170,7 @@ def test_the_context_is_the_models_if_none_is_given() -> None:
     ],
 )
 def test_the_cache_has_few_lengths(max_seq_len: int, num_positions: int, cache_len: int) -> None:
-    assert tiny_runner(max_seq_len, paged=False).bucket(num_positions) == cache_len
+    assert tiny_runner(max_seq_len, has_pages=False).bucket(num_positions) == cache_len
 
 
 @pytest.mark.parametrize("max_seq_len", [2, 20, 512])

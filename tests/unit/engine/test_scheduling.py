@@ -25,7 +25,7 @@ from llamajax.model.cache import KeysValues
 from llamajax.ops import PAGE_LEN, native
 from llamajax.types import Request, Token, mask_len
 
-from ...tiny_model import CONFIG
+from ...tiny_model import CONFIG, placed
 from .test_engine import Collected
 
 TABLE_LEN, VOCAB_SIZE = 8, 1000
@@ -93,7 +93,7 @@ class Device:
     """What programs do, in numpy. Has what the engine asks a runner for."""
 
     paged, max_seq_len, table_len = True, TABLE_LEN * PAGE_LEN, TABLE_LEN
-    config, cache_dtype, device = CONFIG, np.float32, jax.devices()[0]
+    config, placement, device = CONFIG, placed(), jax.devices()[0]
     model, step_counts = SimpleNamespace(arrays=[]), range(BLOCK_LEN + 1)
 
     def __init__(self, can_ask: bool = False) -> None:

@@ -89,7 +89,7 @@ def test_an_answer_ends_with_the_context(length: int, max_seq_len: int) -> None:
 @pytest.mark.parametrize("length", [40, 456])
 def test_the_cache_grows_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     prompt, sampling = random_ids(length), SamplingParams(temperature=1, top_p=0.95)
-    engine, roomy = (OneSlot(tiny_runner(1024, paged=False)) for _ in range(2))
+    engine, roomy = (OneSlot(tiny_runner(1024, has_pages=False)) for _ in range(2))
     roomy.warm_up(1024)
     expected, lengths = answer(roomy, prompt, 984, sampling), set()
     monkeypatch.setattr(contiguous, "RESERVED_LEN", 1)
@@ -101,7 +101,7 @@ def test_the_cache_grows_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_answer_that_fits_does_not_grow_the_cache() -> None:
-    engine = OneSlot(tiny_runner(1024, paged=False))
+    engine = OneSlot(tiny_runner(1024, has_pages=False))
     for limit in (56, 20):  # the next one is read into the same memory
         assert len(answer(engine, random_ids(456), limit)) == limit
         assert engine._batch.length == 512
@@ -182,12 +182,12 @@ def kept(tokens: Iterable[Token]) -> list[tuple[int, object]]:
 @pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_kernels)])
 def test_what_was_asked_before_does_not_matter(paged: bool) -> None:
     """To the last bit, however long the cache has grown, and whatever it has of the prompt."""
-    engine, sampling = OneSlot(tiny_runner(1024, paged=paged)), SamplingParams(temperature=1, seed=5, logprobs=3)
+    engine, sampling = OneSlot(tiny_runner(1024, has_pages=paged)), SamplingParams(temperature=1, seed=5, logprobs=3)
     ids = random_ids(300)
     for length, cached in ((30, 0), (300, 0), (300, 256), (129, 128), (128, 64), (270, 256)):
         request = Request(ids[:length], 40, sampling)
         tokens = Sequential(engine, request)
-        assert kept(tokens) == kept(answer_alone(tiny_runner(1024, paged=paged), request))
+        assert kept(tokens) == kept(answer_alone(tiny_runner(1024, has_pages=paged), request))
         assert tokens.cached_tokens == (cached if paged else 0)
 
 
@@ -215,7 +215,7 @@ def test_prompts_that_have_ended_take_no_memory_beside_the_longest_sequence() ->
 @pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("read", [0, 1, 2, 3, 20])
 def test_an_answer_broken_off_leaves_the_engine_free(read: int, paged: bool) -> None:
-    engine, prompt = OneSlot(tiny_runner(512, paged=paged)), random_ids(50)
+    engine, prompt = OneSlot(tiny_runner(512, has_pages=paged)), random_ids(50)
     found = [token.id for token in islice(Sequential(engine, Request(prompt, 100, GREEDY)), read)]
     for then in (prompt + found + random_ids(7, seed=1), prompt + random_ids(40, seed=2)):
         assert_greedy(then, answer(engine, then, 12))
@@ -225,9 +225,9 @@ def test_an_answer_broken_off_leaves_the_engine_free(read: int, paged: bool) -> 
 @pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_kernels)])
 def test_streams_that_take_turns_have_their_own_tokens(paged: bool) -> None:
     """One that begins while another runs, or is read, takes the slot; both go on."""
-    engine = OneSlot(tiny_runner(1024, paged=paged))
+    engine = OneSlot(tiny_runner(1024, has_pages=paged))
     requests = [Request(random_ids(length, length), 60, GREEDY) for length in (20, 700, 130)]
-    expected = [list(answer_alone(tiny_runner(1024, paged=paged), request)) for request in requests]
+    expected = [list(answer_alone(tiny_runner(1024, has_pages=paged), request)) for request in requests]
     streams = [iter(Sequential(engine, request)) for request in requests]
     found: list[list[Token]] = [[] for _ in streams]
     while streams_left := [i for i in range(3) if len(found[i]) < 60]:

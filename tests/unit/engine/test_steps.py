@@ -31,7 +31,7 @@ def test_a_layer_is_gone_before_the_next_one_is_made() -> None:
 
 
 def test_the_old_cache_of_rows_is_gone() -> None:
-    batch = ContiguousBatch(tiny_runner(1024, paged=False), 4)
+    batch = ContiguousBatch(tiny_runner(1024, has_pages=False), 4)
     list(batch.fit(Needs({}, longest=128, num_wanted=2)))
     for num_rows, length in ((2, 1024), (4, 1024), (4, 128)):
         assert batch._rows

@@ -17,6 +17,7 @@ from llamajax.weights.kept import bytes_in_memory
 from llamajax.weights.load import load_weights
 
 from ...parity.tiny import CASES, state_dict, write_gguf, write_hf
+from ...tiny_model import placed
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -32,7 +33,8 @@ def rows_of(weight: ops.Weight) -> np.ndarray:
 def test_weights_are_packed_as_they_are_stored(case: str, stored: str, asked: DType, tmp_path: Path) -> None:
     weights = {name: array.astype(DTYPES[stored]) for name, array in state_dict(case).items()}
     checkpoint = open_checkpoint(write_hf(tmp_path / "hf", CASES[case], weights))
-    loaded = load_weights(checkpoint.config, checkpoint.tensors, jax.devices("cpu")[0], asked)
+    placement = placed(checkpoint.config, asked, jax.devices("cpu")[0])
+    loaded = load_weights(checkpoint.config, checkpoint.tensors, placement)
     kept = DTYPES[stored if asked == "auto" else asked]
     layer = "model.layers.1"
     for path, names in (
@@ -45,7 +47,7 @@ def test_weights_are_packed_as_they_are_stored(case: str, stored: str, asked: DT
         expected = np.concatenate([weights[f"{name}.weight"] for name in names]).astype(kept)
         np.testing.assert_array_equal(rows_of(weight), expected.astype(np.float32))
     arrays = {id(x): x.nbytes for x in jax.tree.leaves(loaded) if isinstance(x, jax.Array)}
-    assert bytes_in_memory(checkpoint.config, checkpoint.tensors, asked) == sum(arrays.values())
+    assert bytes_in_memory(checkpoint.config, checkpoint.tensors, placement) == sum(arrays.values())
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels here")
@@ -58,7 +60,8 @@ def test_heads_of_a_gguf_are_half_split(tmp_path: Path) -> None:
         write_gguf(tmp_path / "model.gguf", CASES[case], weights, None),
     ):
         checkpoint = open_checkpoint(path)
-        loaded.append(load_weights(checkpoint.config, checkpoint.tensors, jax.devices("cpu")[0]))
+        placement = placed(checkpoint.config, device=jax.devices("cpu")[0])
+        loaded.append(load_weights(checkpoint.config, checkpoint.tensors, placement))
     for path, weight in loaded[0].items():
         if len(weight.shape) == 2:
             np.testing.assert_array_equal(rows_of(weight), rows_of(loaded[1][path]))

@@ -27,6 +27,7 @@ from llamajax.weights.load import load_weights
 from llamajax.weights.tensor import StoredTensor
 
 from ...caches import caches
+from ...tiny_model import placed
 from ..ops.test_quants import random_blocks
 
 
@@ -59,13 +60,14 @@ def test_the_memory_that_weights_take_is_known_beforehand(smollm2_gguf: Path, dt
     config = replace(checkpoint.config, num_hidden_layers=2)
     tensors = {name: x for name, x in checkpoint.tensors.items() if not name.startswith("blk.") or name[4:6] in "0.1."}
     tensors["blk.0.attn_v.weight"] = in_q8_0(tensors["blk.0.attn_v.weight"])
+    placement = placed(config, dtype, jax.devices("cpu")[0])
     if dtype == "q4_k":
         with pytest.raises(CheckpointError, match="multiples of 256"):
-            bytes_in_memory(config, tensors, dtype)
+            bytes_in_memory(config, tensors, placement)
         return
-    loaded = jax.tree.leaves(load_weights(config, tensors, jax.devices("cpu")[0], dtype))
+    loaded = jax.tree.leaves(load_weights(config, tensors, placement))
     arrays = {id(x): x.nbytes for x in loaded if isinstance(x, jax.Array)}
-    assert bytes_in_memory(config, tensors, dtype, "cpu", native.available()) == sum(arrays.values())
+    assert bytes_in_memory(config, tensors, placement) == sum(arrays.values())
 
 
 def in_q8_0(stored: StoredTensor) -> StoredTensor:
@@ -80,7 +82,7 @@ def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
     for layer in (0, 3, 29):
         for name in (f"blk.{layer}.ffn_down.weight", f"blk.{layer}.attn_v.weight"):
             tensors[name] = in_q8_0(tensors[name])
-    weights = load_weights(checkpoint.config, tensors, jax.devices()[0])
+    weights = load_weights(checkpoint.config, tensors, placed(checkpoint.config))
     for layer in range(30):
         found = ops.embed(np.arange(576), weights[f"layers.{layer}.mlp.down_proj.weight"])
         stored = dequantized(tensors[f"blk.{layer}.ffn_down.weight"])
@@ -88,7 +90,7 @@ def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
         assert (np.abs(found - stored) <= 2.0**-12 * np.abs(stored).max(axis=1, keepdims=True)).all()
     plain = llamajax.load(smollm2_gguf)
     ids = plain.tokenizer.encode("The first of May is a holiday in many countries of the world.")
-    scores = Runner(checkpoint.config, weights, device=jax.devices()[0], cache_dtype=np.float32).logits(ids)
+    scores = Runner(checkpoint.config, weights, placed(checkpoint.config)).logits(ids)
     assert np.abs(scores - plain.logits(ids)).mean() < 0.5
 
 
@@ -102,7 +104,7 @@ def test_layers_of_one_kind_run_in_a_loop(smollm2_gguf: Path, monkeypatch: pytes
         name = f"blk.{layer}.attn_v.weight"
         tensors[name] = in_q8_0(tensors[name])
     tensors = {name: x for name, x in tensors.items() if not name.startswith("blk.9.")}
-    model = Llama.with_weights(config, load_weights(config, tensors, jax.devices("cpu")[0]))
+    model = Llama.with_weights(config, load_weights(config, tensors, placed(config, device=jax.devices("cpu")[0])))
     (cache,) = caches(config, 70, np.float16)
     loops = []
 
@@ -130,7 +132,7 @@ def test_iq4_nl_is_kept_as_it_is(smollm2_gguf: Path) -> None:
         name = f"blk.{layer}.attn_output.weight"
         blocks = random_blocks("iq4_nl", 576, 18, seed=layer, small=True)
         tensors[name] = StoredTensor(name, (576, 576), "iq4_nl", blocks)
-    weights = load_weights(checkpoint.config, tensors, jax.devices()[0])
+    weights = load_weights(checkpoint.config, tensors, placed(checkpoint.config))
     for layer in (0, 29):
         found = ops.embed(np.arange(576), weights[f"layers.{layer}.self_attn.o_proj.weight"])
         stored = dequantized(tensors[f"blk.{layer}.attn_output.weight"])
@@ -158,7 +160,7 @@ def test_a_scale_that_is_not_finite_is_named(smollm2_gguf: Path, format: str, va
         blocks[rows // 3, FORMATS[format].bytes :][:2] = np.array([value], "<f2").view(np.uint8)
         tensors = {**others, name: StoredTensor(name, tensor.shape, format, blocks)}
         with pytest.raises(CheckpointError, match="has a scale that is not finite"):
-            load_weights(config, tensors, jax.devices()[0])
+            load_weights(config, tensors, placed(config))
 
 
 def dequantized(stored: StoredTensor) -> np.ndarray:
@@ -170,7 +172,7 @@ def test_a_norm_in_blocks_becomes_f32(smollm2_gguf: Path) -> None:
     norm = checkpoint.tensors["output_norm.weight"]
     blocks = gguf.quantize(norm.data[None], GGMLQuantizationType.Q8_0)[0]
     tensors = {**checkpoint.tensors, norm.name: StoredTensor(norm.name, norm.shape, "q8_0", blocks)}
-    weights = load_weights(checkpoint.config, tensors, jax.devices()[0])
+    weights = load_weights(checkpoint.config, tensors, placed(checkpoint.config))
     found = np.asarray(weights["norm.weight"])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, gguf.dequantize(blocks, GGMLQuantizationType.Q8_0))

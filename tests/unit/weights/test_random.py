@@ -12,13 +12,14 @@ from llamajax.ops.stacked import alone
 from llamajax.types import DType
 from llamajax.weights.random import random_weights
 
-from ...tiny_model import CONFIG
+from ...tiny_model import CONFIG, placed
 from ...tiny_model import random_weights as tiny_weights
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32", "int8"])
 def test_weights_are_kept_as_asked_and_give_varied_scores(dtype: DType) -> None:
-    weights = random_weights(CONFIG, jax.devices("cpu")[0], dtype, seed=1)
+    placement = placed(CONFIG, dtype, jax.devices("cpu")[0])
+    weights = random_weights(CONFIG, placement, seed=1)
     assert {path: weight.shape for path, weight in weights.items()} == {
         path: weight.shape for path, weight in tiny_weights().items()
     }
@@ -32,7 +33,7 @@ def test_weights_are_kept_as_asked_and_give_varied_scores(dtype: DType) -> None:
             kept = weight.format.numbers if isinstance(weight, PackedWeight) else weight.dtype.name
             assert kept == ("bfloat16" if dtype == "auto" else dtype)
             assert float(jnp.linalg.norm(rows_of(weight), axis=1).mean()) == pytest.approx(1, rel=0.1)
-    scores = Runner(CONFIG, weights, device=jax.devices("cpu")[0], cache_dtype=np.float32).logits(range(90))
+    scores = Runner(CONFIG, weights, placement).logits(range(90))
     assert np.isfinite(scores).all()
     assert len(set(scores.argmax(axis=1))) > 10
 
@@ -42,7 +43,7 @@ def rows_of(weight: Weight) -> np.ndarray:
 
 
 def test_the_seed_decides_and_parameters_differ() -> None:
-    models = [random_weights(CONFIG, jax.devices("cpu")[0], "float32", seed) for seed in (1, 1, 2)]
+    models = [random_weights(CONFIG, placed(CONFIG, "float32", jax.devices("cpu")[0]), seed) for seed in (1, 1, 2)]
     first, again, other = ([rows_of(w) for w in model.values() if len(w.shape) == 2] for model in models)
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert not any((a == b).any() for a, b in zip(first, other, strict=True))
