@@ -6,8 +6,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llamajax.config import LlamaConfig
-from llamajax.model.cache import Cache, KeysValues, empty_cache, paged_cache
-from llamajax.ops import PAGE_LEN
+from llamajax.model.cache import Cache, empty_cache, paged_cache
+from llamajax.ops import PAGE_LEN, KeysValues
 
 from .tiny_model import placed
 

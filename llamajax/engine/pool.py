@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from llamajax.engine.prefixes import Prefixes
-from llamajax.model.cache import Cache, KeysValues
-from llamajax.ops import PAGE_LEN
+from llamajax.model.cache import Cache
+from llamajax.ops import PAGE_LEN, KeysValues
 
 
 class Tables:

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from llamajax.config import LlamaConfig
-from llamajax.model.cache import Cache, KeysValues, empty_cache, paged_cache
-from llamajax.ops import PAGE_LEN, Weight, native
+from llamajax.model.cache import Cache, empty_cache, paged_cache
+from llamajax.ops import PAGE_LEN, KeysValues, Weight, native
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs, wanted_logprobs
 from llamajax.types import SamplingParams
 

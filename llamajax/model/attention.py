@@ -6,7 +6,6 @@ from jaxtyping import Array, Float32, Int
 
 from llamajax import ops
 from llamajax.config import LlamaConfig
-from llamajax.model.cache import KeysValues
 from llamajax.model.layers import Linear, RMSNorm
 
 
@@ -24,18 +23,13 @@ class Attention(nnx.Module):
         self,
         x: Float32[Array, "T D"],
         norm: RMSNorm,
-        rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
-        cache: KeysValues,
-        layer: Int[Array, ""] | None,
-        start: Int[Array, ""],
+        cache: ops.KeysValues,
+        at: ops.Positions,
         only: Int[Array, ""] | None = None,
-    ) -> tuple[Float32[Array, "T D"], KeysValues]:
+    ) -> tuple[Float32[Array, "T D"], ops.KeysValues]:
         """All tokens are stored; what comes out is of the token `only` if there is one."""
         qkv, qk_norm = self.qkv_proj(x, norm), None if self.qk_norm is None else self.qk_norm.op
-        cos, sin = rope
-        mixed, key, value = ops.attention(
-            qkv, cos, sin, cache.key, cache.value, start, layer, cache.table, norm=qk_norm, window=self.window
-        )
+        mixed, cache = ops.attention(qkv, cache, at, norm=qk_norm, window=self.window)
         if only is not None:
             mixed, x = (jax.lax.dynamic_slice_in_dim(rows, only, 1) for rows in (mixed, x))
-        return self.o_proj(mixed, residual=x), KeysValues(key, value, cache.table)
+        return self.o_proj(mixed, residual=x), cache

@@ -1,27 +1,12 @@
 """The KV cache: a plain value that goes into the model and comes out of it."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int32, Real
+from jaxtyping import Array, Int32
 
 from llamajax.config import LlamaConfig
-from llamajax.ops import PAGE_LEN, native
+from llamajax.ops import PAGE_LEN, KeysValues, native
 from llamajax.placement import row_len
-
-
-class KeysValues(NamedTuple):
-    """Of one layer: [K, S, R], since a layout with S first is transposed at each step on a GPU. Or of all, in P pages.
-
-    Attributes:
-      table: the numbers of this sequence's pages, in their order, if there are pages.
-    """
-
-    key: Real[Array, "*PL K S R"]
-    value: Real[Array, "*PL K S R"]
-    table: Int32[Array, "M"] | None = None
-
 
 # One item for each layer, or one for all, with pages: `Placement.has_pages`.
 Cache = tuple[KeysValues, ...]

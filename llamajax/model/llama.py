@@ -12,10 +12,10 @@ from jaxtyping import Array, Float32, Int
 
 from llamajax.config import LlamaConfig
 from llamajax.model.attention import Attention
-from llamajax.model.cache import Cache, KeysValues
+from llamajax.model.cache import Cache
 from llamajax.model.layers import MLP, Embedding, Linear, RMSNorm
 from llamajax.model.rope import of_layer, rope_tables
-from llamajax.ops import Weight
+from llamajax.ops import KeysValues, Positions, Weight
 
 _Layer = tuple[nnx.GraphDef, nnx.State]
 
@@ -32,13 +32,11 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float32[Array, "T D"],
-        rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
         cache: KeysValues,
-        layer: Int[Array, ""] | None,
-        start: Int[Array, ""],
+        at: Positions,
         only: Int[Array, ""] | None,
     ) -> tuple[Float32[Array, "T D"], KeysValues]:
-        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, layer, start, only)
+        x, cache = self.self_attn(x, self.input_layernorm, cache, at, only)
         return self.mlp(x, self.post_attention_layernorm), cache
 
 
@@ -47,21 +45,18 @@ def _apply(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     x: Float32[Array, "T D"],
-    rope: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]],
     cache: KeysValues,
-    layer: Int[Array, ""] | None,
-    start: Int[Array, ""],
+    at: Positions,
     only: Int[Array, ""] | None,
 ) -> tuple[Float32[Array, "T D"], KeysValues]:
     # Layers differ in their values only, so that one trace is enough: thirty take seconds.
-    return nnx.merge(graphdef, state)(x, rope, cache, layer, start, only)
+    return nnx.merge(graphdef, state)(x, cache, at, only)
 
 
 def _step(
     layer: _Layer,
     first: int,
-    rope_of: Callable[[Array | int], tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]]],
-    start: Int[Array, ""],
+    at: Callable[[Array | int], Positions],
     number: Int[Array, ""] | int,
     carry: tuple[Float32[Array, "T D"], KeysValues],
 ) -> tuple[Float32[Array, "T D"], KeysValues]:
@@ -70,12 +65,12 @@ def _step(
     x, cache = carry
     place = first + number
     state = jax.tree.map(lambda leaf: leaf + number if isinstance(leaf, np.int32) else leaf, state)
-    return _apply(graphdef, state, x, rope_of(place), cache, _place(place, cache), start, None)
+    return _apply(graphdef, state, x, _of_layer(cache, place), at(place), None)
 
 
-def _place(layer: Array | int, cache: KeysValues) -> Int[Array, ""] | None:
-    """Where a layer is in the cache that it shares with the others, if it does."""
-    return None if cache.table is None else jnp.int32(layer)
+def _of_layer(cache: KeysValues, layer: Array | int) -> KeysValues:
+    """The cache for a layer that shares it with the others, if it does."""
+    return cache if cache.table is None else cache._replace(layer=jnp.int32(layer))
 
 
 def _runs(layers: Sequence[_Layer], looped: bool) -> Iterator[range]:
@@ -121,18 +116,18 @@ class Llama(nnx.Module):
         positions written.
         """
         x = self.embed_tokens(token_ids)
-        tables = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
-        rope_of = partial(of_layer, self.config, tables)
+        cos, sin = rope_tables(self.config, start + jnp.arange(token_ids.shape[0]))
+        at = partial(of_layer, self.config, Positions(start, cos, sin))
         written, shared = list(cache), cache[0].table is not None
         layers = [nnx.split(layer) for layer in self.layers]
         for run in _runs(layers[:-1], shared):
-            step = partial(_step, layers[run.start], run.start, rope_of, start)
+            step = partial(_step, layers[run.start], run.start, at)
             item = 0 if shared else run.start
             carry = x, written[item]
             x, written[item] = step(0, carry) if len(run) == 1 else jax.lax.fori_loop(0, len(run), step, carry)
         # In the last layer only the wanted token needs a query; the others need keys and values.
         last = len(layers) - 1
-        x, written[-1] = _apply(*layers[-1], x, rope_of(last), written[-1], _place(last, written[-1]), start, only)
+        x, written[-1] = _apply(*layers[-1], x, _of_layer(written[-1], last), at(last), only)
         return self.norm(x), tuple(written)
 
     def logits(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:

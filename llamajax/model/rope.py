@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from llamajax.config import LlamaConfig
+from llamajax.ops import Positions
 
 
 def rope_tables(
@@ -18,12 +19,11 @@ def rope_tables(
     return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
-def of_layer(
-    config: LlamaConfig, tables: tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]], layer: Int[Array, ""] | int
-) -> tuple[Float32[Array, "T H/2"], Float32[Array, "T H/2"]]:
-    """The tables for a layer: one without RoPE turns by no angle."""
+def of_layer(config: LlamaConfig, at: Positions, layer: Array | int) -> Positions:
+    """The positions for a layer: one without RoPE turns by no angle."""
     if not config.layers_without_rope:
-        return tables
-    cos, sin = tables
+        return at
     turns = ~np.isin(np.arange(config.num_hidden_layers), config.layers_without_rope)
-    return jnp.where(jnp.asarray(turns)[layer], cos, 1), jnp.where(jnp.asarray(turns)[layer], sin, 0)
+    return Positions(
+        at.start, jnp.where(jnp.asarray(turns)[layer], at.cos, 1), jnp.where(jnp.asarray(turns)[layer], at.sin, 0)
+    )

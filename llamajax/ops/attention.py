@@ -11,46 +11,38 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int, Real
 
 from llamajax.ops import native
+from llamajax.ops.kv import KeysValues, Positions
 from llamajax.ops.linear import Norm
 from llamajax.ops.stacked import alone
-
-# Positions of a page: the block of the native kernels.
-PAGE_LEN = 64
 
 Mixed = tuple[Float32[Array, "T N*H"], Real[Array, "*PL K S R"], Real[Array, "*PL K S R"]]
 
 
 def attention(
     qkv: Float32[Array, "T (N+2K)*H"],
-    cos: Float32[Array, "T H/2"],
-    sin: Float32[Array, "T H/2"],
-    key: Real[Array, "*PL K S R"],
-    value: Real[Array, "*PL K S R"],
-    start: Int[Array, ""],
-    layer: Int[Array, ""] | None = None,
-    table: Int[Array, "M"] | None = None,
+    kv: KeysValues,
+    at: Positions,
     *,
     norm: Norm | None = None,
     window: int | None = None,
-) -> Mixed:
-    """Token t, at position start + t, attends to the cache's positions up to its own, or to the last `window` of them.
+) -> tuple[Float32[Array, "T N*H"], KeysValues]:
+    """Each token attends to the cache's positions up to its own, or to the last `window` of them.
 
-    qkv is each token's N queries, K keys and K values; cos and sin are of its RoPE angles. Before RoPE comes the norm,
-    if there is one. Its weights [2H] are for a query's head, then for a key's.
+    qkv is each token's N queries, K keys and K values. Before RoPE comes the norm, if there is one. Its weights [2H]
+    are for a query's head, then for a key's.
 
-    For XLA the cache is one layer's, [K, S, H]. For the native kernels it is a pool of P pages of all layers,
-    [P, L, K, 64, R], and a table of this sequence's pages in their order. The sequences of a batch have one pool, and
-    may share pages that the call does not write. Of int8, R is `placement.row_len`. start + T must not pass S or 64 M:
-    XLA would shift the write, and natively it is an error. A sequence with pages and a negative start is idle: nothing
-    of it is read or written, and it gets zeros.
+    The sequences of a batch have one pool of pages, and may share pages that the call does not write. The last position
+    must be in the cache: XLA would shift the write, and natively it is an error. A sequence with pages and a negative
+    start is idle: nothing of it is read or written, and it gets zeros.
 
     Sums and softmax are in f32. Of a cache of 16 bits, XLA rounds queries and weights to its dtype. Natively 16 queries
     or more are multiplied in numbers of 12 bits; fewer in f32, each to the same bits as if it were alone.
 
     Returns the mixed values, and the cache with the T positions written.
     """
-    eps, weight = (0.0, None) if norm is None else (norm.eps, alone(norm.weight))
-    return _operation(eps, window)(qkv, cos, sin, key, value, start, layer, table, weight)
+    eps, weights = (0.0, None) if norm is None else (norm.eps, alone(norm.weight))
+    mixed, key, value = _operation(eps, window)(qkv, kv, at, weights)
+    return mixed, KeysValues(key, value, kv.table)
 
 
 @cache
@@ -61,49 +53,30 @@ def _operation(eps: float, window: int | None) -> Callable[..., Mixed]:
         return _attention(*given, eps=eps, window=window)
 
     @custom_vmap
-    def operation(
-        qkv: Array,
-        cos: Array,
-        sin: Array,
-        key: Array,
-        value: Array,
-        start: Array,
-        layer: Array | None,
-        table: Array | None,
-        norms: Array | None,
-    ) -> Mixed:
-        if table is None:
-            return by_xla(qkv, cos, sin, key, value, start, norms)
-        assert layer is not None  # pages are of all layers
-        return by_kernels(qkv, cos, sin, key, value, start, layer, table, norms)
+    def operation(qkv: Array, kv: KeysValues, at: Positions, norms: Array | None) -> Mixed:
+        return (by_xla if kv.table is None else by_kernels)(qkv, kv, at, norms)
 
     @operation.def_vmap
-    def _(axis_size: int, in_batched: list[bool], *arguments: Array) -> tuple[Mixed, tuple[bool, bool, bool]]:
-        has_pages = arguments[7] is not None
-        shared = (3, 4, 6, 8) if has_pages else (6, 7, 8)  # by all rows
-        rows = [
-            x if batched or i in shared else jnp.broadcast_to(x, (axis_size, *x.shape))
-            for i, (x, batched) in enumerate(zip(arguments, in_batched, strict=True))
-        ]
-        if has_pages:
-            return by_kernels(*rows), (True, False, False)
-        return jax.vmap(by_xla, in_axes=(*[0] * 6, None))(*rows[:6], rows[8]), (True, True, True)
+    def _(
+        axis_size: int, in_batched: list[Any], qkv: Array, kv: KeysValues, at: Positions, norms: Array | None
+    ) -> tuple[Mixed, tuple[bool, bool, bool]]:
+        def of_rows(x: Array, batched: bool) -> Array:
+            return x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+
+        qkv, at = jax.tree.map(of_rows, (qkv, at), (in_batched[0], in_batched[2]))
+        if kv.table is None:
+            kv = jax.tree.map(of_rows, kv, in_batched[1])
+            return jax.vmap(by_xla, in_axes=(0, 0, 0, None))(qkv, kv, at, norms), (True, True, True)
+        kv = kv._replace(table=of_rows(kv.table, in_batched[1].table))  # all rows have one pool
+        return by_kernels(qkv, kv, at, norms), (True, False, False)
 
     return operation
 
 
 def _attention(
-    qkv: Array,
-    cos: Array,
-    sin: Array,
-    key: Array,
-    value: Array,
-    start: Array,
-    norms: Array | None,
-    *,
-    eps: float,
-    window: int | None,
+    qkv: Array, kv: KeysValues, at: Positions, norms: Array | None, *, eps: float, window: int | None
 ) -> Mixed:
+    key, value, (start, cos, sin) = kv.key, kv.value, at
     T, (K, S, H) = qkv.shape[0], key.shape
     heads = qkv.reshape(T, -1, H)
     query, new_key, new_value = jnp.split(heads, [heads.shape[1] - 2 * K, heads.shape[1] - K], axis=1)

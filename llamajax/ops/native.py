@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Real, UInt8
 
 from llamajax import kernels
 from llamajax.kernels import aligned
+from llamajax.ops.kv import KeysValues, Positions
 from llamajax.ops.packed import PackedWeight
 from llamajax.ops.stacked import Stacked
 
@@ -115,31 +116,30 @@ def linear(
 
 def attention(
     qkv: Float32[Array, "*B T (N+2K)*H"],
-    cos: Float32[Array, "*B T H/2"],
-    sin: Float32[Array, "*B T H/2"],
-    key: Real[Array, "P L K 64 R"],
-    value: Real[Array, "P L K 64 R"],
-    start: Int32[Array, "*B"],
-    layer: Int32[Array, ""],
-    table: Int32[Array, "*B M"],
+    kv: KeysValues,
+    at: Positions,
     norms: Float32[Array, "2*H"] | None = None,
     *,
     eps: float = 0.0,
     window: int | None = None,
 ) -> tuple[Float32[Array, "*B T N*H"], Real[Array, "P L K 64 R"], Real[Array, "P L K 64 R"]]:
-    """As `ops.attention`, of one sequence or a batch over pages. They are written in place where they may be.
+    """As `ops.attention`, of one sequence or a batch, over pages: with B, the table and the positions have it, too.
+
+    The pages are written in place where they may be.
 
     Fails, at run time, for start + T > 64 M, and for a page or a layer that there is not. Fails for an H that is no
     multiple of 8. Table entries behind the last position may be anything.
     """
-    width = qkv.shape[-1] - 2 * key.shape[2] * 2 * cos.shape[-1]
+    key, value, table, layer = kv
+    width = qkv.shape[-1] - 2 * key.shape[2] * 2 * at.cos.shape[-1]
     shapes = [((*qkv.shape[:-1], width), jnp.float32), (key.shape, key.dtype), (value.shape, value.dtype)]
     mixed, key, value = jax.ffi.ffi_call(
         "llamajax_attention",
         tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
         input_output_aliases={6: 1, 7: 2},
     )(
-        *(qkv, cos, sin, start, layer, table, key, value, jnp.zeros(0, jnp.float32) if norms is None else norms),
+        *(qkv, at.cos, at.sin, at.start, layer, table, key, value),
+        jnp.zeros(0, jnp.float32) if norms is None else norms,
         eps=np.float32(eps),
         window=np.int64(window or np.iinfo(np.int64).max),
     )

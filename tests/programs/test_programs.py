@@ -153,16 +153,16 @@ def planting(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def native_attention(patch: pytest.MonkeyPatch) -> None:
     """Of one row, to its cache as if that were pages."""
 
-    def of_pages(
-        qkv: Array, cos: Array, sin: Array, key: Array, value: Array, start: Array
-    ) -> tuple[Array, Array, Array]:
+    def of_pages(qkv: Array, key: Array, value: Array, at: ops.Positions) -> tuple[Array, Array, Array]:
         K, S, R = key.shape
         table = jnp.arange(S // ops.PAGE_LEN, dtype=jnp.int32)
         pools = (x.reshape(K, -1, ops.PAGE_LEN, R).swapaxes(0, 1)[:, None] for x in (key, value))
-        mixed, *pools = native.attention(qkv, cos, sin, *pools, start, jnp.int32(0), table)
+        mixed, *pools = native.attention(qkv, ops.KeysValues(*pools, table, jnp.int32(0)), at)
         return mixed, *(pool[:, 0].swapaxes(0, 1).reshape(K, S, R) for pool in pools)
 
-    patch.setattr(attention, "_attention", lambda *given, **options: sequential_vmap(of_pages)(*given[:6]))
+    patch.setattr(
+        attention, "_attention", lambda qkv, kv, at, *_, **options: sequential_vmap(of_pages)(qkv, *kv[:2], at)
+    )
 
 
 def a_cache_that_is_not_donated(patch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,7 @@ from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
 from llamajax.engine.steps import BLOCK_LEN, Drawn, Rows, Slots
-from llamajax.model.cache import KeysValues
-from llamajax.ops import PAGE_LEN, native
+from llamajax.ops import PAGE_LEN, KeysValues, native
 from llamajax.types import Request, Token, mask_len
 
 from ...tiny_model import CONFIG, placed

@@ -6,7 +6,8 @@ import numpy as np
 from llamajax.engine import steps
 from llamajax.engine.batch import Needs
 from llamajax.engine.contiguous import ContiguousBatch
-from llamajax.model.cache import Cache, KeysValues
+from llamajax.model.cache import Cache
+from llamajax.ops import KeysValues
 
 from ... import tiny_model
 from ...tiny_model import tiny_runner

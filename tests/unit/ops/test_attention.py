@@ -99,9 +99,11 @@ def attention_of(norm: bool = False, window: int | None = None, batch: bool = Fa
     """Of one sequence, or of a batch with pages in one pool. A norm's weights are the last argument."""
 
     def attend(*given: jax.Array) -> Any:
-        return ops.attention(
-            *given[: len(given) - norm], norm=ops.Norm(given[-1], EPS) if norm else None, window=window
-        )
+        qkv, cos, sin, key, value, start, *pages = given[: len(given) - norm]
+        layer, table = pages or (None, None)
+        kv, at = ops.KeysValues(key, value, table, layer), ops.Positions(start, cos, sin)
+        mixed, kv = ops.attention(qkv, kv, at, norm=ops.Norm(given[-1], EPS) if norm else None, window=window)
+        return mixed, kv.key, kv.value
 
     axes = (0, 0, 0, None, None, 0, None, 0, *[None] * norm)
     return jax.jit(jax.vmap(attend, in_axes=axes, out_axes=(0, None, None)) if batch else attend)
@@ -343,7 +345,7 @@ def test_vmap_is_a_batch(shape: tuple[int, ...]) -> None:
     rng, start = np.random.default_rng(0), np.array([0, shape[-1] - shape[0], 3, 1], np.int32)
     rows = [arguments(rng, *shape) for _ in start]
     *tokens, keys, values = (np.stack(x) for x in zip(*rows, strict=True))
-    found = jax.jit(jax.vmap(ops.attention))(*tokens, keys[:, 1], values[:, 1], start)
+    found = jax.jit(jax.vmap(attention_of()))(*tokens, keys[:, 1], values[:, 1], start)
     for b, row in enumerate(rows):
         mixed, *caches = reference(*row, start[b], layer=1)
         for actual, wanted in zip(found, (mixed, *(cache[1] for cache in caches)), strict=True):
@@ -447,7 +449,7 @@ def test_caches_are_written_in_place_where_they_are_donated(implementation: str)
         pools, (table,) = paged(np.stack([key, value]))
         caches, rest = [jnp.asarray(pool) for pool in pools], [jnp.int32(2), table]
     before = [cache.unsafe_buffer_pointer() for cache in caches]
-    _, *written = jax.jit(ops.attention, donate_argnums=(3, 4))(*tokens, *caches, jnp.int32(5), *rest)
+    _, *written = jax.jit(attention_of(), donate_argnums=(3, 4))(*tokens, *caches, jnp.int32(5), *rest)
     assert [cache.unsafe_buffer_pointer() for cache in written] == before
 
 
