@@ -11,14 +11,14 @@ struct DenseTiles : Dense<BFloat16> {
   }
 };
 
-// Rows and bytes of a row, of each of the 8 tiles.
+// The shape of each of the 8 tiles: its rows, and the bytes of a row.
 struct alignas(kLine) TileShapes {
   uint8_t palette = 1, zeros[15] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A tile of x and one of weights stay while they are multiplied with two others each.
+// Two tiles of x times two of weights: each tile that is loaded is multiplied twice.
 template <>
 inline int64_t tile_of_pair<DenseTiles, DenseTiles::kRows>(const uint8_t* const* pair, const BFloat16* numbers,
                                                            const BlockOfX*, int64_t num_blocks, int64_t rows,
@@ -67,8 +67,8 @@ inline int64_t tile_of_pair<DenseTiles, DenseTiles::kRows>(const uint8_t* const*
   return std::min<int64_t>(rows, F::kRows);
 }
 
-// Attention's operands, of 12 bits, as 64 * high + low: their product, from those of their bytes, is the same integer
-// as that of numbers of 16 bits.
+// Attention's operands have 12 bits, split into bytes as 64 * high + low. The products of the bytes sum up to the
+// same integer as the products of int16 numbers do.
 template <>
 struct Operands<int8_t> {
   Operands() {
@@ -113,7 +113,8 @@ struct Operands<int8_t> {
  private:
   static constexpr int64_t kTile = 16;
 
-  // Of kTile rows and kLanes columns, the products of high bytes in tile 0, of high and low ones in 1, of low ones in 2.
+  // kTile rows and kLanes columns. Tile 0 sums products of high bytes, tile 1 of high and low ones, tile 2 of low
+  // ones.
   static void multiply_tile(const int8_t* left, int64_t left_plane, const int8_t* right, int64_t right_plane,
                             int64_t depth) {
     _tile_zero(0);

@@ -1,5 +1,6 @@
-// The products of queries [kRows, H] with the first keys of a cache's rows, whose lanes are not added up yet: products
-// [kRows, kLanes], of which kTogether columns are filled. There are `count` keys; if fewer, the last one is repeated.
+// Products of queries [kRows, H] with the next kTogether keys of a page, before their lanes are summed: products
+// [kRows, kLanes], of which kTogether columns are filled. If fewer than kTogether keys are left (`count`), the last
+// one is repeated, so that the loop has no branches.
 template <int kRows, class T>
 inline void multiply(const float* queries, int64_t H, const T* keys, int64_t row_len, int64_t count, Floats* products) {
   const T* key[kTogether];
@@ -30,7 +31,8 @@ inline void fetch(const T* numbers, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(numbers + i);
 }
 
-// scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys of a page, whose values are fetched meanwhile.
+// scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys of a page. Prefetches the page's values,
+// which `mix` needs next.
 template <int kRows, class T>
 inline void score_stored(const float* queries, int64_t H, const T* keys, const T* values, int64_t row_len,
                          int64_t count, float* scores) {
@@ -49,8 +51,8 @@ inline void score_stored(const float* queries, int64_t H, const T* keys, const T
   }
 }
 
-// sums [kRows, H] = factor[r] * sums + weights [kRows, kKeys] times `count` values of a page, of kWide vectors from h
-// on, or of one with less than kLanes numbers. The keys that are read next are fetched meanwhile.
+// sums [kRows, H] = factor[r] * sums + weights [kRows, kKeys] times `count` values of a page. Does kWide vectors of
+// the head from h on, or, unless kWhole, one with less than kLanes numbers. Prefetches the keys of the next page.
 template <int kRows, int kWide, bool kWhole, class T>
 inline void mix_part(const float* weights, const float* factor, const T* values, const T* next_keys, int64_t row_len,
                      int64_t count, int64_t H, int64_t h, float* sums) {
@@ -93,8 +95,9 @@ inline void mix(const float* weights, const float* factor, const T* values, cons
   if (h < H) part(kOne, std::false_type(), h);
 }
 
-// kPiece positions of a sequence's cache, from `first` on, for one KV head. A query's pieces are done by any thread, and
-// joined in their order: where the cache is cut does not depend on its length or on the number of threads.
+// A unit of work for a thread: kPiece positions of a sequence's cache, from `first` on, for one KV head. Any thread
+// may do a query's pieces; they are joined in order. The cache is cut at the same positions whatever its length and
+// the number of threads, so that a sum has the same bits.
 struct Piece {
   int64_t b, k, first;
 };
@@ -106,8 +109,8 @@ inline int64_t first_piece(const Attention<T>& a, int64_t b, int64_t t) {
   return a.first_seen(b, t) / kPiece * kPiece;
 }
 
-// What pieces give of each head of the group: sums [H] of values by weights that are relative to the highest score,
-// that score, and the weights' sum.
+// A piece's result for each head of the group: the weighted sum of values [H], the highest score, to which the
+// weights are relative, and the sum of the weights.
 inline int64_t part_len(int64_t H) { return H + 2; }
 
 // Query t of kRows heads from `head` on, over a piece. Fills kRows parts. `next` is where the next piece's keys begin.
@@ -122,7 +125,7 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, const T* nex
   Softmax<kRows> softmax;
   float most[softmax.kWhole] = {};
   std::fill(sums, sums + kRows * H, 0);
-  const float scale = kLog2e / std::sqrt(float(H));  // scores are of powers of two
+  const float scale = kLog2e / std::sqrt(float(H));  // the softmax uses 2^x, which is cheaper than e^x
   for (int r = 0; r < kRows; ++r) rotate(a, b, t, k * a.group() + head + r, scale, queries + r * H);
   for (int64_t s = std::max(first, seen / kKeys * kKeys); s < end; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, end - s);
@@ -185,13 +188,13 @@ inline void join(const Attention<T>& a, int64_t b, int64_t k, int64_t t, const f
   }
 }
 
-// A few queries of each sequence, each to the same bits as if it were alone. What they have in common is a piece's keys
-// and values, which stay in a core's second-level cache.
+// Attention of few queries of each sequence. Each gets the same bits as if it were alone; they share only the reading
+// of a piece's keys and values, which stay in a core's second-level cache.
 template <class T>
 inline void attend_few(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   struct Scratch {
     std::vector<Piece> pieces;  // a sequence's, of all KV heads, one after the other: their pages are neighbours
-    std::vector<int64_t> left;  // of each KV head, the pieces that are not done
+    std::vector<int64_t> left;  // unfinished pieces of each KV head
     std::vector<float> parts;   // [pieces, queries, group, part_len]
   };
   static thread_local Scratch scratch;
@@ -207,7 +210,7 @@ inline void attend_few(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   }
   const int64_t Q = a.queries, K = a.kv_heads, count = pieces.size(), length = a.group() * part_len(a.head_dim);
   parts.resize(count * Q * length);
-  // These arrays are the calling thread's, in all threads.
+  // References to the calling thread's arrays: in another thread, `scratch` would be that thread's own.
   parallel_for(pool, count, 1, [&, pieces = pieces.data(), left = left.data(), parts = parts.data()](int64_t i) {
     const auto [b, k, first] = pieces[i];
     const Piece& next = pieces[std::min(i + 1, count - 1)];

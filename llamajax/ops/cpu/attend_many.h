@@ -1,15 +1,16 @@
-// Attention of many queries, as a prompt is read: a lane of the vectors has a query, so that the softmax needs nothing
-// from the other lanes. The cache is packed into blocks of kKeys positions.
+// Attention of many queries, for prefill. Each vector lane holds one query, so that the softmax needs no sums across
+// lanes. Prefill repacks the cache into blocks of kKeys positions, in the order in which the products read them.
 //
-// Products are of a left operand [rows, depth], whose numbers all queries are multiplied with, and a right operand
-// [depth / kPer, kColumns, kPer], one column a query. Of a cache of f32 both are in f32. Of another, they are in 12
-// bits: queries and keys are multiples of a vector's largest magnitude / kFine, values of a dimension's in the block,
-// weights of the block's largest / kWeight, so that sums fit 32 bits.
+// A product multiplies a left operand [rows, depth] (keys or values) by a right operand [depth / kPer, kColumns,
+// kPer], with one query per column. With a cache in f32, both are in f32. Otherwise both are rounded to 12 bits, so
+// that sums fit 32: a query or a key to multiples of its largest magnitude / kFine, values to the same of their
+// dimension in the block, and weights to multiples of the block's largest / kWeight.
 constexpr int32_t kFine = 4095, kWeight = 8191;
 constexpr int kColumns = 2 * kLanes;
 static_assert(int64_t(kFine) * kWeight * kKeys <= INT32_MAX);
 
-// What operands consist of: numbers of f32 or 16 bits, or AMX's bytes, the high and the low ones apart in two planes.
+// The numbers of an operand: f32, int16, or AMX's bytes, with the high bytes in one plane and the low ones in
+// another.
 template <class T>
 using Number = std::conditional_t<std::is_same_v<T, float>, float, Rounded>;
 template <class N>
@@ -28,7 +29,7 @@ inline Exact<N> exact(Floats x) {
   }
 }
 
-// What is done with operands' numbers, while one of these exists. amx.h has another one for bytes.
+// The products of operands in f32 and int16. amx.h has the ones of bytes. AMX's tiles are set up while one exists.
 template <class N>
 struct Operands {
   // Puts numbers of a row, or of as many rows as stand together in a lane. Planes are `plane` numbers apart.
@@ -69,8 +70,8 @@ struct Operands {
   }
 };
 
-// Room for `count` numbers from the beginning of a cache line on: what lies in two lines is read at half the speed, and
-// by AMX at a fourth.
+// Memory for `count` numbers, aligned to a cache line: a vector that crosses lines loads at half the speed, and an
+// AMX tile at a fourth.
 template <class N>
 inline N* in_lines(std::vector<N>& room, int64_t count) {
   room.resize(count + kLine / sizeof(N));
@@ -78,7 +79,7 @@ inline N* in_lines(std::vector<N>& room, int64_t count) {
   return reinterpret_cast<N*>((begin + kLine - 1) / kLine * kLine);
 }
 
-// Both operands' numbers. `width` is head_dim, filled up with zeros to what the products take.
+// A block of keys and values. `width` is head_dim, padded with zeros to a multiple of what the products take.
 template <class N>
 struct Block {
   N *keys, *values;                // [kPlanes, kKeys, width], [kPlanes, width, kKeys]
@@ -164,20 +165,20 @@ inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t
   }
 }
 
-// What a tile makes of a block.
+// What one tile of queries computes from one block.
 template <class N>
 struct Work {
   alignas(kLine) float scores[kKeys * kColumns];
   alignas(kLine) N weights[kPlanes<N> * kKeys * kColumns];  // a right operand
-  float factor[kColumns];  // of the sums so far
-  float share[kColumns];   // what weights of this block are multiples of
+  float factor[kColumns];  // by which the sums so far are scaled down
+  float share[kColumns];   // the step of this block's rounded weights
 };
 
 // kColumns rows of a KV head's queries (row = query * group + head of the group), from block to block.
 template <class T, class N>
 class Tile {
  public:
-  // Takes the rows from `first` on; the last one more than once if there are no more.
+  // Loads the rows from `first` on. Repeats the last one if fewer are left.
   void begin(const Attention<T>& a, int64_t b, int64_t k, int64_t first, int64_t width) {
     const int64_t H = a.head_dim, group = a.group(), rows = a.queries * group, plane = width * kColumns;
     const float finest = std::min<float>(kFine, INT32_MAX / kFine / H);
@@ -277,7 +278,7 @@ class Tile {
     return max(max(most[0], most[1]), max(most[2], most[3]));
   }
 
-  // Leaves a row's scores of positions that it does not see far below all others.
+  // Masks: scores of positions that a row does not see become far lower than all others.
   void mask(float* scores, int64_t s) const {
     for (int64_t j = 0; j < keys_seen(s); ++j) {
       for (int i = 0; i < kColumns; i += kLanes, scores += kLanes) {
@@ -296,8 +297,8 @@ class Tile {
   float highest_[kColumns], total_[kColumns];    // score so far; sum of the weights relative to it
 };
 
-// Tiles that share a block of keys and values while it is in a core's first-level cache; that go through a step one after
-// the other. AMX takes about 0.4 us to begin again after other work.
+// Tiles that use a block of keys and values while it is in a core's first-level cache, and tiles that do the same
+// step in a row: AMX needs about 0.4 us to start again after other work.
 constexpr int64_t kTiles = 8;
 template <class N>
 constexpr int64_t kInStep = kPlanes<N> == 2 ? kTiles : 1;
@@ -310,7 +311,7 @@ inline void attend_many(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   int64_t count = 0;  // of blocks in the longest sequence
   for (int64_t b = 0; b < B; ++b) count = std::max(count, (a.end(b) + kKeys - 1) / kKeys);
   static thread_local Blocks<N> scratch;
-  Blocks<N>& blocks = scratch;  // this thread's, in the others too
+  Blocks<N>& blocks = scratch;  // the calling thread's, also inside the other threads
   blocks.resize(B * K * count, H);
   parallel_for(pool, B * K * count, 1, [&](int64_t i) {
     const int64_t b = i / (K * count), k = i / count % K, s = i % count * kKeys;
@@ -321,7 +322,7 @@ inline void attend_many(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   const int64_t rows = a.queries * a.group(), each = kTiles * kColumns, parts = (rows + each - 1) / each;
   parallel_for(pool, B * K * parts, 1, [&](int64_t i) {
     const int64_t head = i / parts, b = head / K, k = head % K;
-    const int64_t first = (parts - 1 - i % parts) * each;  // the longest first
+    const int64_t first = (parts - 1 - i % parts) * each;  // the longest first, so that threads end together
     if (a.idle(b)) return;
     static thread_local std::vector<Tile<T, N>> tiles;
     tiles.resize((std::min(first + each, rows) - first + kColumns - 1) / kColumns);

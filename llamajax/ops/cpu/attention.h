@@ -1,5 +1,6 @@
 // Causal attention of grouped queries over a KV cache, with an online softmax (Milakov and Gimelshein 2018) over
-// blocks of kKeys positions. A query's sums are in the same order, however many queries are computed with it.
+// blocks of kKeys positions. A query is summed in the same order however many others are computed with it: this makes
+// a batch equal to single requests.
 
 // 1 / sqrt(mean(x^2) + eps) of `count` numbers.
 inline float inverse_rms(const float* x, int64_t count, float eps) {
@@ -11,8 +12,8 @@ inline float inverse_rms(const float* x, int64_t count, float eps) {
   return 1 / std::sqrt(sum(squares) / count + eps);
 }
 
-// RoPE: the pairs (x[i], x[i + head_dim / 2]) of a head of query t, turned by its angles, times a factor. If there are
-// norms, x is the head's.
+// RoPE: turns the pairs (x[i], x[i + head_dim / 2]) of a head of query t by its angles, and multiplies them by a
+// factor. If there are norms, normalizes the head first.
 template <class T>
 inline void rotate(const Attention<T>& a, int64_t b, int64_t t, int64_t head, float factor, float* y) {
   const int64_t half = a.head_dim / 2, angles = (b * a.queries + t) * half;
@@ -43,11 +44,11 @@ inline float largest(const T* x, int64_t count) {
   return has_nan(nothing) ? NAN : maximum(most);
 }
 
-// A cache's rows have steps.
+// Whether a cache's rows end in a step, as those of int8 do.
 template <class T>
 constexpr bool kSteps = std::is_same_v<T, int8_t>;
 
-// What the numbers of each of `count` rows [H] of a cache are multiples of, and zeros up to whole vectors.
+// Reads the steps of `count` rows [H] of a cache, and fills the last vector with zeros.
 template <class T>
 inline void read_steps(const T* rows, int64_t H, int64_t row_len, int64_t count, float* steps) {
   Half stored[kKeys] = {};
@@ -55,7 +56,7 @@ inline void read_steps(const T* rows, int64_t H, int64_t row_len, int64_t count,
   for (int64_t s = 0; s < count; s += kLanes) store(steps + s, load(stored + s));
 }
 
-// Puts a row of `count` numbers into a cache.
+// Stores a row of `count` numbers in a cache.
 template <class T>
 inline void put_row(const float* x, int64_t count, T* row) {
   for (int64_t h = 0; h < count; h += kLanes) store_first(row + h, load_first(x + h, count - h), count - h);
@@ -73,7 +74,7 @@ inline void put_row(const float* x, int64_t count, int8_t* row) {
   }
 }
 
-// Puts the key and the value of query t into the cache.
+// Stores the key and the value of query t in the cache.
 template <class T>
 inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
   static thread_local std::vector<float> rotated;
@@ -84,19 +85,19 @@ inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
   put_row(value, a.head_dim, a.row(a.values, b, k, a.start[b] + t));
 }
 
-// The softmax of kRows rows' blocks so far.
+// The running softmax of kRows rows, over the blocks so far.
 template <int kRows>
 struct Softmax {
   static constexpr int kWhole = (kRows + kLanes - 1) / kLanes * kLanes;
   float highest[kWhole];
-  float factor[kWhole];         // of what was summed before the last block
+  float factor[kWhole];         // scales what was summed before the last block
   float total[kRows * kLanes];  // of each row's weights, in each lane
 
   Softmax() {
     std::fill_n(highest, kWhole, kLowest);
     std::fill_n(total, kRows * kLanes, 0);
   }
-  // Goes on to a block with these highest scores.
+  // Begins a block with these highest scores.
   void go_on(const float* scores) {
     for (int r = 0; r < kWhole; r += kLanes) {
       const Floats before = load(highest + r), block = load(scores + r), now = max(before, block);
@@ -104,7 +105,7 @@ struct Softmax {
       store(factor + r, exp2(before - now));
     }
   }
-  // Adds what the lanes have summed of a row's block.
+  // Adds the lanes' sums of a row's block.
   void add(int r, Floats weights) {
     float* sums = total + r * kLanes;
     store(sums, fma(load(sums), all(factor[r]), weights));
@@ -112,7 +113,7 @@ struct Softmax {
   float sum_of(int r) const { return sum(load(total + r * kLanes)); }
 };
 
-// The highest of kKeys scores, of which those from `begin` up to `count` count; the others become kLowest. NaN if one is.
+// The highest of the scores from `begin` up to `count`; NaN if one is. The others of kKeys become kLowest.
 inline float highest(float* scores, int64_t begin, int64_t count) {
   std::fill(scores, scores + std::clamp<int64_t>(begin, 0, kKeys), kLowest);
   std::fill(scores + std::clamp<int64_t>(count, 0, kKeys), scores + kKeys, kLowest);

@@ -1,5 +1,5 @@
-// Products with weights, attention, and sampling, for XLA's CPU backend: for each instruction set, the best that the
-// machine has being chosen when the library is loaded.
+// Products with weights, attention, and sampling, for XLA's CPU backend. All are compiled for each instruction set;
+// the best that the machine has is chosen when the library is loaded.
 
 #include <algorithm>
 #include <array>
@@ -50,10 +50,10 @@ namespace {
 
 constexpr int64_t kGroup = 16;  // rows of weights that are stored together
 constexpr int kKeys = 64;  // positions of a block of attention, and of a page of the cache
-constexpr int64_t kMany = 16;             // queries of a sequence that are no longer computed one by one
-constexpr int64_t kPanelBytes = 1 << 17;  // of x, as the products take it: stays in a core's second-level cache
-constexpr int64_t kFewRows = 32;          // for each thread: fewer share the weights out, not the rows
-constexpr int64_t kLine = 64;             // bytes that come from memory together
+constexpr int64_t kMany = 16;             // from so many queries of a sequence on, attend_many.h computes them
+constexpr int64_t kPanelBytes = 1 << 17;  // of packed x: stays in a core's second-level cache
+constexpr int64_t kFewRows = 32;          // a thread: with fewer, threads divide the weights, not the rows
+constexpr int64_t kLine = 64;             // bytes of a cache line
 constexpr int64_t kStepBytes = 2;         // of a row of int8_t in a cache
 constexpr float kLowest = -1e30f;
 constexpr float kMassRounding = 1e-6f;    // of probabilities: a set whose mass is within this of top_p reaches it
@@ -65,12 +65,12 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// What weights, or their quants, are kept in.
+// The type of stored weights, or of their quants.
 enum class Numbers { u4, u8, f16, bf16, f32 };
 constexpr const char* kNumbers[] = {"u4", "u8", "float16", "bfloat16", "float32"};
 constexpr int kBitsOf[] = {4, 8, 16, 16, 32};
 
-// What a product is asked for: y = x W^T + residual, or silu(gate) * up for W's two halves.
+// The arguments of a product: y = x W^T + residual, or silu(gate) * up for W's two halves.
 struct Product {
   int64_t M, K, N;         // if gated, N is 2 * the width of y
   const float* x;          // [M, K]
@@ -85,10 +85,10 @@ struct Product {
   float* y;  // [M, N], or [M, N / 2] if gated
 };
 
-// A call's arrays. Query t of a sequence is at position start + t. A sequence with a negative start is idle. The cache
-// consists of pages of kKeys positions, and a sequence's table has the numbers of its pages in their order. A cache of
-// int8_t has rows of head_dim numbers and the step that they are multiples of, in f16. A query sees `window` positions,
-// up to its own.
+// The arguments of attention. Query t of a sequence is at position start + t. A sequence with a negative start is
+// idle. The cache consists of pages of kKeys positions, and a sequence's table has the numbers of its pages in their
+// order. A cache of int8_t has rows of head_dim numbers and the step that they are multiples of, in f16. A query sees
+// `window` positions, up to its own.
 template <class T>
 struct Attention {
   int64_t batch, queries, heads, kv_heads, head_dim, table_len, layers, layer, window;
@@ -122,7 +122,7 @@ struct DrawOptions {  // of a row; in the order of native.py's columns
   float uniform;  // in [0, 1): decides the draw
 };
 
-// A call's arrays: of B rows of V scores, and N of them with a bias.
+// The arguments of sampling: B rows of V scores, N of which have a bias.
 struct Draws {
   int64_t rows, count, num_biases;  // B, V, N
   const float* logits;              // [B, V]
@@ -405,7 +405,7 @@ void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
   }
 }
 
-// The cache comes in and goes out as the same memory. One sequence may come without the batch's dimension.
+// Attention. The cache's input and output are the same memory. One sequence may come without a batch dimension.
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffer<ffi::F32> cos,
                      ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::S32> start, ffi::BufferR0<ffi::S32> layer,
                      ffi::Buffer<ffi::S32> table, ffi::AnyBuffer old_keys, ffi::AnyBuffer old_values,
@@ -462,8 +462,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> qkv, ffi::Buffe
   return ffi::Error::Success();
 }
 
-// Writes nothing, so that a pool takes no memory before it is used. Asks Linux for that memory in units of 2 MiB: pages
-// in any order are spread over more units of 4 KiB than a processor remembers the addresses of. With 32 rows of 4,096
+// Writes nothing, so that a pool takes no memory before it is used. Asks Linux for huge pages (2 MiB): a pool's pages
+// are read in any order, and span more memory pages of 4 KiB than the TLB has entries for. With 32 rows of 4,096
 // positions (SmolLM2-135M, Zen 3) attention takes 0.9 of the time.
 ffi::Error unwritten(ffi::Result<ffi::AnyBuffer> first, ffi::Result<ffi::AnyBuffer> second) {
 #if defined(__linux__)
@@ -508,7 +508,7 @@ ffi::Error sample(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> logits, ffi::Buf
 std::shared_mutex answering;
 bool (*answer)(int32_t, int32_t, uint32_t*) = nullptr;
 
-// What may follow a token. The first thread that comes to it asks the host; another one waits.
+// The tokens that may follow a token. The first thread that needs them asks the host; others wait.
 struct Question {
   const int32_t asked, token;
   std::vector<uint32_t> mask;
@@ -570,7 +570,7 @@ ffi::Error ask(ffi::BufferR1<ffi::S32> asked, ffi::BufferR2<ffi::F32> logits, ff
     const uint32_t word = question->mask[i / 32];
     const int64_t count = std::min<int64_t>(32, V - i);
     for (int64_t j = 0; j < count; ++j) {
-      const float x = from[i + j];  // read in any case, and a bit of a table: so that many are done at once
+      const float x = from[i + j];  // read always, and masked by a table: without branches
       to[i + j] = word & kBits[j] ? x : -INFINITY;
     }
   }
@@ -643,9 +643,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llamajax_ask, ask,
                                   .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::BufferR1<ffi::PRED>>());
 
-// Sets what `ask` calls with the number of who is asked, a token, and the mask of those that may follow, to be written.
-// It returns whether any may. Without a function all answers end. What the old one is asked it has answered when this
-// returns.
+// Sets the function that `ask` calls, with the number of who is asked, a token, and room for the mask of the tokens
+// that may follow. The function returns whether any may. Without one, all answers end. When this returns, no call of
+// the old function is running.
 extern "C" void llamajax_answer(bool (*function)(int32_t, int32_t, uint32_t*)) {
   const std::unique_lock lock(answering);
   answer = function;
@@ -659,10 +659,10 @@ extern "C" void llamajax_limit(const char* most) { isa = best(most); }
 
 namespace {
 
-// What packed.py tells, of rows of a file's blocks: `head` bytes of numbers in f16, which are a scale, or a scale and
-// an offset that become multiples of a step; then quants, of which each byte is changed by `flip`, and of which a Word
-// of one row stands beside the next row's. Rows of zeros fill the last group. Returns whether all scales and offsets
-// are finite.
+// Packs rows of a file's blocks as packed.py describes. A block has `head` bytes of f16: a scale, or a scale and an
+// offset, which become multiples of a step. Then come quants: each byte is xored with `flip`, and a Word of one row
+// is stored next to the next row's. Rows of zeros fill the last group. Returns whether all scales and offsets are
+// finite.
 template <class Word>
 bool pack(const uint8_t* const* rows, int64_t num_rows, int64_t num_blocks, int64_t head, int64_t quants, Word flip,
           int64_t zero, uint8_t* packed) {

@@ -1,4 +1,4 @@
-// Which product a format takes.
+// Chooses the product for a weight's format.
 
 inline void linear(xla::ffi::ThreadPool& pool, const Product& p) {
   const bool wide = p.block == 32;

@@ -10,8 +10,8 @@
 // Each row of y adds up its products in the same order, however many rows are computed with it: this makes a batch
 // equal to single requests.
 
-// Dense weights, in f32 or f16, or in pairs of bf16. x stays in f32, but for InPairs: bf16, where the processor
-// multiplies such pairs. A row whose length is no multiple of a block ends in zeros.
+// Dense weights, in f32, f16 or pairs of bf16. x stays in f32; only where the processor multiplies pairs of bf16
+// (InPairs) is it rounded to bf16. A row whose length is no multiple of a block is padded with zeros.
 template <class T>
 struct Dense {
   static constexpr bool kPairs = std::is_same_v<T, BFloat16>, kRounded = false, kSteps = false;
@@ -26,7 +26,7 @@ struct Dense {
   static constexpr int64_t kFirst = 0, kHead = 0, kBytes = kGroup * kBlock * sizeof(T);
 
   static int64_t group_bytes(int64_t num_blocks) { return num_blocks * kBytes; }
-  // Where a row of x has its part of a block.
+  // Where a block of a row of x is stored.
   static int64_t place(int64_t row, int64_t block, int64_t num_blocks) { return (row * num_blocks + block) * kBlock; }
   static Weights read(const uint8_t* p) { return load(reinterpret_cast<const Stored*>(p)); }
   static Floats multiply(Floats sum, Weights weights, const Number* x) { return dot(sum, weights, x); }
@@ -69,7 +69,7 @@ struct Quantized {
   static_assert(kBits == 8 || kBlock / 2 * 15 * 128 <= INT16_MAX);
 };
 
-// Rows of x as the products take them.
+// Rows of x, packed as the products read them.
 template <class F>
 struct RowsOfX {
   using Number = typename F::Number;
@@ -94,8 +94,8 @@ inline int64_t blocks_of(int64_t K) {
   return (K + F::kBlock - 1) / F::kBlock;
 }
 
-// A block's part of y, in units of x's scale and of the steps of its rows of weights, if they have any. `head`: of
-// kLanes of these.
+// What a block adds to y, in units of x's scale, and of the steps of its rows of weights if they have any. `head`
+// points to the scales of kLanes of these rows.
 template <class F>
 inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
   if constexpr (F::kSteps) {
@@ -108,7 +108,7 @@ inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
 }
 
 // kRows rows of x times kWidth rows of weights, from `first` on, of each of kGroups groups: y [kGroups, F::kRows,
-// kGroup]. Meanwhile, with each block, as many lines are fetched from where each of `ahead` points to.
+// kGroup]. With each block, it prefetches cache lines from each of the pointers `ahead`.
 template <class F, int kRows, int kGroups, int kWidth>
 inline void tile(const uint8_t* const* groups, int64_t first, const typename F::Number* numbers, const BlockOfX* blocks,
                  int64_t num_blocks, const uint8_t* const* ahead, int64_t lines, float* y) {
@@ -172,13 +172,13 @@ inline void tile(const uint8_t* const* groups, int64_t first, const typename F::
   }
 }
 
-// As many rows of x as a tile has, at most `rows`, times a pair of groups of weights. Returns how many.
+// One tile: rows of x, at most `rows`, times a pair of groups of weights. Returns how many rows it took.
 template <class F, int kRows = F::kRows>
 inline int64_t tile_of_pair(const uint8_t* const* pair, const typename F::Number* numbers, const BlockOfX* blocks,
                             int64_t num_blocks, int64_t rows, const uint8_t* const* ahead, int64_t lines, float* y) {
   if constexpr (kRows > 1) {
     constexpr int kFewer = kRows > 2 ? kRows - 2 : 1;
-    // 8 rows are taken as 4 and 4: in a tile of 2 there is too little to do meanwhile.
+    // 8 rows are two tiles of 4: a tile of 2 has too few independent sums to hide the latency of an instruction.
     if (rows < kRows || (kRows == 6 && rows == 8)) {
       return tile_of_pair<F, kFewer>(pair, numbers, blocks, num_blocks, rows, ahead, lines, y);
     }
@@ -194,7 +194,7 @@ inline int64_t tile_of_pair(const uint8_t* const* pair, const typename F::Number
   return kRows;
 }
 
-// A block of x to int8.
+// Rounds a block of x to int8.
 template <int kParts>
 inline BlockOfX rounded(const Floats (&part)[kParts], int64_t zero, int8_t* quants) {
   Floats largest = all(0.0f), nothing = all(0.0f);
@@ -211,12 +211,13 @@ inline BlockOfX rounded(const Floats (&part)[kParts], int64_t zero, int8_t* quan
     total = add(total, quant);
   }
   const bool finite = !has_nan(nothing);
-  const int32_t quant_sum = finite ? sum(total) : 0;  // that of others has no meaning, and may be too large
+  const int32_t quant_sum = finite ? sum(total) : 0;  // without finite x it means nothing, and may overflow
   return {finite ? amount / 127 : NAN, quant_sum, int32_t(-zero) * quant_sum};
 }
 
-// Row `row` of x as row `at` of `rows`; of x * norm / rms(x) if there is a norm. Where x is rounded, each block has its
-// largest magnitude at 127, and one with NaN or an infinity has NaN for its scale, since rounding and max lose them.
+// Packs row `row` of x, or of x * norm / rms(x) if there is a norm, as row `at` of `rows`. If x is rounded, a block's
+// largest magnitude becomes 127. A block with NaN or an infinity gets NaN as its scale: rounding and max would lose
+// it.
 template <class F>
 inline void take_row(const Product& p, int64_t row, int64_t at, RowsOfX<F>& rows) {
   constexpr int kParts = F::kBlock / kLanes;
@@ -247,7 +248,8 @@ inline void take_row(const Product& p, int64_t row, int64_t at, RowsOfX<F>& rows
   }
 }
 
-// What is made of products [rows, kGroup] that begin at `row` and at weight row `n`.
+// Writes products [rows, kGroup] to y, from `row` and weight row `n` on: silu(products) * up if gated, plus the
+// residual.
 inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const float* products, const float* up) {
   const int64_t width = p.gated ? p.N / 2 : p.N, count = std::min(kGroup, width - n);
   for (int64_t r = 0; r < rows; ++r) {
@@ -261,9 +263,9 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
   }
 }
 
-// The products of `rows` rows of x, from `row` on, with a pair of groups of weights: a gate's and the one that it
-// multiplies, or two that follow each other. Each tile prefetches a part of the next pair, if that is before `end`:
-// the next tiles would have to wait for it.
+// The products of `rows` rows of x, from `row` on, with a pair of groups of weights. If gated: row group i of the
+// gate and row group i of up. Otherwise: groups 2i and 2i + 1. Each tile prefetches a part of the next pair, if that
+// is before `end`, so that the next tiles need not wait for memory.
 template <class F>
 inline void multiply_pair(const Product& p, const RowsOfX<F>& x, int64_t row, int64_t rows, int64_t pair, int64_t end) {
   const int64_t num_blocks = blocks_of<F>(p.K), groups = (p.N + kGroup - 1) / kGroup;
@@ -278,7 +280,7 @@ inline void multiply_pair(const Product& p, const RowsOfX<F>& x, int64_t row, in
   const int64_t at_once = (to_fetch + tiles - 1) / tiles;
   alignas(kLine) float products[2][F::kRows * kGroup];
   for (int64_t r = 0, count; r < rows; r += count) {
-    // y's lines, and the residual's, come while the products are computed: each is in another page.
+    // Prefetch the lines of y and of the residual during the products: each is in another page of memory.
     for (int64_t i = row + r; i < row + std::min<int64_t>(rows, r + F::kRows); ++i) {
       for (int64_t at = i * width + first * kGroup; at < i * width + (first + results) * kGroup; at += kGroup) {
         __builtin_prefetch(p.y + at, 1);
@@ -300,8 +302,8 @@ void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
   const int64_t pairs = (p.N + 2 * kGroup - 1) / (2 * kGroup), threads = pool.num_threads();
   const int64_t num_blocks = blocks_of<F>(p.K), row_bytes = num_blocks * F::kBlock * sizeof(typename F::Number);
   if (p.M >= kFewRows * threads) {
-    // The threads share the rows out: what one makes of its rows here, and in the next call, stays in its caches. For
-    // each panel of them, all of W comes from memory: few rows would wait for it.
+    // Many rows: each thread takes some rows, whose x and y stay in its caches until the next call. It reads all of W
+    // for each panel of rows, so that few rows would be bound by memory.
     const int64_t most = std::max<int64_t>(kFewRows, kPanelBytes / row_bytes) * threads;
     const int64_t panels = (p.M + most - 1) / most * threads, unit = std::max(4, 2 * F::kSideBySide);
     const int64_t panel = ((p.M + panels - 1) / panels + unit - 1) / unit * unit;
@@ -315,7 +317,7 @@ void multiply(xla::ffi::ThreadPool& pool, const Product& p) {
     return;
   }
   static thread_local RowsOfX<F> scratch;
-  RowsOfX<F>& x = scratch;  // this thread's, in the others too
+  RowsOfX<F>& x = scratch;  // the calling thread's, also inside the other threads
   x.resize(p.M, num_blocks);
   parallel_for(pool, p.M, std::max<int64_t>(1, 8192 / p.K), [&](int64_t row) { take_row<F>(p, row, row, x); });
   parallel_for(pool, pairs, std::max<int64_t>(1, pairs / (16 * threads)), [&](int64_t pair, int64_t end) {

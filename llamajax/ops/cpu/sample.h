@@ -1,11 +1,12 @@
-// A row's token: its scores with bias and penalties, their weights after temperature, min-p, top-k and top-p, then the
-// token at which the running sum of weights passes a uniform number. All of a row stays in a core's second-level cache.
+// Draws a row's token: adds bias and penalties to its scores, makes weights of them by temperature, min-p, top-k and
+// top-p, and takes the token at which the running sum of weights passes a uniform number. A row fits a core's
+// second-level cache.
 
 constexpr int64_t kPart = 64;  // scores that are skipped together if none of them is large enough
 
 struct Row {
   const float* scores;         // whole parts
-  std::vector<float> weights;  // of scores; anything in a part of which nothing is left
+  std::vector<float> weights;  // of scores; undefined in a part of which nothing is left
   std::vector<float> highest;  // of each part: its largest score; -infinity if nothing is left of it
   std::vector<float> mass;     // of each part: the sum of its weights
 
@@ -22,7 +23,7 @@ struct Row {
   }
 };
 
-// Places in the order of all numbers of f32; NaN is before and after the infinities.
+// Maps f32 to integers of the same order, and back; NaN comes before and after the infinities.
 inline uint32_t place_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -62,7 +63,7 @@ inline Threshold threshold(const Row& row, float need, float bound) {
     if (row.highest[part] < bound) continue;
     keep(row.scores + part * kPart, &row.weights[part * kPart], kPart, bound, NAN);
   }
-  most += 0.0f;  // -0, which equals 0, is not in its place
+  most += 0.0f;  // makes 0 of -0, which equals it but has another place
   constexpr int kTries = 3;
   int shift = 30;
   while (shift > 0 && (place_of(bound) ^ place_of(most)) >> shift == 0) shift -= 2;
@@ -136,7 +137,7 @@ inline float bound_of_top_k(const Row& row, float k) {
   return *kth;
 }
 
-// Row b's scores with bias and penalties: where they are, or in `changed` if they change or are no whole parts.
+// Row b's scores with bias and penalties. Copies them to `changed` if any changes, or if they are no whole parts.
 inline const float* adjusted(const Draws& d, int64_t b, std::vector<float>& changed) {
   const DrawOptions& o = d.options[b];
   const float *logits = d.logits + b * d.count, *bias = d.bias + b * d.num_biases;

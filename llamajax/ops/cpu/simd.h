@@ -31,8 +31,8 @@ inline Floats exp2(Floats x) {
   return times_power_of_two(y, n);
 }
 
-// Stores those numbers x that are neither below `low` nor at least `high`, and what stands beside them; beyond them up
-// to kLanes more. Returns how many they are.
+// Compacts: stores the numbers x with low <= x < high, and the values beside them. May write up to kLanes numbers
+// more behind them. Returns how many there are.
 template <class F>
 inline int64_t keep_between(float* to, float* to_beside, F x, F beside, float low, float high) {
   float numbers[kLanes], others[kLanes];
@@ -47,11 +47,11 @@ inline int64_t keep_between(float* to, float* to_beside, F x, F beside, float lo
   return count;
 }
 
-// Where numbers are not rounded, in the place of the products of pairs.
+// Stands in for the products of pairs where numbers are not rounded to bf16.
 inline Floats dot(Floats sum, Floats numbers, const float* x) { return fma(numbers, all(*x), sum); }
 inline Floats to_floats(Floats x) { return x; }
 inline Floats add(Floats x, Floats y) { return x + y; }
-// sum + the products of the two bf16 in each lane with the same two numbers.
+// sum + the dot product of the two bf16 in each lane with the same two numbers.
 inline Floats dot(Floats sum, Ints pairs, const float* x) {
   return fma(second_bf16(pairs), all(x[1]), fma(first_bf16(pairs), all(x[0]), sum));
 }

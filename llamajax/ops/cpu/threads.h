@@ -1,4 +1,4 @@
-// Work shared out over XLA's own threads.
+// Divides work among XLA's own threads.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ class Ranges {
     for (int64_t i = 0; i < threads; ++i) ranges_[i].ends = pack(count * i / threads, count * (i + 1) / threads);
   }
 
-  // Takes the next one for a thread. Returns what its range is from there on: empty if nothing is left at all.
+  // Takes the next item for a thread. Returns its range from that item on: empty if no thread has any left.
   std::pair<int64_t, int64_t> take(int64_t thread) {
     std::atomic<uint64_t>& own = ranges_[thread].ends;
     do {
