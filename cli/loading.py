@@ -54,7 +54,15 @@ class _Notes(logging.Handler):
         note(f"({one_line(record.getMessage() + cause, longest=1000)})")
 
 
-def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: CacheDType, device: Device | None) -> "LLM":
+def load(
+    model: str,
+    *,
+    max_seq_len: int | None,
+    dtype: DType,
+    cache_dtype: CacheDType,
+    device: Device | None,
+    max_memory: int | None = None,
+) -> "LLM":
     """As `llamajax.load`, showing on stderr how far it is."""
     path = resolve(model)
     if "jax" not in sys.modules:  # the first model of this process
@@ -62,7 +70,9 @@ def load(model: str, *, max_seq_len: int | None, dtype: DType, cache_dtype: Cach
     from llamajax.loading import load_opened, open_model
 
     with _collector_off():
-        opened = open_model(path, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
+        opened = open_model(
+            path, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device, max_memory=max_memory
+        )
         from llamajax.ops import native
 
         gc.freeze()

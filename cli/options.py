@@ -58,7 +58,7 @@ def sampling(**values: Any) -> SamplingParams:
 
 
 def to_bytes(megabytes: float | None) -> int | None:
-    """What --prefix-cache means."""
+    """What --max-memory and --prefix-cache mean."""
     return None if megabytes is None else round(megabytes * 1e6)
 
 
@@ -102,6 +102,16 @@ DeviceOption = Annotated[
     Device | None, typer.Option("--device", help="Where to compute; the first accelerator if there is one.")
 ]
 System = Annotated[str | None, typer.Option("-s", "--system", help="The system message, or @FILE.")]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory",
+        min=0,
+        metavar="MB",
+        help="Memory for keys and values, beside the weights: requests wait until there is room.",
+        show_default="half of the computer's, or what an accelerator has left",
+    ),
+]
 PrefixCache = Annotated[
     float | None,
     typer.Option(

@@ -37,6 +37,7 @@ def load(
     dtype: DType = "auto",
     cache_dtype: CacheDType = "auto",
     device: Device | None = None,
+    max_memory: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> "LLM":
     """Loads a model, fetching it first if it is not on disk.
@@ -50,13 +51,16 @@ def load(
       cache_dtype: "auto" keeps keys and values in 16 bits, or in 32 where these are faster or `dtype` has them;
         "int8" takes half of 16 bits' memory and time, on a CPU with native kernels.
       device: the first accelerator, or else the CPU, if None.
+      max_memory: bytes that keys and values may take, beside the weights: requests wait until there is room. None: half
+        of the computer's memory, or what an accelerator has left. `max_seq_len` tokens must have room.
       progress: called with bytes of weights read so far, and in all.
 
     Raises LlamaJaxError of the kind that fits: an unknown name, a checkpoint that is not supported or is broken.
     """
-    return load_opened(
-        open_model(name, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device), progress
+    opened = open_model(
+        name, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device, max_memory=max_memory
     )
+    return load_opened(opened, progress)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Opened:
     dtype: DType
     cache_dtype: CacheDType
     device: Device | None
+    max_memory: int | None
 
 
 def open_model(
@@ -80,6 +85,7 @@ def open_model(
     dtype: DType = "auto",
     cache_dtype: CacheDType = "auto",
     device: Device | None = None,
+    max_memory: int | None = None,
 ) -> Opened:
     """The first half of `load`, which needs no jax: it begins to read weights, and jax is imported meanwhile.
 
@@ -106,7 +112,7 @@ def open_model(
     if by_kernels:
         here = Placement.of(checkpoint.config, "cpu", has_kernels=True, dtype=dtype)
         packing = Packing(checkpoint.config, checkpoint.tensors, here)
-    return Opened(str(name), checkpoint, template, packing, max_seq_len, dtype, cache_dtype, device)
+    return Opened(str(name), checkpoint, template, packing, max_seq_len, dtype, cache_dtype, device, max_memory)
 
 
 def load_opened(opened: Opened, progress: Callable[[int, int], None] = lambda done, total: None) -> "LLM":
@@ -125,7 +131,7 @@ def load_opened(opened: Opened, progress: Callable[[int, int], None] = lambda do
         config = checkpoint.config
         placement = place(config, opened.dtype, opened.cache_dtype, opened.device)
         weights = load_weights(config, checkpoint.tensors, placement, progress, packing)
-    runner = Runner(config, weights, placement, opened.max_seq_len)
+    runner = Runner(config, weights, placement, opened.max_seq_len, opened.max_memory)
     return LLM(runner, tokenizer, template, checkpoint.stop_ids | tokenizer.stop_ids)
 
 

@@ -91,6 +91,7 @@ def batch(
     grammar: options.GrammarOption = None,
     raw: Raw = False,
     slots: Slots = 32,
+    max_memory: options.MaxMemory = None,
     prefix_cache: options.PrefixCache = None,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
@@ -170,7 +171,14 @@ def batch(
         run.check()
         if saved and not run.num_done:
             settings.save(saved)
-        llm = loading.load(model, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device)
+        llm = loading.load(
+            model,
+            max_seq_len=max_seq_len,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            device=device,
+            max_memory=options.to_bytes(max_memory),
+        )
         stopped = f"(stopped; {output} has what was answered: the same command with --resume goes on)"
         with note_if_interrupted(stopped) if output else nullcontext(), progress.of(run):
             run.run(llm, slots=slots, keep_order=keep_order, prefix_cache=options.to_bytes(prefix_cache))

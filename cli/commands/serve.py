@@ -61,6 +61,7 @@ def serve(
     deadline: Deadline = None,
     shutdown: Shutdown = 30.0,
     max_body: MaxBody = 16.0,
+    max_memory: options.MaxMemory = None,
     prefix_cache: options.PrefixCache = None,
     max_seq_len: options.MaxSeqLen = None,
     dtype: options.DTypeOption = "auto",
@@ -85,7 +86,13 @@ def serve(
         from llamajax.serve.service import Service
 
         load = partial(
-            loading.load, model, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device
+            loading.load,
+            model,
+            max_seq_len=max_seq_len,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            device=device,
+            max_memory=options.to_bytes(max_memory),
         )
         service = Service(
             load,

@@ -37,12 +37,16 @@ class PagedBatch(Batch):
         page_bytes = bytes_per_token(runner.config, runner.placement.cache_dtype) * PAGE_LEN
         kept = prefix_cache_bytes() if prefix_bytes is None else prefix_bytes
         self.shares = kept > 0
-        self._pool = Pool(_num_pages(runner, max_rows), self._empty_pages, kept // page_bytes if self.shares else None)
+        num_pages = _num_pages(runner, max_rows)
+        self._length = num_pages * PAGE_LEN
+        if runner.max_memory is not None:  # the arrays, and the programs for them, stay the same
+            num_pages = min(num_pages, runner.max_memory // page_bytes)
+        self._pool = Pool(num_pages, self._empty_pages, kept // page_bytes if self.shares else None)
         self._tables = Tables(self._width, runner.table_len)
         self._drawing = self._taken([], self._sizes)  # the rows that scores are of
 
     def _empty_pages(self) -> Cache:
-        return self._runner.empty_pages(self._pool.length)
+        return self._runner.empty_pages(self._length)
 
     @property
     def longest(self) -> int:
@@ -78,7 +82,7 @@ class PagedBatch(Batch):
     def read(self, prompts: Prompts) -> Drawn:
         counts, chunk = np.array(prompts.tables.counts), prompts.next_chunk()
         chunk = chunk._replace(start=np.where(counts > 0, chunk.start, np.int32(-1)))
-        drawn, cache = self._prefill(prompts, chunk, self._pool.lend(prompts.tables.ids), self._pool.length)
+        drawn, cache = self._prefill(prompts, chunk, self._pool.lend(prompts.tables.ids), self._length)
         self._pool.put(cache)
         if not prompts.left:
             for row in counts.nonzero()[0].tolist():
@@ -155,7 +159,7 @@ class PagedBatch(Batch):
 
     def restore(self, saved: Saved, at: int) -> None:
         try:
-            put_page = self._runner.compile(Program("put_page", self._pool.length))
+            put_page = self._runner.compile(Program("put_page", self._length))
             self._pool.restore(saved.pages, self._tables, at, put_page)
             self._rows = self._inserted(self._rows, jax.device_put(saved.rows, self._runner.device), [0], [at])
         except BaseException:
@@ -167,7 +171,7 @@ class PagedBatch(Batch):
         self._pool.clear()
 
     def programs(self, num_positions: int) -> list[Program]:
-        length, row_len = self._pool.length, self._runner.bucket(1)
+        length, row_len = self._length, self._runner.bucket(1)
         programs = [Program("empty_pages", length)]
         if not self._is_one:
             programs.append(Program("empty_rows", row_len, num_rows=self._width))
@@ -185,7 +189,7 @@ class PagedBatch(Batch):
         return programs
 
     def programs_for(self, request: Request) -> list[Program]:
-        length, num_cached = self._pool.length, self.find_cached(request.token_ids)[0]
+        length, num_cached = self._length, self.find_cached(request.token_ids)[0]
         steps: list[_Step] = ["decode_rows"]
         if request.constraint:
             steps = ["decode_asking"] if self._runner.can_ask else ["forward_rows", "draw_rows"]
@@ -196,7 +200,7 @@ class PagedBatch(Batch):
         ]
 
     def _of_rows(self, step: _Step, num_rows: int) -> Program:
-        return Program(step, self._pool.length, num_rows=num_rows, source=(self._width, 0))
+        return Program(step, self._length, num_rows=num_rows, source=(self._width, 0))
 
     @property
     def _drawn_sizes(self) -> list[int]:

@@ -69,11 +69,6 @@ class Pool:
         """Pages that no sequence has. (One that has a page of the tree has those before it, too.)"""
         return len(self._free) + len(self._unused)
 
-    @property
-    def length(self) -> int:
-        """Positions that all pages have room for."""
-        return self.num_pages * PAGE_LEN
-
     def take(self, tables: Tables, row: int, num_positions: int) -> None:
         """Gives a sequence the pages that it needs beside its own for so many positions.
 

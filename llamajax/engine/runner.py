@@ -84,24 +84,38 @@ class Runner:
       config: the model's.
       placement: where it computes, and how it is kept there.
       max_seq_len: positions that a prompt and its answer may take.
+      max_memory: bytes that KV caches may take, if the user says how many.
       step_counts: the numbers from 0 to BLOCK_LEN, on the device.
       can_ask: whether steps can ask the host for masks.
       paged: whether caches are in pages.
     """
 
     def __init__(
-        self, config: LlamaConfig, weights: Mapping[str, Weight], placement: Placement, max_seq_len: int | None = None
+        self,
+        config: LlamaConfig,
+        weights: Mapping[str, Weight],
+        placement: Placement,
+        max_seq_len: int | None = None,
+        max_memory: int | None = None,
     ) -> None:
         assert placement.device is not None
         self.config = config
         self.placement = placement
         self.device = placement.device
         self.paged = placement.has_pages
-        context = self.config.max_position_embeddings
+        longest = self.config.max_position_embeddings
+        default, most = min(longest, self._most_positions) if self.paged else longest, f"the model's context, {longest}"
+        if max_memory is not None:
+            page = PAGE_LEN * bytes_per_token(config, placement.cache_dtype)
+            expected = f"at least {page} bytes, for {PAGE_LEN} tokens"
+            max_memory = checks.integer("max_memory", max_memory, page, expected=expected)
+            room = max_memory // page * PAGE_LEN
+            if room < longest:
+                longest, most = room, f"{room}, for which there is room in {max_memory} bytes"
+        self.max_memory = max_memory
         if max_seq_len is None:
-            max_seq_len = min(context, self._most_positions) if self.paged else context
-        expected = f"from 2 to the model's context, {context}"
-        self.max_seq_len = checks.integer("max_seq_len", max_seq_len, 2, context, expected)
+            max_seq_len = min(default, longest)
+        self.max_seq_len = checks.integer("max_seq_len", max_seq_len, 2, longest, f"from 2 to {most}")
         self.model = FlatModel.of(config, weights, self.device)
         # To bring a number there takes 0.05 ms of each call.
         self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], self.device)
@@ -124,10 +138,11 @@ class Runner:
         return max(MIN_CACHE_LEN, power_of_two(most + 1) // 2)
 
     def free_bytes(self) -> float:
-        """What the device has left; infinite if it does not tell, as a CPU."""
+        """What the device has left, or `max_memory` if that is less; infinite if there is neither, as on a CPU."""
         statistics = self.device.memory_stats() or {}
         limit = statistics.get("bytes_limit", math.inf)
-        return limit - statistics.get("bytes_in_use", 0)
+        left = limit - statistics.get("bytes_in_use", 0)
+        return left if self.max_memory is None else min(left, self.max_memory)
 
     def check(self, request: Request) -> None:
         """Raises PromptTooLongError if the prompt leaves no room for an answer, RequestError for what is invalid."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.errors import DeviceMemoryError
 from llamajax.ops import PAGE_LEN, native
+from llamajax.placement import bytes_per_token
 from llamajax.types import Request, SamplingParams, Token
 
 from ... import tiny_model
@@ -124,11 +126,12 @@ def expected(runner: Runner) -> list[list[Token]]:
 def test_where_pages_are_few_those_that_come_wait_and_all_get_their_tokens(
     runner: Runner, expected: list[list[Token]], monkeypatch: pytest.MonkeyPatch, num_pages: int
 ) -> None:
-    monkeypatch.setattr(paged_module, "_num_pages", lambda *_: num_pages)
+    limited = copy(runner)
+    limited.max_memory = (num_pages + 1) * PAGE_LEN * bytes_per_token(runner.config, runner.placement.cache_dtype) - 1
     saved, save, restored, restore = [], PagedBatch.save, [], PagedBatch.restore
     monkeypatch.setattr(PagedBatch, "save", lambda batch, rows: saved.extend(rows) or save(batch, rows))
     monkeypatch.setattr(PagedBatch, "restore", lambda batch, *args: restored.append(args) or restore(batch, *args))
-    engine = Engine(runner, num_slots=4, max_waiting=50)
+    engine = Engine(limited, num_slots=4, max_waiting=50)
     step, pool = engine.step, paged(engine)._pool
 
     def checked_step() -> bool:

@@ -15,6 +15,7 @@ from llamajax.engine.runner import CHUNKS, Runner, chunk_lens
 from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.ops import PAGE_LEN, native
+from llamajax.placement import bytes_per_token
 from llamajax.types import Request, SamplingParams
 
 from ... import tiny_model
@@ -22,6 +23,7 @@ from ...tiny_model import (
     CONFIG,
     count_compilations,
     no_programs,
+    placed,
     random_ids,
     random_weights,
     reference_logits,
@@ -145,6 +147,20 @@ def test_prompt_logprobs_need_little_memory_and_few_programs(scorer: Runner) -> 
 def test_a_context_that_the_model_does_not_have(max_seq_len: int) -> None:
     with pytest.raises(RequestError, match=f"{CONFIG.max_position_embeddings}, not {max_seq_len}"):
         tiny_runner(max_seq_len)
+
+
+def test_max_memory_bounds_the_context() -> None:
+    placement, weights = placed(CONFIG), random_weights(CONFIG)
+    page = PAGE_LEN * bytes_per_token(CONFIG, placement.cache_dtype)
+    for max_memory, longest in ((page, 64), (3 * page - 1, 128), (1 << 40, CONFIG.max_position_embeddings)):
+        assert Runner(CONFIG, weights, placement, max_memory=max_memory).max_seq_len == longest
+    for bounds, expected in (
+        ({"max_memory": page - 1}, f"at least {page} bytes, for 64 tokens, not {page - 1}"),
+        ({"max_memory": page + 0.5}, "not"),
+        ({"max_memory": 2 * page, "max_seq_len": 129}, f"128, for which there is room in {2 * page} bytes, not 129"),
+    ):
+        with pytest.raises(RequestError, match=expected):
+            Runner(CONFIG, weights, placement, **bounds)
 
 
 def test_the_context_is_the_models_if_none_is_given() -> None:
