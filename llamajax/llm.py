@@ -59,7 +59,7 @@ class LLM:
       template: the checkpoint's chat template, a built-in one, or None for a model that was not made to chat.
       tool_format: how the model calls functions.
       max_seq_len: tokens that a prompt and its answer may take together.
-      shares_prompts: whether prompts that begin alike share what was read of them.
+      shares_prompts: whether prompts that begin alike share the KV cache of their common prefix.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LLM:
         verbatim: Mapping[int, Sequence[int]] | None = None,
         **options: Unpack[Options],
     ) -> tuple[Request, Answer]:
-        """What all strategies make of a prompt and its options: a request, and its answer that is still to come.
+        """Makes a request of a prompt and its options, and the answer that its tokens will fill. All strategies use it.
 
         Arguments and errors as in `stream`.
         """
@@ -129,7 +129,7 @@ class LLM:
     def _prepared(
         self, prompt: Prompt, verbatim: Mapping[int, Sequence[int]] | None, options: Options
     ) -> tuple[Request, Callable[[Request], Answer]]:
-        """A request, and what makes an answer to it, or to one with another seed."""
+        """A request, and a function that makes an answer to it, or to the same with another seed."""
         check_names(options, "verbatim")
         tools = read_tools(*(options.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")))
         ids = self._encode(prompt, options, verbatim, tools)
@@ -219,11 +219,11 @@ class LLM:
         Args:
           slots: how many are answered at once, token by token.
           max_waiting: how many more may wait.
-          prefix_cache: bytes of prompts that have ended which may be kept for others that begin alike, 0 for none; by
-            default a 32nd of the computer's memory. Only where the native kernels compute.
+          prefix_cache: bytes of ended prompts that may be kept for others that begin alike, 0 for none; by default a
+            32nd of the computer's memory. Only where the native kernels compute.
           on_answer: called, from the engine's thread, with each answer that has ended and the seconds that it had
             waited for its turn.
-          on_step: called, from the engine's thread, after each step: whatever a step gives is there to read.
+          on_step: called, from the engine's thread, after each step, when all of its tokens can be read.
         """
         engine = Engine(self._runner, num_slots=slots, max_waiting=max_waiting, prefix_bytes=prefix_cache)
         return Server(self, engine, on_answer, on_step)
@@ -265,7 +265,7 @@ class LLM:
           prompts: each as in `stream`; the options, as in `prepare`, are for all of them.
           slots: how many are answered at once.
           on_result: called with the index and the answer, or the error, of each prompt as soon as it is there.
-          raise_errors: raise what went wrong with a prompt, and answer no more.
+          raise_errors: raise the first error of a prompt, and answer no more.
 
         Returns each prompt's answer, or the error of one that cannot be answered, such as a prompt that is too long.
 
@@ -296,13 +296,13 @@ class LLM:
 
         Args:
           prompts: (prompt, options), as in `prepare`; taken as they are needed. None says that the next one is not
-            there yet: what was taken goes on meanwhile. (A source waits by itself when nothing is on its way.)
+            ready: the engine goes on with those it has. (With none left, the source itself should wait.)
           slots: how many are answered at once.
           ahead: how many prompts are taken at once, to be answered longest first; no more are held in memory.
           prefix_cache: as in `serve_requests`.
           on_token: called with the prompt's index for each token of its answer.
 
-        Yields the prompt's index and its answer, or what went wrong with it.
+        Yields the prompt's index and its answer, or its error.
         """
         engine = Engine(self._runner, num_slots=slots, max_waiting=ahead, prefix_bytes=prefix_cache)
         source, num_taken, more, busy = iter(prompts), 0, True, False
@@ -365,10 +365,10 @@ class LLM:
         return self._runner.logits(_text_ids("logits", token_ids))
 
     def prompt_logprobs(self, token_ids: Sequence[int], num_top: int = 0) -> tuple[TokenLogprobs | None, ...]:
-        """How probable each token of a text is, given those before it; None for the first.
+        """The log-probability of each token of a text, given those before it; None for the first.
 
-        In little memory, where `logits` of a long text would take gigabytes. Any thread may call it, beside a server
-        too.
+        Takes little memory, where `logits` of a long text would take gigabytes. Any thread may call it, also while a
+        server runs.
 
         Args:
           token_ids: the text's, as in `logits`.
@@ -396,7 +396,7 @@ class LLM:
 
 
 class Server:
-    """A model that many ask at once, from any thread or event loop; made by `LLM.serve_requests`.
+    """A model that answers many requests at once, from any thread or event loop; made by `LLM.serve_requests`.
 
     A context manager: leaving it cancels the unfinished requests.
     """
@@ -432,7 +432,7 @@ class Server:
 
     @property
     def kv_usage(self) -> float:
-        """Positions that running sequences take, of those that all slots may take: from 0 to 1."""
+        """The share of the slots' positions that running sequences take, from 0 to 1."""
         return self._engine.num_positions / (self._engine.scheduler.num_slots * self._llm.max_seq_len)
 
     def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -497,7 +497,7 @@ def _text_ids(name: str, value: object) -> list[int]:
 
 
 def _token_ids(value: object) -> list[int] | None:
-    """Token ids as plain integers; None for what is none or empty."""
+    """Token ids as plain integers; None if they are not token ids, or empty."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, bytes) and value:
@@ -516,7 +516,7 @@ def _pair(item: Any) -> tuple[Prompt, Mapping[str, Any]]:
 
 
 def _drained(items: list[tuple[int, Completion | Exception]]) -> Iterator[tuple[int, Completion | LlamaJaxError]]:
-    """Raises what failed on the device, for all prompts; what failed in one is that one's result."""
+    """Raises an error of the device, which ends all prompts; an error of one prompt is its result."""
     while items:
         index, result = items.pop(0)
         if isinstance(result, jax.errors.JaxRuntimeError | MemoryError):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -112,6 +112,24 @@ def batch(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
+    _check(sampling, stop, system, raw)
+    files = _Files.of(file, format, output, errors, resume)
+    options.note_seed(seed)
+    if system is not None:
+        system = read_text(system, "the system message")
+    given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    defaults = batch_file.Defaults(
+        {**sampling, **given, "stop": stop, **options.constraint(json_schema, regex, grammar)}, system, raw
+    )
+    kept: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "device": device, "max_seq_len": max_seq_len}
+    settings = _settings(model, kept, defaults, max_new_tokens)
+    engine = {"slots": slots, "keep_order": keep_order, "prefix_cache": options.to_bytes(prefix_cache)}
+    bounded = {**kept, "max_memory": options.to_bytes(max_memory)}
+    _answer(files, defaults, settings, model, bounded, engine)
+
+
+def _check(sampling: Mapping[str, Any], stop: list[str], system: str | None, raw: bool) -> None:
+    """Raises BadParameter for options that no line could have."""
     try:
         SamplingParams(**sampling)
     except RequestError as e:
@@ -120,44 +138,75 @@ def batch(
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
     if raw and system is not None:
         raise typer.BadParameter("a system message needs a chat template: leave out --raw or --system")
-    if output == Path("-"):
-        output = None
-    if resume and output is None:
-        raise typer.BadParameter("--resume needs the output to continue: name it with -o")
-    if errors is None and output is not None:
-        errors = _beside(output, ".errors.jsonl")
-    saved = output and _beside(output, SETTINGS_SUFFIX)
-    named = [path.resolve() for path in (Path(file), output, errors, saved) if path is not None]
-    if len(set(named)) < len(named):
-        raise typer.BadParameter(f"the input, --output, --errors and OUTPUT{SETTINGS_SUFFIX} must be different files")
 
-    options.note_seed(seed)
-    if system is not None:
-        system = read_text(system, "the system message")
-    given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    defaults = batch_file.Defaults(
-        {**sampling, **given, "stop": stop, **options.constraint(json_schema, regex, grammar)}, system, raw
-    )
-    settings = Settings(
+
+def _settings(
+    model: str, kept: Mapping[str, Any], defaults: batch_file.Defaults, max_new_tokens: int | None
+) -> Settings:
+    """What --resume must find as it was, since it changes answers."""
+    return Settings(
         {
             "model": str(Path(model).resolve()) if Path(model).exists() else model,
             "model files": _written(Path(model)),
-            "dtype": dtype,
-            "cache_dtype": cache_dtype,
-            "device": device,
-            "max_seq_len": max_seq_len,
-            "system": system,
-            "raw": raw,
+            **kept,
+            "system": defaults.system,
+            "raw": defaults.raw,
             "max_new_tokens": max_new_tokens,
             **defaults.options,
         }
     )
-    with sys.stdin.buffer if file == "-" else Path(file).open("rb") as source:
-        results = ResultFile(output, resume) if output else None
-        faults = ResultFile(errors, resume) if errors else None
+
+
+class _Files(NamedTuple):
+    """Where lines are read, and answers and errors written: without a path, to stdout and stderr.
+
+    Attributes:
+      format: the input's, whatever its name.
+      settings: where the options are kept that --resume compares.
+      resume: whether the output of an earlier run is continued.
+    """
+
+    input: str
+    format: Format | None
+    output: Path | None
+    errors: Path | None
+    settings: Path | None
+    resume: bool
+
+    @classmethod
+    def of(cls, input: str, format: Format | None, output: Path | None, errors: Path | None, resume: bool) -> "_Files":
+        """Raises BadParameter if one would be another."""
+        if output == Path("-"):
+            output = None
+        if resume and output is None:
+            raise typer.BadParameter("--resume needs the output to continue: name it with -o")
+        if errors is None and output is not None:
+            errors = _beside(output, ".errors.jsonl")
+        settings = output and _beside(output, SETTINGS_SUFFIX)
+        named = [path.resolve() for path in (Path(input), output, errors, settings) if path is not None]
+        if len(set(named)) < len(named):
+            raise typer.BadParameter(
+                f"the input, --output, --errors and OUTPUT{SETTINGS_SUFFIX} must be different files"
+            )
+        return cls(input, format, output, errors, settings, resume)
+
+
+def _answer(
+    files: _Files,
+    defaults: batch_file.Defaults,
+    settings: Settings,
+    model: str,
+    kept: Mapping[str, Any],
+    engine: Mapping[str, Any],
+) -> None:
+    """Answers the lines, and notes how many. `kept` is for `loading.load`, `engine` for `BatchRun.run`."""
+    output = files.output
+    with sys.stdin.buffer if files.input == "-" else Path(files.input).open("rb") as source:
+        results = ResultFile(output, files.resume) if output else None
+        faults = ResultFile(files.errors, files.resume) if files.errors else None
         progress = _Progress(shown=sys.stderr.isatty() and not (output is None and sys.stdout.isatty()))
         run = BatchRun(
-            Input(source, "stdin" if file == "-" else file, format),
+            Input(source, "stdin" if files.input == "-" else files.input, files.format),
             defaults,
             settings,
             model,
@@ -166,24 +215,17 @@ def batch(
             report=lambda line, error: faults.write(line.error(error)) if faults else _note_fault(line, error),
             on_token=progress.token,
         )
-        if saved and run.num_done:
-            settings.check(saved)
+        if files.settings and run.num_done:
+            settings.check(files.settings)
         run.check()
-        if saved and not run.num_done:
-            settings.save(saved)
-        llm = loading.load(
-            model,
-            max_seq_len=max_seq_len,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            device=device,
-            max_memory=options.to_bytes(max_memory),
-        )
+        if files.settings and not run.num_done:
+            settings.save(files.settings)
+        llm = loading.load(model, **kept)
         stopped = f"(stopped; {output} has what was answered: the same command with --resume goes on)"
         with note_if_interrupted(stopped) if output else nullcontext(), progress.of(run):
-            run.run(llm, slots=slots, keep_order=keep_order, prefix_cache=options.to_bytes(prefix_cache))
+            run.run(llm, **engine)
     bad = run.bad + (len(faults.done) if faults else 0)
-    see = f" (see {errors})" if bad and errors else ""
+    see = f" (see {files.errors})" if bad and files.errors else ""
     note(
         f"[{run.answered} answered, {bad} bad{see}, {run.work.tokens} generated tokens, {progress.speed:.1f} tokens/s]"
     )

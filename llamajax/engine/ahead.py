@@ -11,7 +11,7 @@ from llamajax.types import Request
 
 
 class AheadCompiler:
-    """Compiles all that a sequence of up to so many positions may need, once it knows what is expected first."""
+    """Compiles all programs of a sequence of up to so many positions. Begins when it knows what is needed first."""
 
     def __init__(self, engine: OneSlot, num_positions: int) -> None:
         self._engine = engine
@@ -27,7 +27,7 @@ class AheadCompiler:
         atexit.register(self._join)
 
     def expect(self, request: Request) -> None:
-        """Compiles what this request would need before all else."""
+        """Compiles the programs of this request before all others."""
         with self._changed:
             self._urgent = self._engine.programs_for(request)
             self._changed.notify_all()
@@ -51,7 +51,7 @@ class AheadCompiler:
             return self._changed.wait_for(lambda: self._compiled.issuperset(self._urgent), timeout)
 
     def close(self) -> None:
-        """Compiles no more after the present program."""
+        """Stops after the present program."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -13,7 +13,7 @@ from llamajax.ops import native
 
 
 class Asking:
-    """Whose masks the steps ask for.
+    """The job whose masks the steps ask for.
 
     Attributes:
       job: whose they are; None if nobody is asked.
@@ -33,13 +33,13 @@ class Asking:
         return self._number
 
     def end(self) -> None:
-        """Nobody is asked any more: a block that is on its way ends."""
+        """Answers no more questions, which ends a block that is running."""
         self.job = None
         self._registered.close()
 
 
 class _Asked:
-    """A job that a program asks at each step, for what may follow the last token."""
+    """A job that a program asks, at each step, which tokens may follow the last one."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

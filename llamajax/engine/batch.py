@@ -1,7 +1,7 @@
-"""Many sequences on a device: prompts that are read in groups, and rows that are decoded together.
+"""The batch: prompts that are prefilled in groups, and rows that are decoded together.
 
-What the two kinds of batches have in common: `paged` is for the native kernels, `contiguous` for XLA. Knows nothing of
-queues or of whose rows they are.
+`Batch` is what its two kinds share: `paged` is for the native kernels, `contiguous` for XLA. Knows nothing of queues or
+of whose rows they are.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from llamajax.engine.steps import Drawn, Requests, Rows, Slots
 from llamajax.model.cache import Cache
 from llamajax.types import Request
 
-# Prompts are read alone, or so many at once.
+# A group has one prompt or so many: each size needs programs of its own.
 GROUP_LEN = 4
 # How many prompts are read at once, the positions that each takes, and the longest chunk.
 Size = tuple[int, int, int]
@@ -29,11 +29,11 @@ MIN_ROWS = 2
 
 
 class Needs(NamedTuple):
-    """What there must be room for.
+    """The memory that sequences need, in positions.
 
     Attributes:
-      rows: positions of the sequences that run, by their rows.
-      new: positions of those that have no room yet, without those that they share with others that run.
+      rows: of the sequences that run, by their rows.
+      new: of those that have no memory yet. Pages that they share with running ones do not count.
       longest: the most positions of a sequence that runs or will run next.
       prompts: those that are read meanwhile.
       num_wanted: sequences that there should be rows for.
@@ -51,7 +51,7 @@ class Needs(NamedTuple):
 
 
 def row_counts(max_rows: int) -> list[int]:
-    """How many rows a batch may have: powers of two, and from 8 on what lies half way, up to `max_rows` or the next."""
+    """How many rows a batch may have: powers of two, from 8 on also the middle of two, up to `max_rows` or the next."""
     sizes = [1] if max_rows == 1 else [MIN_ROWS]
     while sizes[-1] < max_rows:
         last = sizes[-1]
@@ -67,7 +67,7 @@ class Saved(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What `steps.prefill` is given of prompts."""
+    """The arguments of `steps.prefill` that come from prompts."""
 
     token_ids: Int32[np.ndarray, "P T"]
     start: Int32[np.ndarray, "P"]
@@ -83,9 +83,9 @@ class Prompts:
       requests: one for each place. A group that is neither one nor full repeats its first.
       asked: the same, on the device.
       limits: how many tokens each may draw.
-      cache: what was read of them, if the cache is not in pages.
-      tables: their pages, if it is. One that repeats another has none.
-      slots: how far they are, once a chunk was read.
+      cache: their caches, if the cache is not in pages.
+      tables: their pages, if it is. A repeated prompt has none.
+      slots: their slots, once a chunk was read.
       num_cached: how many tokens of each prompt are in the cache when it begins.
       left: how many chunks are still to be read.
     """
@@ -101,7 +101,7 @@ class Prompts:
         *,
         num_cached: int = 0,
     ) -> None:
-        """Of each prompt the first `num_cached` tokens are in the cache; the others are read in these chunks."""
+        """The first `num_cached` tokens of each prompt are in the cache; these chunks read the others."""
         num_repeated = 0 if len(requests) == 1 else GROUP_LEN - len(requests)
         self.different = requests
         self.requests = [*requests, *[requests[0]] * num_repeated]
@@ -164,27 +164,27 @@ class Batch(ABC):
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Positions that the device's memory has room for at most, if only one request is answered."""
+        """The most positions that a single request can have in the device's memory."""
 
     @abstractmethod
     def fits(self, needs: Needs) -> bool:
-        """Whether there is room for what is needed, in the rows that `fit` would make."""
+        """Whether the needs fit into memory once `fit` has made rows for them."""
 
     def can_admit(self, needs: Needs) -> bool:
-        """Whether there is room for what is needed, before and after `fit`."""
+        """Whether the needs fit into memory, before `fit` and after it."""
         return self.fits(needs)
 
     @abstractmethod
     def fit(self, needs: Needs) -> Iterator[Sequence[int]]:
-        """Makes rows as they are needed. Each time that they move, gives which one each was; -1 is a new one."""
+        """Makes the rows that are needed. Yields, whenever rows move, where each one was before; -1 for a new one."""
 
     def expect_less_memory(self) -> bool:
-        """After the device had no room. Whether `fits` will not find room again for what it just did."""
+        """Called when the device was out of memory. Returns whether `fits` will now refuse what it accepted."""
         return False
 
     @abstractmethod
     def expect_all_memory(self) -> None:
-        """As at the beginning: something else may have taken what was missing."""
+        """Forgets what `expect_less_memory` has found: something else may have taken the missing memory."""
 
     def find_cached(self, token_ids: Sequence[int]) -> tuple[int, int]:
         """How many of a prompt's tokens are in the cache, in whole pages, and how many of them others that run have."""
@@ -208,15 +208,15 @@ class Batch(ABC):
 
     @abstractmethod
     def _make_room(self, prompts: Prompts, num_positions: int) -> None:
-        """Gives each prompt a cache of so many positions, or pages."""
+        """Gives each prompt a cache of so many positions, or the pages for them."""
 
     @abstractmethod
     def read(self, prompts: Prompts) -> Drawn:
-        """Reads the next chunk of each prompt; what it draws after the last one are the first tokens."""
+        """Reads the next chunk of each prompt. The last chunk draws the first token of each answer."""
 
     @abstractmethod
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
-        """Puts these of the prompts, which were read, into the rows `at`."""
+        """Moves these of the prompts, which were read, into the rows `at`."""
 
     @abstractmethod
     def drop(self, prompts: Prompts) -> None:
@@ -240,11 +240,11 @@ class Batch(ABC):
 
     @abstractmethod
     def draw(self, mask: Int32[np.ndarray, "B W"]) -> Drawn:
-        """Draws one token of the mask for each row of which there are scores. Returns at once."""
+        """Draws one token, which the mask allows, for each row that has scores. Returns at once."""
 
     @abstractmethod
     def leave(self, row: int, *, draws: bool) -> None:
-        """Ends a row, which may still draw."""
+        """Stops a row, although it may have tokens left to draw."""
 
     @property
     def can_go_on(self) -> bool:
@@ -270,11 +270,11 @@ class Batch(ABC):
 
     @abstractmethod
     def programs(self, num_positions: int) -> list[Program]:
-        """All that rows of up to this many positions need, those of a first short request first."""
+        """The programs for rows of up to this many positions, those of a first short request first."""
 
     @abstractmethod
     def programs_for(self, request: Request) -> list[Program]:
-        """What the answer to a valid request needs in a batch of one, as it is now; more when the answer grows."""
+        """The programs that a request needs in a batch of one with the present cache; a longer answer needs more."""
 
     def _prefill(self, prompts: Prompts, chunk: Chunk, cache: Cache, length: int) -> tuple[Drawn, Cache]:
         """Reads a chunk into a cache of this length."""
@@ -284,7 +284,7 @@ class Batch(ABC):
         return drawn, cache
 
     def _inserted(self, rows: Rows | None, new: Rows, which: Sequence[int], at: Sequence[int]) -> Rows:
-        """Rows with these of a group's in the places `at`."""
+        """The rows, with these rows of a group in the places `at`."""
         if self._is_one:
             return new
         assert rows is not None
@@ -297,4 +297,4 @@ class Batch(ABC):
 
     @abstractmethod
     def _row_len(self, rows: Rows) -> int:
-        """What programs have as the length of rows."""
+        """The length of rows, by which their programs are named."""

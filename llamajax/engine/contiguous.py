@@ -1,7 +1,7 @@
-"""Rows of which each has a cache of its own, for XLA: all are of one length, which doubles as the longest one grows.
+"""A batch whose rows have contiguous caches, for XLA. All have the same length, which doubles as the longest one grows.
 
-The rows and their lengths are of few sizes, so that programs are few. Rows move when there are fewer or more. Where
-there is only one, it grows in steps of its own: the next prompt is read into its cache, which never gets shorter.
+There are few counts and lengths of rows, so that programs are few. Rows move when their count changes. A single row
+grows in steps of its own: the next prompt is read into its cache, which never gets shorter.
 """
 
 import math
@@ -21,19 +21,19 @@ from llamajax.engine.steps import Drawn, Rows, by_layer
 from llamajax.model.cache import Cache
 from llamajax.types import Request
 
-# An answer's length is not known beforehand: where there is one row, room for this much is made at once.
+# The length of an answer is unknown when it begins: a single row gets room for so many tokens at once.
 RESERVED_LEN = 512
 
 
 class ContiguousBatch(Batch):
-    """Rows that have caches."""
+    """A batch whose rows have contiguous caches."""
 
     def __init__(self, runner: Runner, max_rows: int) -> None:
         super().__init__(runner, max_rows)
-        self._spare: dict[int, Cache] = {}  # of prompts that were read, by how many they are
+        self._spare: dict[int, Cache] = {}  # of prompts that were read, by the size of their group
         self._footprint = Footprint(runner.config, runner.placement)
         self._all_bytes = self._free_bytes = runner.free_bytes()
-        self._tried: tuple[int, int, Size] | None = None  # what there was found room for, if there was the last time
+        self._tried: tuple[int, int, Size] | None = None  # what `_is_room` was last asked, if it found room
 
     @property
     def length(self) -> int:
@@ -43,7 +43,7 @@ class ContiguousBatch(Batch):
     @property
     def longest(self) -> int:
         lengths = self._runner.lengths(self._runner.max_seq_len)
-        num_rows = 1 if self._is_one else self._sizes[0] + 1  # one that is read
+        num_rows = 1 if self._is_one else self._sizes[0] + 1  # the other one is being prefilled
         if self._all_bytes == math.inf:
             return lengths[-1]
         return max((n for n in lengths if self._footprint.rows(num_rows, n) <= self._all_bytes), default=0)
@@ -64,7 +64,7 @@ class ContiguousBatch(Batch):
             return
         running = sorted(needs.rows)
         if not running and (num_rows, length) != (self.num_rows, self.length):
-            self._rows = None  # its memory comes first
+            self._rows = None  # frees its memory first
             self._rows = self._runner.empty_rows(num_rows, length)
             yield [-1] * num_rows
         while self.num_rows > num_rows:
@@ -84,10 +84,10 @@ class ContiguousBatch(Batch):
             yield kept
 
     def _size(self, needs: Needs) -> tuple[int, int]:
-        """The rows and the length that there should be.
+        """The best count of rows and length for these needs.
 
-        They shrink when a quarter would do: what comes and goes at once must not copy caches back and forth. If there
-        is no memory for that, there are fewer rows, but those that are needed.
+        They shrink only when a quarter is enough, so that short requests do not make caches be copied back and forth.
+        Without memory for that, there are fewer rows, but never fewer than are needed.
         """
         if self._is_one:
             return 1, max(self.length, self._runner.bucket(needs.longest))
@@ -103,12 +103,12 @@ class ContiguousBatch(Batch):
         for size in reversed(sizes):
             if size < rows and self._is_room(size, wanted[1], prompts):
                 return size, wanted[1]
-        # If nothing fits, what is there is better than another size, which would need memory beside it.
+        # If nothing fits, stay as it is: another size would need memory beside the present one.
         is_enough = self.num_rows >= needs.num_needed and self.length >= wanted[1]
         return (self.num_rows, self.length) if is_enough else (sizes[0], wanted[1])
 
     def _is_room(self, num_rows: int, length: int, prompts: Size) -> bool:
-        """Whether there is room for rows of this length, beside prompts."""
+        """Whether rows of this length fit into memory beside prompts."""
         count, prompt_len, chunk_len = prompts
         tried = num_rows, length, (count, self._runner.bucket(prompt_len), chunk_len)
         if self._free_bytes < math.inf:  # the first time takes 10 ms
@@ -150,7 +150,7 @@ class ContiguousBatch(Batch):
 
     @property
     def _kept_len(self) -> int:
-        """Positions of the cache that the next prompt is read into, if there is only one row."""
+        """The length of the cache that the next prompt is read into, if there is only one row."""
         return _length(self._spare[1]) if 1 in self._spare else self.length
 
     def _length_for(self, request: Request, limit: int, num_positions: int) -> int:
@@ -234,7 +234,7 @@ class ContiguousBatch(Batch):
         self._spare.clear()
 
     def programs(self, num_positions: int) -> list[Program]:
-        """The smallest first, and last what only requests with a constraint need."""
+        """The programs, the smallest first, and last those that only requests with a constraint need."""
         lengths = self._runner.lengths(num_positions)
         if self._is_one:
             return [program for length in lengths for program in self._of_one(length)]
@@ -268,7 +268,7 @@ class ContiguousBatch(Batch):
         ]
 
     def _of_one(self, length: int) -> list[Program]:
-        """All that one row of this length needs."""
+        """The programs of a single row of this length."""
         shortest = self._runner.bucket(1)
         programs = [Program("empty_rows", length), *self._runner.prefills(1, length), Program("decode", length)]
         if length > shortest:
@@ -277,7 +277,7 @@ class ContiguousBatch(Batch):
         return [*programs, *_drawing(length, shortest)]
 
     def _resizes(self, lengths: Sequence[int]) -> list[Program]:
-        """All that give rows of these lengths the next size up or down."""
+        """The programs that give rows of these lengths the next size up or down."""
         along_rows = [((few, length), (more, length)) for few, more in pairwise(self._sizes) for length in lengths]
         along_length = [((n, short), (n, long)) for short, long in pairwise(lengths) for n in self._sizes]
         resizes = [
@@ -291,7 +291,7 @@ class ContiguousBatch(Batch):
 
     def _next_count(self, num_rows: int) -> int:
         """The number of rows that comes after the present one on the way to this one."""
-        if self.num_rows == GROUP_LEN < num_rows:  # a group goes into any batch
+        if self.num_rows == GROUP_LEN < num_rows:  # a group can be inserted into a batch of any size
             return num_rows
         return self._sizes[self._sizes.index(self.num_rows) + (1 if num_rows > self.num_rows else -1)]
 
@@ -329,7 +329,7 @@ class ContiguousBatch(Batch):
 
 
 def _drawing(length: int, shortest: int) -> list[Program]:
-    """What one row of this length needs if it has a constraint."""
+    """The programs of a single row of this length with a constraint."""
     return [Program("forward", length), Program("draw", shortest)]
 
 

@@ -1,8 +1,7 @@
 """The slot engine: many requests at once on one device, block by block.
 
-Each step ends the requests that nobody waits for, reads a chunk of the prompts that are next, lets the device decode
-a block for all that run, and meanwhile delivers the block before it. Knows token ids; knows nothing of text or
-threads.
+Each step ends requests that were cancelled, prefills a chunk of the next prompts, dispatches a block of decoding for
+all running requests, and delivers the block before it meanwhile. Knows token ids; knows nothing of text or threads.
 """
 
 import time
@@ -38,13 +37,13 @@ class Engine:
     """Runs up to `num_slots` requests at once, and lets `max_waiting` more wait.
 
     Attributes:
-      scheduler: who waits and who runs.
+      scheduler: which requests wait, and which run.
     """
 
     def __init__(
         self, runner: Runner, *, num_slots: int, max_waiting: int = 1024, prefix_bytes: int | None = None
     ) -> None:
-        """`prefix_bytes` is what may be kept of prompts that have ended, in bytes; by default a share of the memory."""
+        """Keeps at most `prefix_bytes` of ended prompts for others that begin alike; by default a share of memory."""
         num_slots = checks.integer("slots", num_slots, 1)
         self.scheduler = Scheduler(num_slots, checks.integer("max_waiting", max_waiting, 1))
         self._runner = runner
@@ -53,7 +52,7 @@ class Engine:
         self._batch = make_batch(runner, num_slots, prefix_bytes)
         self._failed_at = -1  # how many jobs had ended when memory ran out
         self._prompts: Prompts | None = None
-        self._group: list[Job] = []  # whose prompts they are
+        self._group: list[Job] = []  # the jobs of these prompts
         # Blocks that the device works on, with the job of each row.
         self._pending: deque[tuple[Drawn, dict[int, Job]]] = deque()
         self._asking = Asking()
@@ -67,14 +66,14 @@ class Engine:
 
     @property
     def num_positions(self) -> int:
-        """Positions that the sequences that have a slot take at present."""
+        """Positions of the cache that sequences with a slot take now."""
         scheduler = self.scheduler
         return sum(job.position for job in scheduler.running) + sum(
             len(job.request.token_ids) for job in scheduler.reading
         )
 
     def job(self, request: Request, listener: Listener, deadline: float | None = None) -> Job:
-        """A request made ready to be submitted.
+        """Checks a request, and makes a job of it that can be submitted.
 
         Raises PromptTooLongError if the prompt leaves no room for an answer, RequestError for what is invalid.
         """
@@ -91,12 +90,12 @@ class Engine:
         return Job(request, listener, plan, limit, deadline, matcher)
 
     def step(self) -> bool:
-        """One round. False if there is nothing left to do.
+        """Does one round. Returns False if nothing is left to do.
 
-        What goes wrong with one request ends that one; what goes wrong on the device ends all there are. If its memory
-        runs out, those that came last wait until there is room.
+        An error of one request ends that request; an error of the device ends all. If the device's memory runs out,
+        those that came last wait until there is room.
         """
-        self._delivered = time.monotonic()  # what a listener's reader does between steps is nobody's block
+        self._delivered = time.monotonic()  # time between steps is the caller's, and no block's
         try:
             try:
                 self._go_on()
@@ -153,18 +152,18 @@ class Engine:
             self._batch.expect_all_memory()
 
     def _read_prompts(self) -> None:
-        """A chunk of the group that is being read, or of the next one. Those that are read begin to run."""
+        """Prefills a chunk of the present group, or of the next one. Jobs whose prompts are complete begin to run."""
         scheduler = self.scheduler
         if self._prompts and not self._prompts.left and scheduler.reading:
             self._run_group()
-        if not scheduler.reading:  # or all that were being read were given up
+        if not scheduler.reading:  # or all jobs of the group were cancelled
             self._drop_prompts()
             self._group = self._next_group()
             if not self._group:
                 return
             if saved := self._group[0].saved:
                 self._fit()
-                for row in scheduler.free_rows():  # none if the others need the memory
+                for row in scheduler.free_rows():  # none, if running jobs need the memory
                     self._batch.restore(saved, row)
                     self._group[0].saved = None
                 scheduler.place()
@@ -192,7 +191,7 @@ class Engine:
         return self.scheduler.admit(min(self._most_to_admit(), self._num_different()), GROUP_LEN)
 
     def _find_cached(self) -> None:
-        """What the cache has of the prompts that are next."""
+        """How much of the next prompts the cache has."""
         for job in self.scheduler.first(GROUP_LEN):
             if not job.saved:
                 job.num_cached, job.num_shared = self._batch.find_cached(job.request.token_ids)
@@ -212,11 +211,11 @@ class Engine:
 
     @property
     def _readers(self) -> dict[int, Job]:
-        """Whose prompts are being read, by their place in the group."""
+        """The jobs whose prompts are being read, by their place in the group."""
         return {place: job for place, job in enumerate(self._group) if job.state == "reading"}
 
     def _run_group(self) -> None:
-        """Those whose prompts are read begin to run."""
+        """Moves jobs whose prompts are complete into rows: they begin to run."""
         scheduler, prompts = self.scheduler, self._prompts
         assert prompts is not None
         self._fit()
@@ -256,11 +255,11 @@ class Engine:
 
     @property
     def _drawing(self) -> dict[int, Job]:
-        """Those that have tokens to draw, by their rows."""
+        """The jobs that have tokens to draw, by their rows."""
         return {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job.left > 0}
 
     def _begin_to_ask(self) -> Int32[np.ndarray, "1"] | None:
-        """By what the steps of the only one that runs ask for masks, if it has a constraint."""
+        """The number by which steps ask for masks, if the only running job has a constraint."""
         running = list(self._drawing.values())
         job = running[0] if len(running) == 1 and running[0].matcher and self._runner.can_ask else None
         if self._asking.job is not job:
@@ -268,7 +267,7 @@ class Engine:
         return self._asking.begin(job) if job and job.state == "running" else None
 
     def _draw_constrained(self, running: dict[int, Job]) -> Drawn:
-        """Dispatches one token. What may come next is found while the device computes the scores."""
+        """Dispatches one token. The host finds the masks while the device computes the scores."""
         self._batch.forward(list(running))
         while self._pending:
             self._deliver()
@@ -289,7 +288,7 @@ class Engine:
         return max(1, min(longest, int(BLOCK_SECONDS / max(self._step_seconds, 1e-6))))
 
     def _deliver(self) -> None:
-        """Waits for the oldest block, and hands its tokens to those they are for."""
+        """Waits for the oldest block, and delivers its tokens to their listeners."""
         drawn, owners = self._pending[0]
         wants_logprobs = any(job.request.sampling.logprobs is not None for job in owners.values())
         block = self._runner.to_host(drawn, wants_logprobs)
@@ -443,10 +442,10 @@ class Engine:
 
 
 def make_batch(runner: Runner, max_rows: int, prefix_bytes: int | None = None) -> Batch:
-    """For so many rows. Keeps so many bytes of prompts that have ended; by default a share of the memory."""
+    """A batch of so many rows, which keeps so many bytes of ended prompts; by default a share of the memory."""
     return PagedBatch(runner, max_rows, prefix_bytes) if runner.paged else ContiguousBatch(runner, max_rows)
 
 
 def _first_len(job: Job) -> int:
-    """Positions of a job that waits, when its prompt is read, or after its next block."""
+    """Positions that a waiting job needs: those of its prompt, or, if it was saved, those after its next block."""
     return job.position + min(BLOCK_LEN, job.left) if job.saved else job.num_cached + sum(job.plan)

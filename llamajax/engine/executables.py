@@ -1,8 +1,8 @@
 """Compiled programs on disk, found without tracing what they compute.
 
 jax's own cache knows a program by its code: to trace and lower that takes longer than all else at a process's start.
-Here a program is known by what its code is made from, too. A file that is broken, or is of another version or machine,
-is never used. Knows nothing of what programs compute.
+Here a program is known by the sources and settings that its code is made from. A file that is broken, or belongs to
+another version or machine, is never used. Knows nothing of what programs compute.
 """
 
 import hashlib
@@ -120,7 +120,7 @@ class Executables:
         return loaded
 
     def _save(self, file: str, compiled: Compiled) -> bool:
-        """Keeps a program, if the disk and jax let."""
+        """Writes a program to disk, if the disk and jax allow it."""
         if self._folder is None:
             return False
         try:
@@ -190,7 +190,7 @@ _jax_cache = _JaxCache()
 
 
 def _environment(device: jax.Device) -> str:
-    """All that a program depends on beside its own settings."""
+    """All that programs depend on besides their own settings."""
     options = {name: value for name, value in sorted(jax.config.values.items()) if not name.startswith(_NO_MATTER)}
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     versions = llamajax.__version__, jax.__version__, jaxlib.__version__, device.client.platform_version
@@ -200,7 +200,7 @@ def _environment(device: jax.Device) -> str:
 
 @cache
 def _processor() -> str:
-    """What the host's processor is and can do."""
+    """The host's processor, with the instruction sets that it has."""
     parts = [platform.machine(), platform.processor()]
     with suppress(OSError), Path("/proc/cpuinfo").open("rb", buffering=0) as file:
         names = (b"vendor_id", b"cpu family", b"model", b"stepping", b"flags", b"Features", b"CPU ")

@@ -1,7 +1,7 @@
 """Rows whose cache is in pages of one pool, where the native kernels compute.
 
-There are as many rows as sequences may run, and none ever moves: a step takes those that draw by their numbers. It is a
-program for each of a few counts of rows, since idle ones take time, too.
+There is a row for each sequence that may run, and rows never move: a step is given the numbers of the rows that draw.
+Idle rows cost time, too, so that each step is compiled for a few counts of rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ _Step = Literal["decode_rows", "decode_asking", "forward_rows", "draw_rows"]
 
 
 class PagedBatch(Batch):
-    """Rows that have pages."""
+    """A batch whose rows have pages."""
 
     def __init__(self, runner: Runner, max_rows: int, prefix_bytes: int | None = None) -> None:
-        """Keeps so many bytes of prompts that have ended beside what rows have taken; by default a share of the
-        computer's memory. 0: rows share nothing.
+        """Keeps so many bytes of ended prompts, beyond the memory that rows have taken; by default a share of the
+        computer's. With 0, rows share nothing.
         """
         super().__init__(runner, max_rows)
-        self._width = power_of_two(max_rows)  # few numbers, since programs are made for each
+        self._width = power_of_two(max_rows)  # a power of two: each count needs programs of its own
         page_bytes = bytes_per_token(runner.config, runner.placement.cache_dtype) * PAGE_LEN
         kept = prefix_cache_bytes() if prefix_bytes is None else prefix_bytes
         self.shares = kept > 0
@@ -53,7 +53,7 @@ class PagedBatch(Batch):
         return self._runner.bucket(1)
 
     def fits(self, needs: Needs) -> bool:
-        # Those that run will soon want a page more: none shall be put back for one that is new.
+        # Leave a free page for each running row, which will soon need it: a new one must not push it out.
         spare = len(needs.rows) if needs.new else 0
         return missing(self._tables, needs.rows) + sum(map(pages, needs.new)) + spare <= self._pool.num_free
 
@@ -64,7 +64,7 @@ class PagedBatch(Batch):
             yield [-1] * self._width
 
     def expect_all_memory(self) -> None:
-        """`fits` has learned nothing."""
+        """`fits` counts pages, and has nothing to learn."""
 
     def find_cached(self, token_ids: Sequence[int]) -> tuple[int, int]:
         known = self._pool.known(token_ids)
@@ -204,11 +204,11 @@ class PagedBatch(Batch):
 
     @property
     def _drawn_sizes(self) -> list[int]:
-        """Numbers of rows that `draw` takes: fewer, since few requests have a constraint."""
+        """The counts of rows that `draw` is compiled for: fewer, since few requests have a constraint."""
         return [size for size in self._sizes if size == power_of_two(size) or size == self._sizes[-1]]
 
     def _taken(self, rows: Sequence[int], sizes: Sequence[int]) -> Int32[np.ndarray, "P"]:
-        """The rows, as many as a program takes: those that there are not are idle."""
+        """These rows, filled up to the next count that programs are compiled for, with idle ones."""
         size = next(size for size in sizes if size >= len(rows))
         return np.array([*rows, *[self._width] * (size - len(rows))], np.int32)
 
@@ -220,9 +220,9 @@ class PagedBatch(Batch):
 
 
 def _num_pages(runner: Runner, max_rows: int) -> int:
-    """What so many rows may need, as far as the computer has memory for it, and at least what one needs.
+    """The pages of so many rows at their longest, but no more than memory has room for, and at least one row's.
 
-    Few numbers, since programs are made for each: without memory that is written, a page costs nothing.
+    It is one of few numbers, since each needs programs of its own. A page takes no memory before it is written.
     """
     most = max(1, cache_bytes() // (bytes_per_token(runner.config, runner.placement.cache_dtype) * PAGE_LEN))
     wanted = power_of_two(max_rows) * runner.table_len

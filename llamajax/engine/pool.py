@@ -1,8 +1,8 @@
-"""The pages of a KV cache: which sequence has which, and their arrays on a device.
+"""The pages of a KV cache: which sequence owns which, and their arrays on the device.
 
-A page has the keys and values of PAGE_LEN positions, of all layers. Sequences take pages as they grow and leave them
-when they end, so that no cache is ever copied to a larger one. Those whose prompts begin alike share whole pages, which
-nobody writes again. Knows nothing of requests or of what a row is asked for.
+A page has the keys and values of PAGE_LEN positions, of all layers. A sequence takes pages as it grows and gives them
+back when it ends, so that no cache is ever copied to a larger one. Sequences whose prompts begin alike share whole
+pages, which are never written again. Knows nothing of requests.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,16 +38,16 @@ class Tables:
 
 
 class Pool:
-    """A number of pages on a device.
+    """All pages on a device, and which are free.
 
     Attributes:
       num_pages: how many there are.
-      most_kept: pages of prompts that have ended for which others are written that never were, which takes memory.
-        Beyond these, the pages of prompts that have ended stay until their memory is needed. None: they share none.
+      most_kept: how many pages of ended prompts may stay while others, which take memory, are written for the first
+        time. More of them stay only until a sequence needs a page. None: nothing is shared.
     """
 
     def __init__(self, num_pages: int, make: Callable[[], Cache], most_kept: int | None = None) -> None:
-        """`make` makes their arrays on the device, when they are first needed."""
+        """`make` makes the arrays on the device when a page is first needed."""
         self.num_pages = num_pages
         self.most_kept = most_kept
         self._make = make
@@ -57,8 +57,8 @@ class Pool:
         """Takes all pages back, and their memory from the device."""
         self._cache: Cache = ()
         self._free = list(range(self.num_pages))[::-1]
-        self._num_written = 0  # the first so many pages take memory
-        self._owners = [0] * self.num_pages  # sequences that have a page
+        self._num_written = 0  # the first so many pages were written, and take memory
+        self._owners = [0] * self.num_pages  # how many sequences have each page
         self._prefixes = Prefixes()
         # Pages that only the tree of prefixes has, by when they were last asked for. Whoever asks for a page asks for
         # those before it, and they come after it here: nothing goes on from the first one.
@@ -66,11 +66,11 @@ class Pool:
 
     @property
     def num_free(self) -> int:
-        """Pages that no sequence has. (One that has a page of the tree has those before it, too.)"""
+        """How many pages no sequence has. (A sequence with a page of the tree has those before it, too.)"""
         return len(self._free) + len(self._unused)
 
     def take(self, tables: Tables, row: int, num_positions: int) -> None:
-        """Gives a sequence the pages that it needs beside its own for so many positions.
+        """Gives a sequence the pages that it lacks for so many positions.
 
         Raises MemoryError if there are too few.
         """
@@ -105,7 +105,7 @@ class Pool:
         return sum(self._owners[page] > 0 for page in ids)
 
     def share(self, tables: Tables, row: int, known: Sequence[int]) -> None:
-        """Begins a sequence with pages that are known."""
+        """Begins a sequence with the pages of a known prefix."""
         for page in known:
             self._add(tables, row, page)
 
@@ -134,7 +134,7 @@ class Pool:
         return (arrays._replace(table=table),)
 
     def put(self, cache: Cache) -> None:
-        """Takes back what was lent, as a step returns it."""
+        """Takes back the cache that a step returned."""
         [arrays] = cache
         self._cache = (arrays._replace(table=None),)
 
@@ -157,7 +157,7 @@ class Pool:
         return any(x.is_deleted() for x in jax.tree.leaves(self._cache))
 
     def check(self, tables: Sequence[Tables]) -> None:
-        """What always holds: each page is free, or those have it that are counted."""
+        """Asserts what always holds: a page is free, or exactly the counted owners have it."""
         rows = (row for table in tables for row in zip(table.ids, table.counts, strict=True))
         owned = [page for ids, count in rows for page in ids[:count].tolist()]
         for page, owners in enumerate(self._owners):
@@ -184,7 +184,7 @@ class Pool:
             self._free.append(page)
 
     def _free_page(self) -> int:
-        """A free page, if need be the one of the tree that was not needed for the longest time."""
+        """A free page; if there is none, the least recently used page of the tree."""
         is_new = not self._free or self._free[-1] >= self._num_written
         if is_new and self._unused and (not self._free or len(self._unused) > (self.most_kept or 0)):
             page = next(iter(self._unused))
@@ -197,10 +197,10 @@ class Pool:
 
 
 def pages(num_positions: int) -> int:
-    """How many pages have room for so many positions."""
+    """How many pages so many positions take."""
     return -(-num_positions // PAGE_LEN)
 
 
 def missing(tables: Tables, rows: Mapping[int, int]) -> int:
-    """Pages that sequences need beside their own for so many positions, by their rows."""
+    """How many pages sequences lack for so many positions, by their rows."""
     return sum(max(0, pages(n) - tables.counts[row]) for row, n in rows.items())

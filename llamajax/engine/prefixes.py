@@ -1,7 +1,7 @@
 """Which pages hold the beginnings of prompts: a tree of whole pages, each the child of the page before it.
 
-Plain Python: knows page numbers and token ids, not what pages hold. Only what was read of prompts is kept: keys and
-values that a decode step wrote are rounded in another way.
+Plain Python: knows page numbers and token ids, not the pages' content. Only prefilled pages are kept: decode rounds
+keys and values in another way, so that sharing its pages would change answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _Tokens = tuple[int, ...]
 
 @dataclass(eq=False)
 class _Node:
-    """A page, and those that go on from it, by their tokens."""
+    """A page, and the pages that may follow it, by their tokens."""
 
     page: int
     parent: "_Node | None"
@@ -36,7 +36,7 @@ class Prefixes:
         return page in self._nodes
 
     def match(self, token_ids: Sequence[int]) -> list[int]:
-        """The pages of the longest beginning that is known, without the last token: its scores are not kept."""
+        """The pages of the longest known prefix. It ends before the last token, whose scores must be computed."""
         node, found = self._root, list[int]()
         for tokens in _pages(token_ids[:-1]):
             if (child := node.children.get(tokens)) is None:
@@ -60,7 +60,7 @@ class Prefixes:
         return kept
 
     def remove(self, page: int) -> None:
-        """Forgets a page that nothing goes on from."""
+        """Removes a leaf."""
         node = self._nodes.pop(page)
         assert node.parent and not node.children
         del node.parent.children[node.tokens]

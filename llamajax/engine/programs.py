@@ -24,14 +24,14 @@ from llamajax.ops import PAGE_LEN
 from llamajax.placement import Placement
 from llamajax.types import mask_len
 
-# XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds up in another order:
-# a row's last bits would depend on its neighbours and on the cache's length. With it for products only, they do not.
+# XLA's CPU compiler hands sums of 4096 numbers or more, over all rows, to a library that adds in another order: a row's
+# last bits would depend on its neighbours and on the cache's length. So the library may compute products only.
 _SUMS_IN_ONE_ORDER: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 }
 
-# A CUDA graph for all that a call does. XLA puts the other kinds of work into graphs by itself, loops only on demand;
-# then all that is left outside is too short for it.
+# One CUDA graph for all work of a call. By default XLA leaves loops out of graphs, and what remains outside is too
+# short to become a graph.
 WHOLE_GRAPHS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": (
         "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
@@ -39,7 +39,7 @@ WHOLE_GRAPHS: dict[str, str | bool] = {
     "xla_gpu_graph_min_graph_size": "1",
 }
 
-# Of all models of this process: several of one kind share them.
+# Shared by all models of this process: those of the same shapes have the same programs.
 _programs: dict[tuple[str, "Program"], Future[Compiled]] = {}
 _lock = Lock()
 
@@ -82,7 +82,7 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """What a model's programs are called by. If the cache is in pages, a row has up to `table_len`."""
+    """The programs of a model. If the cache is in pages, a row has up to `table_len` of them."""
 
     def __init__(self, model: FlatModel, placement: Placement, table_len: int | None = None) -> None:
         assert placement.device is not None
@@ -115,7 +115,7 @@ class Programs:
         return made.result()
 
     def prepare(self, program: Program) -> None:
-        """Makes a program quick to get: one that is on disk need not be in memory."""
+        """Compiles a program unless it is in memory or on disk. One that goes to disk does not stay in memory."""
         key, name = (self._on_disk.identity, program), _name(program)
         if key not in _programs and not self._on_disk.has(name):
             self.compile(program)
@@ -143,7 +143,7 @@ class Programs:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
 
     def lowered(self, program: Program) -> Lowered:
-        """A program for the compiler. Arrays may be shapes: no device need be there."""
+        """A program before compilation. Needs only shapes: the device need not exist."""
         step, length, chunk_len, num_rows, source = program
         arrays, structure = self._model
         cache, slots, requests = rows = self.shapes(num_rows, length)
@@ -211,7 +211,7 @@ class Programs:
 
 
 def _name(program: Program) -> str:
-    """Of its file."""
+    """The name of its file."""
     return "-".join(map(str, (*program[:-1], *program.source)))
 
 

@@ -1,4 +1,4 @@
-"""Who is next: a bounded queue, first come first served, and a limited number of slots. Plain Python, no jax."""
+"""Which request is next: a bounded queue, first come first served, and a limited number of slots. Needs no jax."""
 
 import logging
 import time
@@ -13,10 +13,10 @@ from llamajax.types import FinishReason, Matcher, Request, Token
 
 
 class Listener(Protocol):
-    """Who a request's tokens are for. Called by the engine, and must not block."""
+    """Receives a request's tokens. The engine calls it, and it must not block."""
 
     def begin(self, num_cached: int) -> None:
-        """Its prompt is read now, but for so many tokens that are in the cache already."""
+        """Prefill of its prompt begins; so many of its tokens are in the cache already."""
 
     def token(self, token: Token) -> bool:
         """One more token. False: no more are wanted, since the answer has ended by its text."""
@@ -31,17 +31,17 @@ class Job:
 
     Attributes:
       num_cached: tokens of its prompt that are in the cache already, in whole pages.
-      num_shared: those of them that others that run have, too.
-      plan: the chunks in which the others are read; prompts of one plan can be read together.
+      num_shared: how many of them running jobs have, too.
+      plan: the chunks in which the other tokens are read; prompts of one plan can be read together.
       matcher: follows the answer if it must fit a constraint.
       num_told: how many of the answer's tokens the matcher knows.
       error: why the matcher could not answer a step on the device.
       deadline: on the monotonic clock, in seconds; None is never.
       limit: tokens that it may draw.
       drawn: tokens that were delivered.
-      left: tokens that no block was dispatched for yet.
+      left: tokens that no dispatched block will draw.
       position: positions of the cache that the blocks dispatched so far may take.
-      saved: what the device had of it, if it has to wait again.
+      saved: its row on the host, if it has to wait again.
       tried_at: where it was when it was last tried alone, for want of memory.
       queue_time: seconds that it has waited to be read.
     """
@@ -72,7 +72,7 @@ class Job:
         self.state, self._admitted = "reading", self._admitted or time.perf_counter()
 
     def begin(self) -> None:
-        """Tells the listener what the cache has of its prompt, the first time that it is read."""
+        """Tells the listener how much of its prompt is cached, the first time that it is read."""
         if not self._has_begun:
             self._has_begun = True
             self.listener.begin(self.num_cached)
@@ -102,7 +102,7 @@ class Job:
 
     @property
     def given_up(self) -> FinishReason | None:
-        """Why nobody waits for it any more."""
+        """Why the job should end early, if it should: it is cancelled or late."""
         if self.cancelled:
             return "cancelled"
         return "timeout" if self.deadline is not None and time.monotonic() >= self.deadline else None
@@ -133,17 +133,17 @@ class Scheduler:
 
     @property
     def is_full(self) -> bool:
-        """Whether a job more would have neither a slot nor a place to wait."""
+        """Whether another job would get neither a slot nor a place in the queue."""
         return self.num_jobs >= self.num_slots + self.max_waiting
 
     @property
     def num_admitted(self) -> int:
-        """Those that have a slot."""
+        """How many jobs have a slot."""
         return len(self.reading) + len(self.running)
 
     @property
     def num_jobs(self) -> int:
-        """All that have not ended."""
+        """How many jobs have not ended."""
         return len(self._waiting) + self.num_admitted
 
     @property
@@ -179,21 +179,21 @@ class Scheduler:
         return group
 
     def first(self, number: int) -> list[Job]:
-        """So many of those that wait."""
+        """The first so many jobs that wait."""
         return list(islice(self._waiting, number))
 
     @property
     def next(self) -> Job | None:
-        """The first that waits."""
+        """The first job that waits."""
         return self._waiting[0] if self._waiting else None
 
     @property
     def latest(self) -> list[Job]:
-        """Those that got a slot last: the group that is being read, or one that runs."""
+        """The jobs that got a slot last: the group that is being read, or else one that runs."""
         return self.reading or [max(self.running, key=lambda job: job._admitted or 0)]
 
     def put_back(self, jobs: Iterable[Job]) -> None:
-        """Lets jobs that have a slot wait again, before all others."""
+        """Takes the slots of these jobs; they wait again, before all others."""
         for job in sorted(jobs, key=lambda job: job._admitted or 0, reverse=True):
             if job.state == "running":
                 self.rows[self.rows.index(job)] = None
@@ -203,12 +203,12 @@ class Scheduler:
             self._waiting.appendleft(job)
 
     def withdraw(self, job: Job) -> None:
-        """Takes a job that waits out, to be submitted again."""
+        """Removes a waiting job, to be submitted again."""
         self._waiting.remove(job)
         job.state = "new"
 
     def free_rows(self) -> list[int]:
-        """A row for each job that is being read, of which there must be enough."""
+        """A free row for each job that is being read. There must be enough."""
         free = [row for row, job in enumerate(self.rows) if job is None][: len(self.reading)]
         assert len(free) == len(self.reading)
         return free
@@ -220,11 +220,11 @@ class Scheduler:
         self.reading = []
 
     def move(self, kept: Sequence[int]) -> None:
-        """Gives rows other places: which each was, -1 if it is new."""
+        """Reorders the rows: for each new place, the row that moves there; -1 for a new one."""
         self.rows = [None if row < 0 else self.rows[row] for row in kept]
 
     def end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> int | None:
-        """Takes a job out, wherever it is, and tells its listener, whose own errors are logged.
+        """Removes a job, wherever it is, and tells its listener. Logs the listener's own errors.
 
         Returns the row that the job leaves.
         """
@@ -249,7 +249,7 @@ class Scheduler:
         return row
 
     def check(self) -> None:
-        """What always holds: no job in two places, no more than there are slots, states that tell the place."""
+        """Asserts what always holds: a job has one place, its state names it, and slots are not exceeded."""
         jobs = list(self)
         assert len(jobs) == len(set(map(id, jobs)))
         assert self.num_admitted <= self.num_slots

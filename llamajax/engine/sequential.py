@@ -11,12 +11,12 @@ from llamajax.engine.scheduler import Job
 from llamajax.errors import RequestError
 from llamajax.types import FinishReason, Request, Token
 
-# Of prompts that have ended it keeps what takes no memory beside that of the longest sequence so far.
+# Ended prompts may keep only pages that take no memory beyond that of the longest sequence so far.
 _PREFIX_BYTES = 1
 
 
 class OneSlot(Engine):
-    """An engine that is stepped by those who wait for its tokens, of any thread.
+    """An engine without a thread of its own: whoever waits for a token steps it.
 
     Attributes:
       runner: whose programs it runs.

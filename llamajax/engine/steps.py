@@ -83,7 +83,7 @@ class FlatModel(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Requests:
-    """What B slots are asked for; constant from a request's first token to its last."""
+    """The requests of B slots: constant from the first token of an answer to the last."""
 
     sampling: Sampling
     stop_ids: Int32[Array, "B E"]  # padded with -1
@@ -96,10 +96,10 @@ class Requests:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """The position of each of B sequences. A slot with nothing left is idle."""
+    """The state of B slots, which changes with each token. A slot with nothing left to draw is idle."""
 
     token: Int32[Array, "B"]  # the last one drawn, not yet in the cache
-    position: Int32[Array, "B"]  # where it stands
+    position: Int32[Array, "B"]  # of that token
     left: Int32[Array, "B"]  # tokens still to draw
     counts: Int32[Array, "B V"]  # how often each token occurs in the answer
 
@@ -112,7 +112,7 @@ class Drawn(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """All that B sequences are, on the device."""
+    """All that the device holds for B sequences."""
 
     cache: Cache  # each with B in front; none if the cache is in pages, which no row has for itself
     slots: Slots
@@ -170,8 +170,8 @@ def decode(
     The loop ends early when no slot has: a stop token takes what its slot had left. If there is somebody to ask
     (`native.asked`), each step of the only slot asks for its mask, which is found while the scores are computed.
 
-    If there are rows, only those slots draw, whose tables of pages the cache has: as many programs as there are numbers
-    of rows, and no slot moves. A row that there is not is idle.
+    If there are `rows`, only those slots draw, and the cache has the tables of their pages. So no slot has to move.
+    Each count of rows is a program of its own. A row beyond the last slot is idle.
     """
     model = FlatModel(arrays, structure).llama()
     part, requests = _slots_of(rows, slots), _of(rows, requests)
@@ -245,7 +245,7 @@ def prompt_logprobs(
     cache_dtype: DTypeLike,
     paged: bool,
 ) -> TopLogprobs:
-    """Of the token after each of the first `length` of T, given those up to it; what comes later is not read.
+    """Log-probabilities of the token after each of the first `length` tokens, given those up to it.
 
     T is a power of two. The text is read in chunks, since scores [T, V] may take gigabytes.
     """
@@ -287,19 +287,19 @@ def empty_rows(*, num_rows: int, length: int, config: LlamaConfig, cache_dtype: 
 
 @partial(jax.jit, static_argnames=("num_pages", "config", "cache_dtype"))
 def empty_pages(*, num_pages: int, config: LlamaConfig, cache_dtype: DTypeLike) -> Cache:
-    """So many pages, without a table."""
+    """A pool of so many pages, without a table."""
     return paged_cache(config, num_pages, cache_dtype)
 
 
 @partial(jax.jit, donate_argnames="pages")
 def put_page(pages: Cache, page: Cache, number: Int32[Array, ""]) -> Cache:
-    """Writes one page over the one of this number."""
+    """Overwrites the page of this number."""
     return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, 0), pages, page)
 
 
 @partial(jax.jit, donate_argnames=("rows",))
 def insert(rows: Rows, new: Rows, sources: Int32[Array, "P"], places: Int32[Array, "P"]) -> Rows:
-    """Puts new rows, whose caches may be shorter, into places, one after the other."""
+    """Copies rows `sources` of `new`, whose caches may be shorter, to these places of `rows`."""
 
     def put(p: Int32[Array, ""], x: Array, new: Array) -> Array:
         row = jax.lax.dynamic_slice_in_dim(new, sources[p], 1)
@@ -311,7 +311,7 @@ def insert(rows: Rows, new: Rows, sources: Int32[Array, "P"], places: Int32[Arra
 
 @partial(jax.jit, static_argnames=("length",))
 def resize(cache: Cache, keep: Int32[Array, "B"], *, length: int) -> Cache:
-    """Of these layers, the rows `keep` (-1: any), with room for `length` positions, more or fewer."""
+    """The rows `keep` of these layers (-1: any), with room for `length` positions, more or fewer than before."""
     return jax.tree.map(lambda x: _of_length(x[keep, ..., :length, :], length), cache)
 
 
@@ -320,7 +320,7 @@ def keep(slots: Slots, requests: Requests, keep: Int32[Array, "B"]) -> tuple[Slo
     """The rows `keep`, or an idle one for -1."""
     slots, requests = jax.tree.map(lambda x: x[keep], (slots, requests))
     left = jnp.where(keep < 0, 0, slots.left)
-    # An idle row stands where any cache has room.
+    # Position 0 of an idle row is in any cache.
     return replace(slots, left=left, position=jnp.where(left > 0, slots.position, 0)), requests
 
 
@@ -401,7 +401,7 @@ def _over_slots(
 
 
 def _of(rows: Int32[Array, "P"] | None, arrays: _Arrays) -> _Arrays:
-    """These rows of arrays, all if none are said."""
+    """These rows of arrays; all of them if `rows` is None."""
     return arrays if rows is None else jax.tree.map(lambda x: x.at[rows].get(mode="clip"), arrays)
 
 
@@ -413,7 +413,7 @@ def _slots_of(rows: Int32[Array, "P"] | None, slots: Slots) -> Slots:
 
 
 def _put(rows: Int32[Array, "P"] | None, part: _Arrays, whole: _Arrays) -> _Arrays:
-    """Arrays with these rows in place of theirs. What is in no row is left out."""
+    """Arrays with these rows replaced. A row beyond the last one is dropped."""
     return part if rows is None else jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), whole, part)
 
 
