@@ -96,7 +96,8 @@ class Engine:
         What goes wrong with one request ends that one; what goes wrong on the device ends all there are. If its memory
         runs out, those that came last wait until there is room.
         """
-        self._delivered = time.monotonic()  # what a listener's reader does between steps is nobody's block
+        if not self._pending:  # the device begins now
+            self._delivered = time.monotonic()
         try:
             try:
                 self._go_on()
