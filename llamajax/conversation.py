@@ -1,5 +1,6 @@
 """A conversation with a model: its messages, the tokens they were made of, and what is forgotten when it is long."""
 
+import atexit
 from collections.abc import Sequence
 from contextlib import suppress
 from threading import Thread
@@ -29,10 +30,12 @@ class Conversation:
         # Message index -> its own token ids, since encoding an answer's text again need not give them.
         self._answers: dict[int, tuple[int, ...]] = {}
         self._stream: Stream | None = None
+        self._ahead: Stream | None = None
         self.restart(system)
 
     def restart(self, system: str | None = None, messages: Sequence[Message] = ()) -> None:
         """Begins again, with a system message or without, or with earlier messages."""
+        self._end_reading_ahead()
         self._stream = None
         self._answers = {}
         self._messages = [{"role": "system", "content": system}] if system else []
@@ -68,21 +71,27 @@ class Conversation:
 
     def read_ahead(self) -> Thread | None:
         """Begins to read the last answer, in a thread, while nobody asks: the next turn then reads little more than its
-        question.
+        question. It ends this, and goes on from what was read.
 
         Returns the thread. None if there is nothing to read, or where prompts share nothing.
         """
+        self._end_reading_ahead()
         messages, answers = self._remembered()
         if not self._llm.shares_prompts or not messages or messages[-1]["role"] != "assistant":
             return None
         with suppress(LlamaJaxError):  # too long, or refused by the template: the next turn will say so
             # What a template writes of a question depends on it, but not what it writes before.
             question: Message = {"role": "user", "content": "?"}
-            stream = self._llm.stream([*messages, question], max_new_tokens=1, verbatim=answers)
-            thread = Thread(target=_finish, args=[stream], daemon=True)
+            self._ahead = self._llm.stream([*messages, question], max_new_tokens=1, verbatim=answers)
+            thread = _Finishing(self._ahead)
             thread.start()
             return thread
         return None
+
+    def _end_reading_ahead(self) -> None:
+        if self._ahead:
+            self._ahead.cancel()
+        self._ahead = None
 
     def _start(
         self,
@@ -94,6 +103,7 @@ class Conversation:
         limit = new_token_limit({"max_new_tokens": max_new_tokens}, self._llm.max_seq_len)
         room = min(limit, self._llm.max_seq_len // 2)
         messages, answers, forgotten = self._fitting(messages, answers, room)
+        self._end_reading_ahead()
         stream = self._llm.stream(messages, max_new_tokens=limit, verbatim=answers, **options)
         self._messages, self._answers, self.forgotten, self._stream = messages, answers, forgotten, stream
         return stream
@@ -127,6 +137,20 @@ class Conversation:
         return messages, answers, forgotten
 
 
-def _finish(stream: Stream) -> None:
-    with suppress(LlamaJaxError):  # as when the device's memory is full: the next turn will say so
-        stream.finish()
+class _Finishing(Thread):
+    """Reads a stream to its end that nobody waits for."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(daemon=True)
+        self._stream = stream
+        # A program that ends while XLA computes would crash.
+        atexit.register(self._end)
+
+    def run(self) -> None:
+        with suppress(LlamaJaxError):  # as when the device's memory is full: the next turn will say so
+            self._stream.finish()
+        atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        self._stream.cancel()
+        self.join()

@@ -59,7 +59,6 @@ class LLM:
       template: the checkpoint's chat template, a built-in one, or None for a model that was not made to chat.
       tool_format: how the model calls functions.
       max_seq_len: tokens that a prompt and its answer may take together.
-      shares_prompts: whether prompts that begin alike share the KV cache of their common prefix.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class LLM:
         self.max_seq_len = runner.max_seq_len
         self._runner = runner
         self._alone = OneSlot(runner)
-        self.shares_prompts = self._alone.shares_prompts
         self.tool_format = ToolFormat.of(template.source if template else "")
         self._stop_ids = stop_ids
         self._grammars = GrammarCompiler(tokenizer, self.config.vocab_size, stop_ids)
@@ -378,6 +376,11 @@ class LLM:
         """
         num_top = integer("num_top", num_top, 0, MAX_TOP_LOGPROBS)
         return None, *self._runner.prompt_logprobs(_text_ids("prompt_logprobs", token_ids), num_top)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether prompts that begin alike share what was read of them."""
+        return self._alone.shares_prompts
 
     def warm_up(self, num_tokens: int = 1) -> None:
         """Compiles what prompts and answers of this many tokens together need, so that none waits for it."""

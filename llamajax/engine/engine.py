@@ -95,7 +95,8 @@ class Engine:
         An error of one request ends that request; an error of the device ends all. If the device's memory runs out,
         those that came last wait until there is room.
         """
-        self._delivered = time.monotonic()  # time between steps is the caller's, and no block's
+        if not self._pending:  # the device begins now
+            self._delivered = time.monotonic()
         try:
             try:
                 self._go_on()

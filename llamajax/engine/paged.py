@@ -84,9 +84,8 @@ class PagedBatch(Batch):
         chunk = chunk._replace(start=np.where(counts > 0, chunk.start, np.int32(-1)))
         drawn, cache = self._prefill(prompts, chunk, self._pool.lend(prompts.tables.ids), self._length)
         self._pool.put(cache)
-        if not prompts.left:
-            for row in counts.nonzero()[0].tolist():
-                self._pool.keep(prompts.tables, row, prompts.requests[row].token_ids)
+        for row in counts.nonzero()[0].tolist():  # after each chunk: the request may be cancelled before the next
+            self._pool.keep(prompts.tables, row, prompts.requests[row].token_ids[: prompts.num_read + 1])
         return drawn
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:

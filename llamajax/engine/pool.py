@@ -110,7 +110,7 @@ class Pool:
             self._add(tables, row, page)
 
     def keep(self, tables: Tables, row: int, token_ids: Sequence[int]) -> None:
-        """Keeps the whole pages of a prompt that was read, for others that begin alike.
+        """Keeps the whole pages of a prompt, as far as it was read, for others that begin alike.
 
         The last token is left out: if a constraint draws the first one, a step reads it again, and writes its page.
         """

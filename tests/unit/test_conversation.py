@@ -1,11 +1,17 @@
 """Conversations with the default model: what is remembered, what is read again, what is forgotten."""
 
+import subprocess
+import sys
+from threading import Event
 from typing import Any
 
 import pytest
 
 import llamajax
 from llamajax import LLM, Completion, Conversation, LlamaJaxError, Message, PromptTooLongError, RequestError
+from llamajax.engine.batch import Prompts
+from llamajax.engine.paged import PagedBatch
+from llamajax.engine.steps import Drawn
 from llamajax.ops import PAGE_LEN, native
 
 from ..tiny_model import count_compilations
@@ -253,3 +259,51 @@ def test_two_conversations_share_a_model_in_turns(llama: LLM) -> None:
         prompt = llama.encode_chat(conversation.messages[:-1], {1: first})
         scores = llama.logits([*prompt, *answer.token_ids])[len(prompt) - 1 : -1]
         assert (scores.max(axis=1) - scores[range(len(answer.token_ids)), list(answer.token_ids)]).max() < 0.2
+
+
+@pytest.mark.skipif(not native.available(), reason="prompts share nothing")
+def test_a_turn_goes_on_from_what_was_read_ahead_so_far(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[Message] = [
+        {"role": "user", "content": "Count."},
+        {"role": "assistant", "content": "one two three four " * 200},
+    ]
+    conversation, other = Conversation(llama), Conversation(llama)
+    conversation.restart(messages=before)
+    reads: list[int] = []
+    is_half_read, goes_on = Event(), Event()
+    read = PagedBatch.read
+
+    def read_slowly(batch: PagedBatch, prompts: Prompts) -> Drawn:
+        drawn = read(batch, prompts)
+        reads.append(prompts.num_read)
+        is_half_read.set()
+        assert goes_on.wait(60)
+        return drawn
+
+    monkeypatch.setattr(PagedBatch, "read", read_slowly)
+    thread = conversation.read_ahead()
+    assert thread and is_half_read.wait(60)
+    stream = conversation.ask("And backwards?", max_new_tokens=12, temperature=0)
+    goes_on.set()
+    thread.join()
+    assert reads == [512]  # the rest is the turn's own
+    answer = stream.finish()
+    assert answer.cached_tokens == 512
+    llama.generate("x" * 4000, max_new_tokens=1)  # in the place of what was kept
+    other.restart(messages=before)
+    assert ask(other, "And backwards?").token_ids == answer.token_ids
+
+
+@pytest.mark.skipif(not native.available(), reason="prompts share nothing")
+def test_a_program_that_ends_while_it_reads_ahead_does_not_crash(default_model: None) -> None:
+    program = """
+import time, llamajax
+conversation = llamajax.Conversation(llamajax.load(max_seq_len=8192))
+answer = {"role": "assistant", "content": "one two three four " * 1000}
+conversation.restart(messages=[{"role": "user", "content": "Count."}, answer])
+thread = conversation.read_ahead()
+time.sleep(0.5)
+print(thread.is_alive())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")

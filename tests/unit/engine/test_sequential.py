@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from llamajax.engine import contiguous
+from llamajax.engine.engine import BLOCK_SECONDS
 from llamajax.engine.paged import PagedBatch
 from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.ops import PAGE_LEN, native
 from llamajax.sampling import Sampling, sample
-from llamajax.types import Request, SamplingParams, Token
+from llamajax.types import FinishReason, Request, SamplingParams, Token
 
 from ... import tiny_model
 from ...tiny_model import CONFIG, answer_alone, random_ids, random_weights, reference_logits, tiny_runner
@@ -37,6 +38,28 @@ def answer(
     stop_ids: frozenset[int] = frozenset(),
 ) -> list[int]:
     return [token.id for token in Sequential(engine, Request(ids, max_new_tokens, sampling, stop_ids))]
+
+
+class Heard:
+    """A listener that counts.
+
+    Attributes:
+      lens: how many tokens there were after each step.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.lens: list[int] = []
+
+    def begin(self, num_cached: int) -> None:
+        pass
+
+    def token(self, token: Token) -> bool:
+        self.num_tokens += 1
+        return True
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        pass
 
 
 def assert_greedy(prompt: Sequence[int], found: Sequence[int]) -> None:
@@ -301,3 +324,26 @@ def test_broken_weights_are_reported(sampling: SamplingParams) -> None:
     engine = OneSlot(tiny_runner(512, weights=weights))
     with pytest.raises(CheckpointError, match="not finite numbers"):
         answer(engine, random_ids(3), 5, sampling)
+
+
+@needs_kernels
+def test_what_was_read_of_a_cancelled_prompt_is_shared() -> None:
+    engine, prompt = OneSlot(tiny_runner(2048)), random_ids(1500)
+    expected = answer(OneSlot(tiny_runner(2048)), prompt, 20)
+    tokens = Sequential(engine, Request(prompt, 20, GREEDY))
+    tokens.goes_on = lambda read: read < 1024
+    assert list(tokens) == []
+    again = Sequential(engine, Request(prompt, 20, GREEDY))
+    assert [token.id for token in again] == expected
+    assert again.cached_tokens == 1024
+
+
+def test_blocks_are_short_where_the_device_may_have_been_slow() -> None:
+    """A block that is there when its reader comes back may have taken all the time until then."""
+    engine = OneSlot(tiny_runner(256))
+    job = engine.job(Request(random_ids(5), 12, GREEDY), (heard := Heard()))
+    engine.scheduler.submit(job)
+    while engine.step():
+        heard.lens.append(heard.num_tokens)
+        time.sleep(1.1 * BLOCK_SECONDS)
+    assert max(np.diff(heard.lens)) == 1
