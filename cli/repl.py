@@ -238,6 +238,7 @@ class Repl:
         if messages:
             llm.encode_chat(messages)  # raises if its template refuses them; the present model then stays
         self._compiler.close()
+        self._conversation.restart()  # the other model need not read ahead
         self._llm, self._name, self._conversation = llm, name, Conversation(llm)
         self._compiler = self._compile_ahead(messages)
         self._conversation.restart(messages=messages)
