@@ -1,4 +1,4 @@
-"""What a device has room for beside a model's weights. Asks no device."""
+"""How many rows fit a device's memory beside a model's weights: computed from sizes, without a device."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,22 @@ from llamajax.engine.pool import pages
 from llamajax.engine.runner import CHUNKS, cache_len, power_of_two
 from llamajax.ops import PAGE_LEN
 
-# More rows than this are nobody's wish.
+# The most rows that `most_rows` tries.
 _MOST_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Of sequences of so many tokens, in bytes, as the engine makes their rows.
+    """The memory of a number of sequences of equal length, in bytes, as the engine makes their rows.
 
     Attributes:
-      num_rows: rows that a batch for so many sequences has; with pages, those that have any.
-      length: positions that each has room for.
-      rows: all that they take, and `prompt` what one more takes that is being read.
-      temporary: about what a step takes while it runs.
-      most_rows: that fit the device beside the weights; 0 if none, None if its memory is unknown.
+      num_rows: rows of the batch: the engine makes few counts of them. With pages, rows without a sequence have none,
+        and do not count here.
+      length: positions that each row has room for.
+      rows: bytes of all rows.
+      prompt: bytes of one more row, whose prompt is being read.
+      temporary: about how many bytes a step takes while it runs.
+      most_rows: how many rows fit the device beside the weights; 0 if none, None if its memory is unknown.
     """
 
     num_rows: int
@@ -33,7 +35,7 @@ class Capacity:
 
     @classmethod
     def of(cls, footprint: Footprint, sequences: int, num_tokens: int, free_bytes: int | None) -> "Capacity":
-        """Of so many sequences of so many tokens, where the weights leave so many bytes free."""
+        """The memory of so many sequences. `free_bytes` is what the weights leave free, None if unknown."""
         is_paged, num_rows = footprint.placement.has_pages, row_counts(sequences)[-1]
         length = cache_len(num_tokens, footprint.config.max_position_embeddings)
         if is_paged:
@@ -46,7 +48,7 @@ class Capacity:
             num_rows,
             length,
             footprint.rows(num_rows, length) + footprint.rows(idle, 0),
-            footprint.rows(1, 0 if is_paged else length),  # its pages are its row's
+            footprint.rows(1, 0 if is_paged else length),  # with pages, it keeps those it was read into
             footprint.temporary(num_rows, length, *prompt),
             None
             if free_bytes is None

@@ -1,4 +1,4 @@
-"""Programs that XLA compiles, noticed when it does."""
+"""Tells when XLA compiles a program."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ import jax
 
 @contextmanager
 def on_compilation(callback: Callable[[float], object]) -> Iterator[None]:
-    """Has this called for each program that XLA compiles meanwhile, or reads from its cache on disk.
+    """Inside, calls `callback` for each program that XLA compiles, or reads from its cache on disk.
 
-    It is called by the thread that compiled, with the seconds that it took.
+    The thread that compiled calls it, with the seconds that it took.
     """
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:

@@ -1,4 +1,4 @@
-"""The concurrent strategy: requests come from any thread at any time, and share the engine token by token."""
+"""The concurrent strategy: any thread submits requests at any time, and those that run are decoded together."""
 
 from collections.abc import Callable
 from threading import Condition, Thread
@@ -10,9 +10,9 @@ from llamajax.errors import QueueFullError, RequestError
 
 
 class Concurrent:
-    """An engine in a thread of its own. A context manager: leaving it cancels the unfinished requests.
+    """Runs an engine in a thread of its own. A context manager: leaving it cancels the unfinished requests.
 
-    `on_step` is called from that thread, after each of the engine's steps.
+    That thread calls `on_step` after each of the engine's steps.
     """
 
     def __init__(self, engine: Engine, on_step: Callable[[], None] = lambda: None) -> None:
@@ -42,11 +42,11 @@ class Concurrent:
         return len(self._inbox) + self._engine.scheduler.num_waiting
 
     def submit(self, job: Job, *, wait: bool = False) -> None:
-        """Hands a job to the engine.
+        """Puts a job into the engine's queue.
 
         Args:
-          job: a new one, of this engine.
-          wait: for room in the queue, if it is full.
+          job: a new job, made by this engine.
+          wait: whether to wait for room if the queue is full.
 
         Raises QueueFullError if the queue is full, RequestError if the engine is closed.
         """
@@ -70,13 +70,13 @@ class Concurrent:
 
     def _is_full(self) -> bool:
         scheduler = self._engine.scheduler
-        # The scheduler moves its jobs while it is asked; those that have ended only become more.
+        # The engine's thread moves jobs meanwhile. The number of ended ones only grows, so that it is safe to read.
         return self._num_submitted - scheduler.num_ended >= scheduler.num_slots + scheduler.max_waiting
 
     def _run(self) -> None:
         try:
             self._serve()
-        finally:  # nobody may wait for a thread that is gone
+        finally:  # those who wait for this thread must learn that it has ended
             with self._changed:
                 self._closed = True
                 for job in self._inbox:

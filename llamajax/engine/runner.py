@@ -26,12 +26,12 @@ from llamajax.placement import Placement, bytes_per_token
 from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs, mask_len
 
-# Prompts are read in chunks padded to one of these lengths, and the cache has one of few lengths, so that the
-# programs are few: at most len(CHUNKS) + 1 for each length of the cache.
+# Prompts are read in chunks, each padded to one of these lengths, and caches have one of few lengths. So there are
+# few programs: at most len(CHUNKS) + 1 for each length of the cache.
 CHUNKS = (16, 48, 64, 128, 512)
-# How much of its last page a prompt may fill, and a chunk that costs too much.
+# How many positions of its last page a prompt may fill, and the cost of a plan that is not possible.
 _FILLED, _NO_CHUNK = (16, 48, PAGE_LEN), 1 << 40
-# A call costs as much as this many tokens more, on a CPU.
+# A call takes as long as reading this many tokens more, on a CPU.
 CALL_COST = 32
 MIN_CACHE_LEN = 128
 # A context that is no power of two ends in a cache of a multiple of this length: each has programs of its own.
@@ -40,7 +40,7 @@ LAST_CACHE_STEP = 1024
 
 @lru_cache(1 << 12)
 def chunk_lens(num_tokens: int, num_cached: int = 0) -> tuple[int, ...]:
-    """The chunks in which so many tokens are read, at the least cost, if the first of them are in whole pages already.
+    """The cheapest chunks to read a prompt in, of which the cache has the first `num_cached` tokens, in whole pages.
 
     The last chunk is padded. All others end with a page, and how much of the last page is filled depends on the number
     of tokens alone: native attention rounds the keys and values of a page together. So a prompt gives the same bits
@@ -53,9 +53,9 @@ def chunk_lens(num_tokens: int, num_cached: int = 0) -> tuple[int, ...]:
 
 @lru_cache(1 << 12)
 def _chunks(num_tokens: int, filled: int, room: int) -> tuple[int, ...]:
-    """The best chunks that fill so much of the last page and take no more room than this, the longest first.
+    """The cheapest chunks that fill `filled` positions of the last page and have at most `room` in all, longest first.
 
-    If there are none, one of a vast cost.
+    If there are none, a single one of cost _NO_CHUNK.
     """
     if num_tokens <= 0:
         return ()
@@ -78,7 +78,7 @@ def _cost(plan: Sequence[int]) -> int:
 
 
 class Runner:
-    """A model on a device, for whoever computes with it: rows of an engine, or texts that are scored.
+    """A model on a device: engines decode rows with it, and texts are scored with it.
 
     Attributes:
       config: the model's.
@@ -117,15 +117,17 @@ class Runner:
             max_seq_len = min(default, longest)
         self.max_seq_len = checks.integer("max_seq_len", max_seq_len, 2, longest, f"from 2 to {most}")
         self.model = FlatModel.of(config, weights, self.device)
-        # To bring a number there takes 0.05 ms of each call.
+        # Made once: to copy a number to the device would add 0.05 ms to each call.
         self.step_counts = jax.device_put([np.int32(n) for n in range(BLOCK_LEN + 1)], self.device)
         self.can_ask = self.paged
         self._programs = Programs(self.model, placement, self.table_len if self.paged else None)
 
     @cached_property
     def table_len(self) -> int:
-        """Pages that a sequence may have: those of the context, which need no memory before they are written, so that
-        programs are the same for any `max_seq_len`, unless the computer has less.
+        """How many pages a sequence may have.
+
+        Those of the model's whole context, if the computer has memory for it: so the programs are the same for any
+        `max_seq_len`. Pages take no memory before they are written.
         """
         context = self.config.max_position_embeddings
         longest = context if context <= self._most_positions else self.max_seq_len
@@ -133,7 +135,7 @@ class Runner:
 
     @property
     def _most_positions(self) -> int:
-        """A power of two that the memory for caches has room for."""
+        """The largest power of two of positions that fits the memory for caches."""
         most = cache_bytes() // bytes_per_token(self.config, self.placement.cache_dtype)
         return max(MIN_CACHE_LEN, power_of_two(most + 1) // 2)
 
@@ -164,9 +166,9 @@ class Runner:
         self.check_len(len(ids))
 
     def check_len(self, num_tokens: int, at_least: str = "") -> None:
-        """Raises PromptTooLongError if so many tokens, at least, leave no room for an answer."""
+        """Raises PromptTooLongError if a prompt of at least so many tokens leaves no room for an answer."""
         if num_tokens >= self.max_seq_len:
-            # OpenAI's words, by which clients know this error: LiteLLM looks for them, not at the code.
+            # OpenAI's own words: clients such as LiteLLM recognise this error by them, not by its code.
             longest = self.config.max_position_embeddings
             raise PromptTooLongError(
                 f"this model's maximum context length is {self.max_seq_len} tokens, and the prompt has "
@@ -176,12 +178,12 @@ class Runner:
             )
 
     def copy_ahead(self, drawn: Drawn) -> None:
-        """Lets tokens come to the host when they are drawn, not when they are read."""
-        if self.device.platform != "cpu":  # there they are on the host, and to ask takes 0.1 ms
+        """Starts to copy tokens to the host as soon as they are drawn."""
+        if self.device.platform != "cpu":  # on a CPU they are on the host, and the call would take 0.1 ms
             drawn.tokens.copy_to_host_async()
 
     def to_host(self, drawn: Drawn, with_logprobs: bool) -> Drawn:
-        """Waits for a block. Log-probabilities stay on the device if nobody wants them: each array takes its time."""
+        """Waits for a block, and copies it. Log-probabilities are copied only if wanted: each array takes time."""
         logprobs = jax.tree.map(np.asarray, drawn.logprobs) if with_logprobs else drawn.logprobs
         return Drawn(jax.tree.map(np.asarray, drawn.tokens), logprobs)
 
@@ -204,32 +206,32 @@ class Runner:
         return self.table_len * PAGE_LEN if self.paged else cache_len(num_positions, self.max_seq_len)
 
     def empty_rows(self, num_rows: int, length: int) -> Rows:
-        """Idle rows on the device."""
+        """Makes idle rows on the device."""
         rows = self.compile(Program("empty_rows", length, num_rows=num_rows))()
-        # Bound to the device as what the steps return is.
+        # Committed to the device, as the arrays that steps return are.
         return jax.device_put(rows, self.device)
 
     def empty_pages(self, length: int) -> Cache:
-        """Pages of so many positions on the device, without a table."""
+        """Makes pages for so many positions on the device, without a table."""
         return jax.device_put(self.compile(Program("empty_pages", length))(), self.device)
 
     def lengths(self, longest: int) -> list[int]:
-        """Those of caches with room for up to this many positions, the shortest first."""
+        """The lengths of caches with room for up to this many positions, the shortest first."""
         lengths = [self.bucket(1)]
         while lengths[-1] < self.bucket(longest):
             lengths.append(self.bucket(lengths[-1] + 1))
         return lengths
 
     def prefills(self, num_rows: int, length: int) -> Iterator[Program]:
-        """All that read prompts into caches of this length."""
+        """All programs that read prompts into caches of this length."""
         return (Program("prefill", length, chunk_len, num_rows) for chunk_len in CHUNKS if chunk_len <= length)
 
     def compile(self, program: Program) -> Compiled:
-        """A program, ready to run. Any thread may ask: no array on the device is touched."""
+        """Returns a program, ready to run. Any thread may call it: it touches no array on the device."""
         return self._programs.compile(program)
 
     def prepare(self, program: Program) -> None:
-        """Makes a program quick to get: one that is on disk need not be in memory."""
+        """Compiles a program unless it is in memory or on disk. One that goes to disk does not stay in memory."""
         self._programs.prepare(program)
 
     @property
@@ -246,25 +248,24 @@ class Runner:
         return np.asarray(scores)[: len(token_ids)]
 
     def prompt_logprobs(self, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-        """Of each token but the first, given those before it. Any thread may call it."""
+        """The log-probability of each token but the first, given those before it. Any thread may call it."""
         self._check_text(token_ids)
         padded = np.zeros(next(n for n in self._scored_lens if n >= len(token_ids)), np.int32)
         padded[: len(token_ids)] = token_ids
-        # What comes after the last token is nobody's.
+        # The last token's scores are of a token that the text does not have.
         length = np.int32(len(token_ids) - 1)
         found = self.compile(Program("prompt_logprobs", len(padded)))(self.model.arrays, padded, length)
         return _token_logprobs(jax.tree.map(lambda x: np.asarray(x)[: len(token_ids) - 1], found), num_top)
 
     def scorings(self) -> list[Program]:
-        """All that `prompt_logprobs` needs."""
+        """All programs that `prompt_logprobs` needs."""
         return [Program("prompt_logprobs", length) for length in self._scored_lens]
 
     @cached_property
     def _scored_lens(self) -> list[int]:
-        """What texts to score are padded to, as in `logits`, since it changes how attention rounds: powers of two.
+        """The lengths that texts to score are padded to: powers of two, as in `logits`, since attention rounds by them.
 
-        Those that are read in more than one chunk are all padded to the longest, if that takes no time: of pages only
-        what is read takes memory.
+        With pages, texts of more than one chunk are all padded to the longest: only pages that are read take memory.
         """
         longest = power_of_two(self.max_seq_len, CHUNKS[0])
         lengths = [1 << bits for bits in range(CHUNKS[0].bit_length() - 1, longest.bit_length())]
@@ -288,17 +289,17 @@ class Runner:
             )
 
     def free_mask(self, num_rows: int) -> Int32[np.ndarray, "B W"]:
-        """A mask that allows all tokens, to be filled."""
+        """Makes a mask that allows all tokens; the caller forbids some."""
         return np.full((num_rows, mask_len(self.config.vocab_size)), -1, np.int32)
 
     def device_requests(self, requests: Sequence[Request]) -> Requests:
-        """What rows are asked for, on the device."""
+        """The requests of rows, as arrays on the device."""
         stop_ids: Any = np.full((len(requests), MAX_STOP_IDS), -1, np.int32)
         first_stop: Any = np.zeros(len(requests), np.int32)
         prompt_mask: Any = np.zeros((len(requests), self.config.vocab_size), bool)
         for row, request in enumerate(requests):
             stop_ids[row, : len(request.stop_ids)] = sorted(request.stop_ids)
-            if request.constraint is None:  # which says itself where the answer may end
+            if request.constraint is None:  # a constraint says itself where the answer may end
                 first_stop[row] = min(len(request.token_ids) + request.min_tokens, self.max_seq_len)
             prompt_mask[row, list(request.token_ids)] = True
         sampling = Sampling.of([request.sampling for request in requests])
@@ -315,14 +316,14 @@ def cache_len(num_positions: int, max_seq_len: int) -> int:
 
 
 def last_of_chunk(request: Request, end: int, length: int, limit: int) -> tuple[int, int]:
-    """The length and the new tokens that `prefill` is given with a chunk that ends there. The limit is a request's."""
+    """The length and the limit of new tokens that `prefill` takes with a chunk that ends there."""
     if end < len(request.token_ids):
         return length, 0
     return (length - 1, -limit) if request.constraint else (length, limit)
 
 
 def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:
-    """Of T tokens: arrays [T] and [T, 20], on the host."""
+    """Log-probabilities of T tokens: arrays [T] and [T, 20], on the host."""
     chosen, top, top_ids = (np.asarray(x) for x in found)
     tops = zip(top_ids[:, :num_top].tolist(), top[:, :num_top].tolist(), strict=True)
     return [
@@ -332,7 +333,7 @@ def _token_logprobs(found: TopLogprobs, num_top: int) -> list[TokenLogprobs]:
 
 
 def _multiple(number: int, of: int) -> int:
-    """The smallest multiple that is not below a number."""
+    """The smallest multiple of `of` that is at least the number."""
     return -(-number // of) * of
 
 
