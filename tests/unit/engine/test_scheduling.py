@@ -91,7 +91,7 @@ def written(cache: KeysValues, row: int, start: int, ids: Sequence[int]) -> list
 class Device:
     """What programs do, in numpy. Has what the engine asks a runner for."""
 
-    paged, max_seq_len, table_len = True, TABLE_LEN * PAGE_LEN, TABLE_LEN
+    paged, max_seq_len, max_memory, table_len = True, TABLE_LEN * PAGE_LEN, None, TABLE_LEN
     config, placement, device = CONFIG, placed(), jax.devices()[0]
     model, step_counts = SimpleNamespace(arrays=[]), range(BLOCK_LEN + 1)
 
