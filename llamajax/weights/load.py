@@ -89,14 +89,11 @@ def load_weights(
 
 
 def shared(weights: Iterator[Weight], num_layers: int, placement: Placement) -> Iterable[Weight]:
-    """Layers' weights of one kind, in one array where the native kernels can read them there.
-
-    A lone weight, too: numpy's memory comes in pages of 2 MiB, jax's does not, and the kernels read it slower.
-    """
+    """Layers' weights of one kind, in one array where the native kernels can read them there."""
     first = next(weights)
     weights = chain([first], weights)
     read_in_place = isinstance(first, PackedWeight | tuple) or len(first.shape) == 1
-    return native.stack(weights, num_layers) if read_in_place and placement.has_kernels else weights
+    return native.stack(weights, num_layers) if num_layers > 1 and read_in_place and placement.has_kernels else weights
 
 
 def in_blocks(weight: jax.Array, name: str, packed: bool) -> Weight:
