@@ -305,5 +305,5 @@ thread = conversation.read_ahead()
 time.sleep(0.5)
 print(thread.is_alive())
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
