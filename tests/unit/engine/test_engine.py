@@ -242,12 +242,15 @@ def test_those_that_run_go_on_while_a_long_prompt_is_read(engine: Engine) -> Non
     while len(first.tokens) < 2:
         engine.step()
     long, second = submit(engine, Request(random_ids(900), 2, SamplingParams(temperature=0)))
-    rounds = 0
+    rounds, read = 0, 0
     while not second.tokens:
-        before = len(first.tokens)
+        before, read_before = len(first.tokens), read
         engine.step()
         rounds += 1
         assert len(first.tokens) > before
+        read = engine.num_read(long) or 0
+        if engine._runner.paged:
+            assert read - read_before <= 128
     assert rounds >= len(long.plan) > 1
     list(run(engine))
     assert len(first.tokens) == 500 and len(second.tokens) == 2
