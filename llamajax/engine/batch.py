@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from llamajax.engine.pool import Tables
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner, chunk_lens, last_of_chunk
+from llamajax.engine.runner import CHUNKS, Runner, chunk_lens, last_of_chunk
 from llamajax.engine.steps import Drawn, Requests, Rows, Slots
 from llamajax.model.cache import Cache
 from llamajax.types import Request
@@ -191,7 +191,13 @@ class Batch(ABC):
         return 0, 0
 
     def prompts(
-        self, requests: Sequence[Request], limits: Sequence[int], num_cached: int = 0, num_positions: int = 0
+        self,
+        requests: Sequence[Request],
+        limits: Sequence[int],
+        *,
+        num_cached: int = 0,
+        num_positions: int = 0,
+        longest_chunk: int = CHUNKS[-1],
     ) -> Prompts:
         """A group of at most GROUP_LEN prompts to read, with how many tokens each may draw.
 
@@ -201,7 +207,7 @@ class Batch(ABC):
           num_cached: what `find_cached` has found of each.
           num_positions: those that there is room for at least.
         """
-        chunks = chunk_lens(len(requests[0].token_ids), num_cached)
+        chunks = chunk_lens(len(requests[0].token_ids), num_cached, longest_chunk)
         prompts = Prompts(self._runner, requests, limits, chunks, num_cached=num_cached)
         self._make_room(prompts, max(num_positions, prompts.size[1]))
         return prompts

@@ -18,7 +18,7 @@ from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Needs, Prompts, 
 from llamajax.engine.contiguous import ContiguousBatch
 from llamajax.engine.memory import is_out_of_memory
 from llamajax.engine.paged import PagedBatch
-from llamajax.engine.runner import Runner, chunk_lens
+from llamajax.engine.runner import CHUNKS, Runner, chunk_lens
 from llamajax.engine.scheduler import Job, Listener, Scheduler
 from llamajax.engine.steps import BLOCK_LEN, Drawn
 from llamajax.errors import DeviceMemoryError, PromptTooLongError
@@ -29,6 +29,8 @@ from llamajax.types import FinishReason, Request
 BLOCK_SECONDS = 0.1
 # While prompts are read: short blocks, so that a new request gets its first token soon.
 SHORT_BLOCK_LEN = 2
+# While others run, where a prompt's bits do not depend on its chunks: four of these take half a second on an old CPU.
+SHORT_CHUNK_LEN = 128
 # While requests wait for a slot: a slot that becomes free early stays empty until the block's end.
 FULL_BLOCK_LEN = 4
 
@@ -170,7 +172,9 @@ class Engine:
                 scheduler.place()
                 return
             requests, limits = zip(*((job.request, job.limit) for job in self._group), strict=True)
-            self._prompts = self._batch.prompts(requests, limits, self._group[0].num_cached)
+            self._prompts = self._batch.prompts(
+                requests, limits, num_cached=self._group[0].num_cached, longest_chunk=self._longest_chunk
+            )
             for job in self._group:
                 job.begin()
         assert self._prompts is not None
@@ -196,7 +200,12 @@ class Engine:
         for job in self.scheduler.first(GROUP_LEN):
             if not job.saved:
                 job.num_cached, job.num_shared = self._batch.find_cached(job.request.token_ids)
-                job.plan = chunk_lens(len(job.request.token_ids), job.num_cached)
+                job.plan = chunk_lens(len(job.request.token_ids), job.num_cached, self._longest_chunk)
+
+    @property
+    def _longest_chunk(self) -> int:
+        """The longest chunk of a prompt: those that run wait until the device has read it."""
+        return SHORT_CHUNK_LEN if self.scheduler.running and self._runner.paged else CHUNKS[-1]
 
     def _num_different(self) -> int:
         """How many that wait have no whole page in common with each other that is still to be read."""

@@ -39,37 +39,40 @@ LAST_CACHE_STEP = 1024
 
 
 @lru_cache(1 << 12)
-def chunk_lens(num_tokens: int, num_cached: int = 0) -> tuple[int, ...]:
+def chunk_lens(num_tokens: int, num_cached: int = 0, longest: int = CHUNKS[-1]) -> tuple[int, ...]:
     """The cheapest chunks to read a prompt in, of which the cache has the first `num_cached` tokens, in whole pages.
 
-    The last chunk is padded. All others end with a page, and how much of the last page is filled depends on the number
-    of tokens alone: native attention rounds the keys and values of a page together. So a prompt gives the same bits
-    whoever reads it, and however much of it was there.
+    Each chunk has at most `longest` tokens, 128 or more. The last chunk is padded. All others end with a page, and how
+    much of the last page is filled depends on the number of tokens alone: native attention rounds the keys and values
+    of a page together. So a prompt gives the same bits whoever reads it, however much of it was there, and in chunks
+    of any length.
     """
-    plans = [_chunks(num_tokens, filled, _NO_CHUNK) for filled in _FILLED]
+    plans = [_chunks(num_tokens, filled, _NO_CHUNK, CHUNKS[-1]) for filled in _FILLED]
     best = min(plans, key=_cost)
-    return _chunks(num_tokens - num_cached, _FILLED[plans.index(best)], sum(best) - num_cached)
+    return _chunks(num_tokens - num_cached, _FILLED[plans.index(best)], sum(best) - num_cached, longest)
 
 
 @lru_cache(1 << 12)
-def _chunks(num_tokens: int, filled: int, room: int) -> tuple[int, ...]:
+def _chunks(num_tokens: int, filled: int, room: int, longest: int) -> tuple[int, ...]:
     """The cheapest chunks that fill `filled` positions of the last page and have at most `room` in all, longest first.
 
     If there are none, a single one of cost _NO_CHUNK.
     """
     if num_tokens <= 0:
         return ()
-    longest = CHUNKS[-1]
     if whole := (num_tokens - 1) // longest:
-        return (longest,) * whole + _chunks(num_tokens - whole * longest, filled, room - whole * longest)
+        return (longest,) * whole + _chunks(num_tokens - whole * longest, filled, room - whole * longest, longest)
     last = (num_tokens - 1) // PAGE_LEN * PAGE_LEN  # where the last page begins
 
     def may_begin(chunk: int) -> bool:
+        if chunk > longest:
+            return False
         if chunk < num_tokens:
             return chunk % PAGE_LEN == 0
         return chunk <= room and min(chunk - last, PAGE_LEN) == filled
 
-    plans = [(first, *_chunks(num_tokens - first, filled, room - first)) for first in CHUNKS[::-1] if may_begin(first)]
+    first_chunks = [chunk for chunk in CHUNKS[::-1] if may_begin(chunk)]
+    plans = [(first, *_chunks(num_tokens - first, filled, room - first, longest)) for first in first_chunks]
     return min(plans, key=_cost, default=(_NO_CHUNK,))
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from llamajax.engine.contiguous import ContiguousBatch
-from llamajax.engine.engine import Engine, make_batch
+from llamajax.engine.engine import SHORT_CHUNK_LEN, Engine, make_batch
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
@@ -249,6 +249,7 @@ def test_those_that_run_go_on_while_a_long_prompt_is_read(engine: Engine) -> Non
         rounds += 1
         assert len(first.tokens) > before
     assert rounds >= len(long.plan) > 1
+    assert not engine._runner.paged or max(long.plan) == SHORT_CHUNK_LEN
     list(run(engine))
     assert len(first.tokens) == 500 and len(second.tokens) == 2
 

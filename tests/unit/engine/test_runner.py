@@ -1,5 +1,6 @@
 """The runner's scores, its errors, and what is compiled."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -229,8 +230,9 @@ def test_how_a_prompt_ends_depends_on_its_length_alone(num_tokens: int) -> None:
     plan = chunk_lens(num_tokens)
     last = (num_tokens - 1) // PAGE_LEN * PAGE_LEN
     filled = min(sum(plan) - last, PAGE_LEN)
-    for num_cached in range(0, num_tokens, PAGE_LEN):
-        chunks = chunk_lens(num_tokens, num_cached)
+    for num_cached, longest in itertools.product(range(0, num_tokens, PAGE_LEN), (128, CHUNKS[-1])):
+        chunks = chunk_lens(num_tokens, num_cached, longest)
+        assert max(chunks) <= longest
         end = num_cached + sum(chunks)
         assert set(chunks) <= set(CHUNKS) and num_tokens <= end <= sum(plan) < num_tokens + CHUNKS[-1]
         assert all(chunk % PAGE_LEN == 0 for chunk in chunks[:-1])
