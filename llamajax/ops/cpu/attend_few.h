@@ -1,18 +1,24 @@
-// Products of queries [kRows, H] with the next kTogether keys of a page, before their lanes are summed: products
-// [kRows, kLanes], of which kTogether columns are filled. If fewer than kTogether keys are left (`count`), the last
-// one is repeated, so that the loop has no branches.
+// How many keys, or vectors of a value, are multiplied with kRows queries or weights at once: their accumulators, the
+// kRows operands and one more fit the registers.
+template <int kRows>
+constexpr int kTogether = 5 * kRows + 1 <= kRegisters ? 4 : 2;
+
+// Products of queries [kRows, H] with the next `together` keys of a page, before their lanes are summed: products
+// [kRows, kLanes], of which `together` columns are filled. If fewer keys are left (`count`), the last one is repeated, so
+// that the loop has no branches.
 template <int kRows, class T>
 inline void multiply(const float* queries, int64_t H, const T* keys, int64_t row_len, int64_t count, Floats* products) {
-  const T* key[kTogether];
-  Floats total[kTogether][kRows];
-  UNROLL for (int j = 0; j < kTogether; ++j) {
+  constexpr int together = kTogether<kRows>;
+  const T* key[together];
+  Floats total[together][kRows];
+  UNROLL for (int j = 0; j < together; ++j) {
     key[j] = keys + std::min<int64_t>(j, count - 1) * row_len;
     UNROLL for (int r = 0; r < kRows; ++r) total[j][r] = all(0.0f);
   }
   const auto add = [&](int64_t h, const auto& get) {
     Floats query[kRows];
-    UNROLL for (int r = 0; r < kRows; ++r) query[r] = get(queries + r * H + h);
-    UNROLL for (int j = 0; j < kTogether; ++j) {
+    UNROLL for (int r = 0; r < kRows; ++r) query[r] = held(get(queries + r * H + h));
+    UNROLL for (int j = 0; j < together; ++j) {
       const Floats part = get(key[j] + h);
       UNROLL for (int r = 0; r < kRows; ++r) total[j][r] = fma(query[r], part, total[j][r]);
     }
@@ -20,7 +26,7 @@ inline void multiply(const float* queries, int64_t H, const T* keys, int64_t row
   int64_t h = 0;
   for (; h + kLanes <= H; h += kLanes) add(h, [](const auto* p) { return load(p); });
   if (h < H) add(h, [&](const auto* p) { return load_first(p, H - h); });
-  UNROLL for (int j = 0; j < kTogether; ++j) {
+  UNROLL for (int j = 0; j < together; ++j) {
     UNROLL for (int r = 0; r < kRows; ++r) products[r * kLanes + j] = total[j][r];
   }
 }
@@ -38,13 +44,12 @@ inline void score_stored(const float* queries, int64_t H, const T* keys, const T
                          int64_t count, float* scores) {
   float steps[kKeys] = {};
   if constexpr (kSteps<T>) read_steps(keys, H, row_len, count, steps);
-  Floats products[kRows * kLanes];
-  std::fill_n(products, kRows * kLanes, all(0.0f));
-  for (int64_t s = 0; s < count; s += kTogether) {
-    fetch(values + s * row_len, kTogether * row_len);
+  Floats products[kRows * kLanes];  // whose last lanes hold anything: `highest` replaces the scores of no key
+  for (int64_t s = 0; s < count; s += kTogether<kRows>) {
+    fetch(values + s * row_len, kTogether<kRows> * row_len);
     const int64_t lane = s % kLanes;
     multiply<kRows>(queries, H, keys + s * row_len, row_len, count - s, products + lane);
-    if (lane + kTogether == kLanes || s + kTogether >= count) {
+    if (lane + kTogether<kRows> == kLanes || s + kTogether<kRows> >= count) {
       const Floats step = kSteps<T> ? load(steps + s - lane) : all(1.0f);
       UNROLL for (int r = 0; r < kRows; ++r) store(scores + r * kKeys + s - lane, sums(products + r * kLanes) * step);
     }
@@ -63,11 +68,11 @@ inline void mix_part(const float* weights, const float* factor, const T* values,
   }
   for (int64_t s = 0; s < count; ++s) {
     fetch(next_keys + h * kKeys + s * kWide * kLanes, kWide * kLanes);
-    Floats value[kWide];
-    UNROLL for (int i = 0; i < kWide; ++i) value[i] = get(values + s * row_len + h + i * kLanes);
-    UNROLL for (int r = 0; r < kRows; ++r) {
-      const Floats weight = all(weights[r * kKeys + s]);
-      UNROLL for (int i = 0; i < kWide; ++i) total[r][i] = fma(weight, value[i], total[r][i]);
+    Floats weight[kRows];
+    UNROLL for (int r = 0; r < kRows; ++r) weight[r] = all(weights[r * kKeys + s]);
+    UNROLL for (int i = 0; i < kWide; ++i) {
+      const Floats value = get(values + s * row_len + h + i * kLanes);
+      UNROLL for (int r = 0; r < kRows; ++r) total[r][i] = fma(weight[r], value, total[r][i]);
     }
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
@@ -148,7 +153,7 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, const T* nex
       for (int i = 0; i < kRows * kKeys; i += kLanes) store(scores + i, load(scores + i) * load(steps + i % kKeys));
     }
     const T* next_keys = s + kKeys < end ? a.row(a.keys, b, k, s + kKeys) : next;
-    mix<kRows, 4>(scores, softmax.factor, values, next_keys, a.row_len(), count, H, sums);
+    mix<kRows, kTogether<kRows>>(scores, softmax.factor, values, next_keys, a.row_len(), count, H, sums);
   }
   for (int r = 0; r < kRows; ++r, parts += part_len(H)) {
     std::copy_n(sums + r * H, H, parts);

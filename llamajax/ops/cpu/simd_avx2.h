@@ -1,6 +1,6 @@
 // AVX2 with FMA and F16C, and AVX-VNNI if kVnni: 8 lanes.
 constexpr int kLanes = 8;
-constexpr int kTileRows = 2, kBroadcasts = 4, kTogether = 2;
+constexpr int kTileRows = 2, kBroadcasts = 4, kRegisters = 16;
 constexpr int kDenseRows = 4, kDenseWidth = kGroup;
 using Floats = __m256;
 using Ints = __m256i;
@@ -30,6 +30,11 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1)));
+}
+// x in a register: GCC would read it from memory again for each use, and loads are what is scarce.
+inline Floats held(Floats x) {
+  asm("" : "+x"(x));
+  return x;
 }
 inline Floats all(float x) { return _mm256_set1_ps(x); }
 inline Ints all(int32_t x) { return _mm256_set1_epi32(x); }

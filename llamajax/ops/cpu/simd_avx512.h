@@ -1,6 +1,6 @@
 // AVX-512 with VNNI, and with products of bf16 if kBf16: 16 lanes.
 constexpr int kLanes = 16;
-constexpr int kTileRows = 6, kBroadcasts = 8, kTogether = 4;  // accumulators and operands fit the 32 registers
+constexpr int kTileRows = 6, kBroadcasts = 8, kRegisters = 32;  // accumulators and operands fit
 constexpr int kDenseRows = 6, kDenseWidth = kLanes;
 using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -29,6 +29,7 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   const Ints bits = (Ints)_mm512_castps_si512(x), up = bits + 0x7fff + ((bits >> 16) & 1);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(up >> 16)));
 }
+inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Ints all(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }

@@ -1,6 +1,6 @@
 // NEON with dot products (Armv8.2): 4 lanes.
 constexpr int kLanes = 4;
-constexpr int kTileRows = 6, kBroadcasts = 8, kTogether = 4;  // accumulators and operands fit the 32 registers
+constexpr int kTileRows = 6, kBroadcasts = 8, kRegisters = 32;  // accumulators and operands fit
 constexpr int kDenseRows = 6, kDenseWidth = kLanes;
 using Floats = float32x4_t;
 using Ints = int32x4_t;
@@ -24,6 +24,7 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   const uint32x4_t bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   vst1_u16(&p->bits, vshrn_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16));
 }
+inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return vdupq_n_f32(x); }
 inline Ints all(int32_t x) { return vdupq_n_s32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }

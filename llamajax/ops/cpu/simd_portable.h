@@ -1,6 +1,6 @@
 // What any compiler makes of 4 lanes; with NEON's dot products where they are built in.
 constexpr int kLanes = 4;
-constexpr int kTileRows = 2, kBroadcasts = 4, kTogether = 2;
+constexpr int kTileRows = 2, kBroadcasts = 4, kRegisters = 16;
 constexpr int kDenseRows = 2, kDenseWidth = kLanes;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
@@ -51,6 +51,7 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   const Ints bits = (Ints)x, up = bits + 0x7fff + ((bits >> 16) & 1);
   for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(uint32_t(up[i]) >> 16);
 }
+inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return Floats{x, x, x, x}; }
 inline Ints all(int32_t x) { return Ints{x, x, x, x}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
