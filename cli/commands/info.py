@@ -32,7 +32,8 @@ def info(
         typer.Option("--device", help="Where to compute: here, or on a chip that need not be there."),
     ] = None,
     num_rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Say what so many requests at once take, and how many fit.")
+        int | None,
+        typer.Option("--rows", min=1, help="Requests at once: print the memory that they take, and how many fit."),
     ] = None,
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="Tokens of each of them, prompt and answer; the context.")
