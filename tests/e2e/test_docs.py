@@ -14,14 +14,14 @@ import typer
 import llamajax
 
 from .command import environment
-from .pages import PAGES, PROJECT, Block, blocks, commands
+from .pages import FENCE, PAGES, PROJECT, Block, blocks, commands, without_variables
 
 
 def arguments(block: Block) -> list[list[str]]:
     """Those of each `llamajax` in a shell block, up to what the shell itself reads."""
     found = []
     for command in commands(block.text):
-        words = shlex.shlex(command, posix=True, punctuation_chars=True)
+        words = shlex.shlex(without_variables(command), posix=True, punctuation_chars=True)
         words.whitespace_split = True
         parts = [list(part) for is_word, part in groupby(words, lambda it: it[0] not in "|&<>;()") if is_word]
         found += [part[1:] for part in parts if part[0] == "llamajax"]
@@ -65,7 +65,7 @@ def test_commands_of_services_are_known() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
 
