@@ -55,6 +55,18 @@ def test_most_commands_are_found_and_a_wrong_one_is_noticed() -> None:
         parse(["chat", "--temprature", "1"])
 
 
+def test_code_in_sentences_is_known() -> None:
+    pages = "".join(FENCE.sub("", page.read_text()) for page in PAGES)
+    spans = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", pages)}
+    for span in (span for span in spans if not re.search(r"\b[A-Z]{4,}\b|--help", span)):
+        paths = re.findall(
+            r"\b(?:cli|docs|llamajax|scripts|tests)/[\w./-]*", re.sub(r"-m scripts\.(\w+)", r"scripts/\1.py", span)
+        )
+        assert all((PROJECT / path).exists() for path in paths), span
+        if span.startswith("llamajax ") and " -" in span:
+            parse(shlex.split(span)[1:])
+
+
 def test_commands_of_services_are_known() -> None:
     [unit], [image] = blocks("ini"), blocks("dockerfile")
     started = re.findall(r"^ExecStart=/opt/llamajax/bin/(.*)$", unit.text, re.MULTILINE)
