@@ -113,7 +113,7 @@ def test_the_bytes_of_rows_are_those_of_their_arrays(runner: Runner, num_rows: i
     assert FOOTPRINT.rows(num_rows, length) == sum(x.nbytes for x in jax.tree.leaves(rows))
 
 
-# MB of temporary memory as XLA's compiler says (docs/accelerators.md).
+# MB of temporary memory as XLA's compiler says (`python -m scripts.program_report`).
 @pytest.mark.parametrize(
     ("name", "platform", "rows", "length", "queries", "megabytes"),
     [
