@@ -79,7 +79,7 @@ def small_device(runner: Runner, room: int, monkeypatch: pytest.MonkeyPatch) -> 
         run = compile(program)
 
         def call(*args: object) -> object:
-            for collects in (lambda: None, gc.collect):  # what nobody refers to any more is not missing
+            for collects in (lambda: None, gc.collect):  # garbage takes no memory of the device
                 collects()
                 if live_bytes() + new_bytes(program) <= limit:
                     return run(*args)
