@@ -152,7 +152,7 @@ def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
         taken = [facts["bytes_in_memory"], it["rows"], it["prompt"], it["temporary"]]
         weights, row_bytes, prompt, temporary = map(human_bytes, taken)
         rows[f"{it['num_rows']} rows of {it['length']}"] = (
-            f"{human_bytes(sum(taken))}: weights {weights}, rows {row_bytes}, a prompt that is read {prompt}, "
+            f"{human_bytes(sum(taken))}: weights {weights}, rows {row_bytes}, a prompt in prefill {prompt}, "
             f"temporary about {temporary}"
         )
         if it["most_rows"] is not None:
