@@ -26,16 +26,17 @@ Arrival = Annotated[
     str, typer.Option("--arrival", help="When requests come: all, at once, or poisson:RATE, so many a second.")
 ]
 Slots = Annotated[
-    int | None, typer.Option("--slots", min=1, help="Requests served at once; 16 concurrent, 32 batched.")
+    int | None, typer.Option("--slots", min=1, help="Requests that run at once; 16 concurrent, 32 batched.")
 ]
 Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Runs of each; medians and spread are shown.")]
-PromptTokens = Annotated[int | None, typer.Option("--pp", min=1, help="Alone: read prompts of so many tokens.")]
-GeneratedTokens = Annotated[int | None, typer.Option("--tg", min=1, help="Alone: generate so many tokens.")]
+PromptTokens = Annotated[int | None, typer.Option("--pp", min=1, help="Alone: prefill prompts of so many tokens.")]
+GeneratedTokens = Annotated[int | None, typer.Option("--tg", min=1, help="Alone: decode so many tokens.")]
 Batch = Annotated[
     str | None, typer.Option("--batch", help="Alone: so many sequences at once, as in 1,8,32; 1 if left out.")
 ]
 Depth = Annotated[
-    str | None, typer.Option("--depth", "-d", help="Alone: so many tokens in the cache before, as in 0,1024,4096.")
+    str | None,
+    typer.Option("--depth", "-d", help="Alone: so many tokens in the cache at the start, as in 0,1024,4096."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 Csv = Annotated[str | None, typer.Option("--csv", help="Write CSV to a file; - prints it instead.")]
@@ -106,7 +107,7 @@ def parse_samplings(given: dict[str, Any], seed: int) -> list[SamplingParams]:
 
 
 class Alone(NamedTuple):
-    """Work without a strategy: reading prompts of `pp` tokens, generating `tg`, for each batch at each depth."""
+    """Work without a strategy: prefill of `pp` tokens, decode of `tg`, for each batch at each depth."""
 
     pp: int | None
     tg: int | None

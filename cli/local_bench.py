@@ -59,11 +59,11 @@ def measure_alone(session: "Session", alone: Alone, samplings: Sequence[Sampling
     results: list[Local] = []
     for depth, size in product(depths, batches):
         if pp is not None:
-            note(f"(reading: {size} x {pp} tokens at depth {depth})")
+            note(f"(prefill: {size} x {pp} tokens at depth {depth})")
             results.append(read_prompts(session, pp, batch=size, depth=depth, seed=seed))
         if tg is not None:
             for sampling in samplings:
-                note(f"(generating: {size} x {tg} tokens at depth {depth}, {sampling_name(sampling)})")
+                note(f"(decode: {size} x {tg} tokens at depth {depth}, {sampling_name(sampling)})")
                 results.append(generate(session, tg, batch=size, depth=depth, sampling=sampling, seed=seed))
     return with_ratios(results)
 

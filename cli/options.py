@@ -86,16 +86,15 @@ DTypeOption = Annotated[
     typer.Option(
         "--dtype",
         "--quantize",
-        help="How weights are kept; auto: as shipped (quantized in bf16 but on a CPU); int8, q8_0, q4_k, q4_0: ever "
-        "smaller, ever less exact.",
+        help="How weights are kept; auto: as in their file (elsewhere than on a CPU, quantized ones become bf16); "
+        "int8, q8_0, q4_k, q4_0: each smaller and less exact than the one before.",
     ),
 ]
 CacheDTypeOption = Annotated[
     CacheDType,
     typer.Option(
         "--cache-dtype",
-        help="How keys and values are kept; auto: in 16 bits on most devices; int8: in half of the memory, and faster "
-        "in a long context, on a CPU.",
+        help="How keys and values are kept; auto: in 16 bits on most devices; int8: on a CPU, in half of the memory.",
     ),
 ]
 DeviceOption = Annotated[
@@ -118,7 +117,7 @@ PrefixCache = Annotated[
         "--prefix-cache",
         min=0,
         metavar="MB",
-        help="Memory for prompts that have ended: others that begin alike read only what differs. 0 is none.",
+        help="Memory for the beginnings of prompts: a prompt that begins alike prefills only the rest. 0 keeps none.",
         show_default="a 32nd of the computer's",
     ),
 ]

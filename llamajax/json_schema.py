@@ -6,8 +6,8 @@ from typing import Any
 from llamajax.errors import RequestError
 from llamajax.text import one_line
 
-# What no schema can change for llguidance. Between two tokens of JSON: nothing, a space, or an indented line: without a
-# limit, small models write spaces until the answer's length ends them.
+# llguidance's options, which no schema may change. Between two tokens of JSON: nothing, a space, or an indented line.
+# Without a limit, small models write spaces until the answer's length ends them.
 JSON_OPTIONS: Any = {
     "lenient": False,
     "coerce_one_of": False,

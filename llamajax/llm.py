@@ -394,7 +394,7 @@ class LLM:
         return AheadCompiler(self._alone, min(num_tokens, self.max_seq_len))
 
     def warm_up_batches(self, slots: int, num_tokens: int) -> None:
-        """As `warm_up`, for so many requests at once, served or in a batch."""
+        """As `warm_up`, for so many requests at once, in a server or a batch."""
         Engine(self._runner, num_slots=slots).compile(num_tokens)
 
 

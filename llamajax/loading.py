@@ -45,11 +45,11 @@ def load(
     Args:
       name: a directory, a .gguf file, an alias, or a repository on the hub, as `hub.resolve` reads them.
       max_seq_len: tokens that a prompt and its answer may take; the model's context if None.
-      dtype: "auto" keeps dense weights as they were shipped, and quantized ones in their blocks on a CPU with native
+      dtype: "auto" keeps dense weights as the file has them, and quantized ones in their blocks on a CPU with native
         kernels, elsewhere in bf16; "int8" takes half of bf16's memory, for a perplexity that is 0.8 % higher (the
-        default model's).
+        default model's, as docs/quality.md measures it).
       cache_dtype: "auto" keeps keys and values in 16 bits, or in 32 where these are faster or `dtype` has them;
-        "int8" takes half of 16 bits' memory and time, on a CPU with native kernels.
+        "int8" takes half of 16 bits' memory, on a CPU with native kernels.
       device: the first accelerator, or else the CPU, if None.
       max_memory: bytes that keys and values may take, beside the weights: requests wait until there is room. None: half
         of the computer's memory, or what an accelerator has left. `max_seq_len` tokens must have room.
@@ -100,7 +100,7 @@ def open_model(
             raise RequestError(f"{option} must be one of {', '.join(get_args(kinds))}, not {value!r}")
     keep_interrupts()
     path = hub.resolve(str(name))
-    # What is no length, the runner refuses once it can tell the model's context.
+    # The runner refuses a wrong length, with the model's context in its message.
     longest = int(max_seq_len) if max_seq_len is not None and checks.is_whole(max_seq_len) else None
     checkpoint = open_checkpoint(path, longest)
     source = checkpoint.path if checkpoint.metadata is None else checkpoint.metadata

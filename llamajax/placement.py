@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # Of a GPU's memory, what jax takes at the start.
 _GPU_FRACTION = ".9"
-# The platform, and MiB of memory: all of a GPU's, as its driver says, and what XLA leaves of a TPU's. The larger A100.
+# The platform, and MiB of memory: all of a GPU's, as its driver says, and what XLA leaves of a TPU's. The A100 is the
+# one of 80 GB.
 _CHIPS: dict[Chip, tuple[str, int]] = {
     "a100": ("gpu", 81920),
     "h100": ("gpu", 81559),

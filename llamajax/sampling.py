@@ -162,7 +162,8 @@ def _sample(
     def uniform() -> Float32[Array, "B"]:
         return jax.vmap(_uniform)(sampling.seed, position)
 
-    # A GPU takes one small kernel for it, here beside others. A TPU takes 250 instructions, so none for greedy tokens.
+    # On a GPU this is one small kernel, which runs beside others here. A TPU needs 250 instructions for it, and so
+    # computes it only where a token is drawn.
     early = jax.lax.platform_dependent(cuda=uniform, default=lambda: jnp.zeros_like(top))
 
     def first_of_top() -> Int32[Array, "B"]:
@@ -173,7 +174,7 @@ def _sample(
         drawn = jax.lax.platform_dependent(early, cuda=lambda x: x, default=lambda _: uniform())
         return _inverse_cdf(probs(logits / temperature[:, None], scaled_top, filters), drawn)
 
-    # One conditional: what is computed before it for one of its branches would not become a part of that one's kernels.
+    # One conditional has all: XLA does not fuse work before a conditional into the kernels of a branch.
     draws = [partial(draw, probs) for probs in _PROBS]
     token = jax.lax.switch(jnp.where(greedy.all(), 0, 1 + filters.kind), [first_of_top, *draws])
     return jnp.where(finite, token, logits.shape[1])
@@ -268,7 +269,7 @@ class _Filters:
     min_p: Float32[Array, "B"]
     num_kept: Float32[Array, "B"]  # infinite without top-k
     share: Float32[Array, "B"]  # of the mass; infinite without top-p
-    kind: Int32[Array, ""]  # which of _PROBS takes them all
+    kind: Int32[Array, ""]  # which of _PROBS applies all of them
 
     @classmethod
     def of(cls, sampling: Sampling) -> "_Filters":
@@ -304,7 +305,7 @@ _PROBS: tuple[_Probs, ...] = (_min_p, _top_p, _top_k)
 
 
 def _order(x: Float32[Array, "B V"]) -> Int32[Array, "B V"]:
-    """Integers in the order of the numbers, NaN first. Subnormals equal 0, for which some processors take them."""
+    """Integers in the order of the numbers, NaN first. Subnormals count as 0, as on some processors."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     # The bits of negative numbers without their sign count downwards.
     ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -312,7 +313,10 @@ def _order(x: Float32[Array, "B V"]) -> Int32[Array, "B V"]:
 
 
 def _heaviest(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need: _Need) -> Float32[Array, "B V"]:
-    """The weights of the smallest set of largest logits that has what it needs, of equal ones the first; else 0."""
+    """Weights of the smallest set of largest logits whose sum is what is needed; 0 for other tokens.
+
+    Of equal logits, the first ones are in the set.
+    """
     lowest = _threshold(order, weights, need)
     above, tied = order > lowest[:, None], order == lowest[:, None]
 
@@ -333,7 +337,7 @@ def _down(order: Int32[Array, "B V"]) -> Int32[Array, "1 V"]:
 
 
 def _any_twice(x: Bool[Array, "B V"]) -> Bool[Array, ""]:
-    """Whether a row has more than one. Counted in 24 parts, which takes a GPU two kernels; it would take three."""
+    """Whether a row has more than one. Counted in 24 parts, so that a GPU needs two kernels, not three."""
     parts = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 24))).reshape(x.shape[0], 24, -1).sum(axis=-1)
     count = reduce(jnp.add, [parts[:, part] for part in range(24)])
     return (count > 1).any()
@@ -342,7 +346,8 @@ def _any_twice(x: Bool[Array, "B V"]) -> Bool[Array, ""]:
 def _threshold(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need: _Need) -> Int32[Array, "B"]:
     """Each row's largest t for which the weights at t and after it sum to what it needs; -2**31 if there is none.
 
-    Weights must not be negative. `need` takes their sum; a need that is not above 0 is met by the last that has any.
+    Weights must not be negative. `need` makes the needed sum of the sum of all. One that is not above 0 is reached by
+    the last place with any weight.
     """
     return jax.lax.platform_dependent(
         order, weights, cuda=partial(_in_rounds, need=need), default=partial(_by_halves, need=need)
@@ -362,9 +367,9 @@ def _by_halves(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need:
 
 
 def _in_rounds(order: Int32[Array, "B V"], weights: Float32[Array, "B V"], need: _Need) -> Int32[Array, "B"]:
-    """As `_threshold`: each four bits take the sums for all their values at once, which takes a GPU three kernels.
+    """As `_threshold`, four bits a round: the sums for all 16 values at once, which a GPU computes in three kernels.
 
-    Eight bits at a time are half as many kernels, and on an H200 took 1.6 times as long for one row, 7 times for 32.
+    Eight bits a round are half as many kernels, but were slower on an H200, for one row and for 32.
     """
     values = np.arange(16, dtype=np.int32)[None]
     low = jnp.full(order.shape[0], jnp.int32(-8))  # the bits so far, as a number

@@ -181,7 +181,7 @@ def report(model: Shapes, program: Program, options: Mapping[str, str | bool] | 
         began = time.perf_counter()
         compiled = lowered.compile({**dump, **(options or {})} if model.target == "h100" else None)
         seconds = time.perf_counter() - began
-        # The last one, if a pass has changed anything, is as it runs. A TPU has none.
+        # Passes write one each: the last is what runs. A TPU has none.
         outlines = sorted(Path(folder).glob("*.thunk_sequence*.txt"))
         outline = outlines[-1].read_text() if outlines else ""
     hlo, host, memory = Hlo(compiled.as_text()), thunks(outline), compiled.memory_analysis()

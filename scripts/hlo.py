@@ -29,14 +29,14 @@ class Cost(NamedTuple):
 Pick = Callable[[Iterable[Cost]], Cost]
 
 
-# The roles in which instructions call what they do not compute themselves.
+# Instructions that call other computations, by the names under which they list them.
 _CALLS = {
     "while": ["body", "condition"],
     "conditional": ["true_computation", "false_computation", "branch_computations"],
     "call": ["to_apply"],
     "async-start": ["calls"],
 }
-# Nothing runs for these, or it runs for the instruction that starts them.
+# No kernel runs for these, or the one of the instruction that starts them.
 _FREE = {
     "parameter",
     "constant",
@@ -51,9 +51,9 @@ _FREE = {
     "async-done",
     "async-update",
 }
-# They read of their first operand what they give.
+# Of their first operand they read only as much as they return.
 _SLICES = {"slice", "dynamic-slice", "gather"}
-# They write into their first operand; where the operand is that they write.
+# They write into their first operand, as many bytes as the operand at this place has.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 _MOVES = {
     "parameter",
@@ -149,7 +149,7 @@ class Hlo:
     def num_bytes(self, i: Instruction) -> int:
         """What a kernel reads and writes of the memory outside of the chip, at least: of slices, what they touch."""
         match i.op:
-            case "copy-start":  # its type is where to, where from, and a semaphore
+            case "copy-start":  # its type: destination, source, semaphore
                 return num_bytes(i.type)
             case "slice-start":
                 return sizes(i.type)[-2]
@@ -255,7 +255,7 @@ class Thunk(NamedTuple):
     parts: list["Thunk"]
 
 
-# A loop or conditional of which nothing but itself costs.
+# A loop or conditional that costs one stop of the host, and nothing inside.
 STOP = Thunk("kWhile", [])
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    # A job in the background ignores it, and so would what we start.
+    # A job in the background ignores Ctrl-C, and so would its child processes.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     with tempfile.TemporaryDirectory() as folder:

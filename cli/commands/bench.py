@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PLOTS = (".png", ".svg", ".html")
 HELP = """\
-Measure the speed of a model here, in three strategies of serving several requests, or of another server.
+Measure the speed of a model here, in three strategies of answering several requests, or of another server.
 
 sequential: one after the other. The lowest latency for a single user; others wait.
 
@@ -35,10 +35,10 @@ concurrent: as they come, joining those that run, as a server does. For many use
 
 batched: all are known beforehand, and as many as fit run at once. The highest throughput, for offline work.
 
-With --pp, --tg, --batch or --depth: reading prompts and generating tokens alone, without a strategy; 512 and 128
-tokens if neither --pp nor --tg is given.
+With --pp, --tg, --batch or --depth: prefill and decode alone, without a strategy; 512 and 128 tokens if neither --pp
+nor --tg is given.
 
-With --url: whatever OpenAI-compatible server is there, through /v1/completions, as its clients see it. -m is then
+With --url: the OpenAI-compatible server at that address, through /v1/completions, as its clients see it. -m is then
 the name of its model (the first that it lists), and --slots the most requests under way at once (no limit). Prompts
 are new in each run, so that the server has none of them in a cache.
 
@@ -47,7 +47,7 @@ Each is measured twice, greedily and with the default sampling, unless a samplin
 Every request generates exactly -n tokens. Tokens reach the reader in blocks. The figures:
 
 tokens/s, requests/s: of all requests, by the time of the whole run, prompts and waiting included. Alone, by the
-time of reading or of generating.
+time of prefill or of decode.
 
 TTFT: time to first token, from a request's arrival. E2E: end-to-end latency, from its arrival to its last token.
 
@@ -58,8 +58,8 @@ ITL: inter-token latency, for each token: the time from the block before to its 
 gaps: from one block to the next, as a reader of the stream waits.
 
 of fastest read: the bytes a second that decoding has to read (the weights once a step, and the keys and values of
-the active sequences), divided by the fastest that memory was read in this session. Before and after each run a
-matrix is read, as large as the weights (at most 256 MiB on a CPU, 1 GiB elsewhere); decoding counts as reading too.
+the active sequences), divided by the fastest read of memory in this session. Before and after each run, the
+command reads a matrix as large as the weights (at most 256 MiB on a CPU, 1 GiB elsewhere). Decoding counts, too.
 
 warm-up: what happens before the first run; programs compiled for one strategy are there for the next. A run in
 which something was compiled is not to be trusted.

@@ -32,7 +32,8 @@ def info(
         typer.Option("--device", help="Where to compute: here, or on a chip that need not be there."),
     ] = None,
     num_rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Say what so many requests at once take, and how many fit.")
+        int | None,
+        typer.Option("--rows", min=1, help="Requests at once: print the memory that they take, and how many fit."),
     ] = None,
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="Tokens of each of them, prompt and answer; the context.")
@@ -151,7 +152,7 @@ def _print_facts(facts: Mapping[str, Any], config: "LlamaConfig") -> None:
         taken = [facts["bytes_in_memory"], it["rows"], it["prompt"], it["temporary"]]
         weights, row_bytes, prompt, temporary = map(human_bytes, taken)
         rows[f"{it['num_rows']} rows of {it['length']}"] = (
-            f"{human_bytes(sum(taken))}: weights {weights}, rows {row_bytes}, a prompt that is read {prompt}, "
+            f"{human_bytes(sum(taken))}: weights {weights}, rows {row_bytes}, a prompt in prefill {prompt}, "
             f"temporary about {temporary}"
         )
         if it["most_rows"] is not None:

@@ -29,7 +29,7 @@ def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, s
     engine, chunks = make_batch(session.llm._runner, batch, 0), chunk_lens(tokens)
     token_ids = _token_ids(session, depth + tokens, seed)
     whole, rest = divmod(batch, GROUP_LEN)
-    # As the scheduler does: a few are read one by one, since a group that is not full takes a full one's time.
+    # As the scheduler does: it prefills a few prompts one by one, since a padded group costs as much as a full one.
     sizes = [GROUP_LEN] * whole + ([GROUP_LEN] if 2 * rest > GROUP_LEN else [1] * rest)
     before, request = Request(token_ids[:depth] or token_ids, 1, _GREEDY), Request(token_ids, 1, _GREEDY)
     groups: dict[int, Prompts] = {}

@@ -38,7 +38,7 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Run:
-    """R requests, served once; N tokens each, or as many as each got. Times are from the run's start.
+    """R requests, each answered once, with N tokens or as many as it got. Times are from the run's start.
 
     Attributes:
       seconds: until the last answer was whole.

@@ -22,7 +22,7 @@ from llamajax.bench.saved_logits import SavedLogits, save_logits
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.llm import LLM
 
-# Of which two tokens are scored: a standard error needs two.
+# The shortest window: two of its tokens are scored, as many as a standard error needs.
 MIN_CONTEXT = 5
 
 

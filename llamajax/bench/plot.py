@@ -21,7 +21,7 @@ def write_plot(path: Path, results: Sequence[Result], title: str) -> None:
     panels = figure.subplots(1, 3 if served else len(names), squeeze=False)[0]
     for label in dict.fromkeys(map(_label, results)):
         rows = [x for x in results if _label(x) == label]
-        # Reading is so much faster than generating that each has a panel.
+        # Prefill is so much faster than decode that each has a panel.
         axes = panels[0] if served else panels[names.index(rows[0].name)]
         _throughput(axes, rows)
         axes.set(title="throughput, lowest to highest", ylabel="tokens/s")

@@ -86,7 +86,7 @@ class Job:
     @property
     def has_ended(self) -> bool:
         """Whether nothing may follow the tokens that were delivered. Raises what its matcher raised."""
-        if not self.matcher or self.num_told != self.drawn:  # steps on the device may have told it more
+        if not self.matcher or self.num_told != self.drawn:  # it may know more, from steps on the device
             return False
         if self.error:
             raise self.error

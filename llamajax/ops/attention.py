@@ -87,7 +87,7 @@ def _attention(
         )
     key = _write(key, rotate(new_key, cos, sin), start)
     value = _write(value, new_value, start)
-    # The operands of both products stand as they are stored: XLA would transpose the whole cache otherwise.
+    # Both products take the cache in its stored order of axes: otherwise XLA would transpose the whole cache.
     queries = rotate(query, cos, sin).reshape(T, K, -1, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
     scores = _batched_dot(queries, key, contract=2).reshape(K, -1, T, S) / math.sqrt(H)
     position, own = jnp.arange(S)[None], (start + jnp.arange(T))[:, None]

@@ -142,8 +142,8 @@ def _embed(token_ids: Int[Array, "T"], weight: Float[Array, "V D"]) -> Float32[A
 
 
 def _embed_cpu(token_ids: Int[Array, "T"], weight: Float[Array, "V D"]) -> Float32[Array, "T D"]:
-    # As integers: XLA's CPU compiler makes a bf16 table f32, all of it at each call, before it takes rows of it. Only
-    # there: a TPU would copy the table.
+    # Rows are looked up as integers: XLA's CPU compiler would convert a whole bf16 table to f32 in each call. Only on a
+    # CPU, since a TPU would copy the table for this.
     rows = jax.lax.bitcast_convert_type(weight, jnp.uint16)[token_ids]
     return jax.lax.bitcast_convert_type(rows, weight.dtype).astype(jnp.float32)
 
@@ -153,7 +153,7 @@ def _embed_int8(token_ids: Int[Array, "T"], weight: Int8Weight) -> Float32[Array
 
 
 def _embed_int8_tpu(token_ids: Int[Array, "T"], weight: Int8Weight) -> Float32[Array, "T D"]:
-    # XLA's TPU compiler takes one row as a slice, and copies all of the table into a layout for that; it gathers two.
+    # For one row, XLA's TPU compiler would copy the whole table into a layout for slices. Two rows it gathers in place.
     if token_ids.shape[0] == 1:
         return _embed_int8(jnp.concatenate([token_ids, token_ids]), weight)[:1]
     return _embed_int8(token_ids, weight)

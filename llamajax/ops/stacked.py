@@ -1,4 +1,10 @@
-"""Arrays of several layers in one, since each array argument costs 1-2 us in every call of a program."""
+"""Arrays of several layers in one, since each array argument costs time in every call of a program.
+
+A call with 182 arrays takes 82 us, one with 8 takes 9 (2 cores of an AMD EPYC, Zen 3):
+
+    python -m timeit -s "import jax; arrays = [jax.numpy.zeros(4)] * 182
+    call = jax.jit(lambda *arrays: arrays[0], keep_unused=True)" "call(*arrays)"
+"""
 
 from dataclasses import dataclass
 

@@ -22,7 +22,7 @@ class Bell:
 
     def __init__(self) -> None:
         self._due, self._urgent = _Events(list), _Events(list)
-        self._next = 0.0  # when what is not urgent may be sent again
+        self._next = 0.0  # when parts that are not urgent may be sent again
 
     def add(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event, *, urgent: bool) -> None:
         """Sets an event of an event loop when it rings next; if that is not urgent, maybe a little later."""

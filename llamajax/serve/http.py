@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 # A body of more bytes is read in another thread, so that it does not hold up the answers to others.
 _LONG_BODY = 2**16
-# Characters for /tokenize and ids for /detokenize: so many take a second at most.
+# Characters for /tokenize and ids for /detokenize: this many take a second at most.
 _MAX_TOKENIZED, _MAX_DETOKENIZED = 1_000_000, 250_000
 # A client that reads nothing for this long is disconnected.
 SEND_SECONDS = 60.0
@@ -47,7 +47,7 @@ _OPEN_PATHS = ("/", "/health", "/version", "/docs", "/openapi.json", "/favicon.i
 _PAGE = str(files("llamajax.serve") / "page")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-cache",  # browsers ask whether a file has changed: those of two versions do not fit
+    "Cache-Control": "no-cache",  # browsers ask for changes: files of two versions do not fit
 }
 
 

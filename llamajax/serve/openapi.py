@@ -14,7 +14,7 @@ from . import protocol
 
 # Fields that are not options of the library, or mean something else here: type and meaning.
 _FIELDS = {
-    "model": ("string", "The name that the model is served under; it may be left out."),
+    "model": ("string", "The model's name, as /v1/models has it; it may be left out."),
     "messages": ("array", "The conversation: objects with a role and a content, which is a text or text parts."),
     "prompt": ("string", "A text, or a list of token ids, or a list of several of these."),
     "input": ("string", "A text, or a list of messages, calls and their results."),
@@ -76,7 +76,7 @@ _OTHERS = {
     ),
     ("post", "/detokenize"): ("Token ids to text.", "tokens"),
     ("get", "/tokenizer_info"): ("What the tokenizer is.", ""),
-    ("get", "/v1/models"): ("The model that is served.", ""),
+    ("get", "/v1/models"): ("The model that this server runs.", ""),
     ("get", "/v1/models/{name}"): ("The same, by its name.", ""),
     ("get", "/health"): ("200 if the server is ready, 503 and what it is doing if not.", ""),
     ("get", "/version"): ("The version of llamajax.", ""),

@@ -64,7 +64,7 @@ def how_kept(path: str, parts: list[Source], tensors: Mapping[str, StoredTensor]
     elif FORMATS.keys() & {*formats}:
         name = "bf16"
     else:
-        # f32 holds what 16 bits of two kinds do.
+        # f32 holds all numbers of bf16 and of f16.
         name = "f32" if len(formats) > 1 or formats[0] == "f64" else formats[0]
         name = "f32" if name == "f16" and by_xla else name
     if path == "embed_tokens.weight" and by_xla and dtype == "auto":

@@ -40,11 +40,11 @@ def load_weights(
     Args:
       tensors: by the names of a Hugging Face, GGUF or Meta checkpoint; they fit the model (`check_fit`).
       placement: the device on which they are converted and kept, and their dtype. "auto" keeps dense weights in the
-        precision they were shipped in (but on a CPU without the native kernels f16 and the embeddings in f32, in which
-        products take a third of the time), and quantized ones in their blocks on a CPU with the native kernels,
-        elsewhere dense in bf16; "int8" keeps all with a scale for each output; "q8_0", "q4_0" and "q4_k" round to these
-        blocks (the embeddings and the head to q8_0), kept as such or in bf16 as quantized ones are; another dtype makes
-        all dense in it.
+        precision of their file. (On a CPU without the native kernels, f16 and the embeddings become f32, in which
+        products take a third of the time.) "auto" keeps quantized weights in their blocks on a CPU with the native
+        kernels, and elsewhere dense in bf16. "int8" keeps all with a scale for each output. "q8_0", "q4_0" and "q4_k"
+        round to these blocks (the embeddings and the head to q8_0), which are then kept as quantized weights are.
+        Another dtype makes all dense in it.
       progress: called with bytes read so far, and in all.
       packing: of the same weights, if it has begun already.
 

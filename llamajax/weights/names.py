@@ -16,7 +16,7 @@ class Source(NamedTuple):
     name: str
     shape: tuple[int, ...]
     interleaved_heads: int = 0
-    """Heads, if rows stand in interleaved order: RoPE's pairs side by side, as Meta's and GGUF's q and k."""
+    """Heads, if rows are in interleaved order: RoPE's pairs side by side, as in Meta's and GGUF's q and k."""
 
 
 # Placeholders: {i} a layer. Modules of the model -> names of what they are made of, in each family that has them.

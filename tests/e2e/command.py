@@ -69,7 +69,7 @@ def start(*arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
 
 
 class Reply(NamedTuple):
-    """What stands between a question and the next prompt: the answer, and notes, which are dimmed."""
+    """What is written between a question and the next prompt: the answer, and notes, which are dimmed."""
 
     answer: str
     notes: list[str]
@@ -85,7 +85,7 @@ class Reply(NamedTuple):
 class Terminal:
     """`llamajax chat` on a terminal. A context manager; it is killed in the end if it is still there."""
 
-    # The prompt stands and keys are read; the line was taken, and a paste from now on stays one.
+    # The prompt is shown and keys are read; the line was taken, and a paste from now on stays one.
     _READY, _TAKEN = "\x1b[?2004h", "\x1b[?2004l\x1b[?2004h"
     # Lines of progress, and what takes them away.
     _PASSING = re.compile(r"\r\x1b\[2m[^\n]*?\x1b\[K|\r\x1b\[K")
@@ -119,7 +119,7 @@ class Terminal:
         return self._PASSING.sub("", self.process.after)
 
     def reply(self) -> Reply:
-        """All that is written until the prompt stands again."""
+        """All that is written until the prompt is shown again."""
         self.process.expect_exact(self._READY)
         written = self._PASSING.sub("", self.process.before.replace("\r\n", "\n"))
         self.process.expect_exact("\x1b[?25h")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 PROJECT = Path(__file__).parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -21,7 +22,7 @@ class Block(NamedTuple):
 
 
 def _blocks(page: Path) -> Iterator[Block]:
-    _, *parts = re.split(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    _, *parts = FENCE.split(page.read_text())
     fences = list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
     for (language, text, between), (following, output, _) in zip(fences, [*fences[1:], ("none", "", "")], strict=False):
         shows_it = not following and "\n#" not in between and between.count("\n\n") <= 2
@@ -47,3 +48,8 @@ def commands(text: str) -> Iterator[str]:
         if "<<'END'" not in command or line == "END\n":
             yield from re.sub(r"\s+#.*\n$", "", command).strip().split(" && ")
             command = ""
+
+
+def without_variables(command: str) -> str:
+    """Without the assignments before a program's name."""
+    return re.sub(r"^(?:\w+=\S* +)+", "", command)

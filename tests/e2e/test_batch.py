@@ -380,7 +380,7 @@ def test_a_full_disk_is_said_and_what_was_written_can_be_gone_on_with(
 ) -> None:
     out = tmp_path / "out.jsonl"
     command = ("batch", str(questions), "-m", tiny_model, "-o", str(out), "--keep-order")
-    # It holds for the cache's files too, but those are there already.
+    # The limit counts for the cache's files, too, but those are there already.
     limit = len(uninterrupted[0]) // 2
     with start(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
         _, stderr = process.communicate(timeout=120)

@@ -282,7 +282,7 @@ def test_an_answer_that_the_context_ends_says_so(shallow_model: str) -> None:
 
 @pytest.fixture(scope="module")
 def no_models(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what is not a model."""
+    """A folder of files that are no models."""
     folder = tmp_path_factory.mktemp("no models")
     (folder / "empty").mkdir()
     with smollm2_gguf.open("rb") as whole:

@@ -14,14 +14,14 @@ import typer
 import llamajax
 
 from .command import environment
-from .pages import PAGES, PROJECT, Block, blocks, commands
+from .pages import FENCE, PAGES, PROJECT, Block, blocks, commands, without_variables
 
 
 def arguments(block: Block) -> list[list[str]]:
     """Those of each `llamajax` in a shell block, up to what the shell itself reads."""
     found = []
     for command in commands(block.text):
-        words = shlex.shlex(command, posix=True, punctuation_chars=True)
+        words = shlex.shlex(without_variables(command), posix=True, punctuation_chars=True)
         words.whitespace_split = True
         parts = [list(part) for is_word, part in groupby(words, lambda it: it[0] not in "|&<>;()") if is_word]
         found += [part[1:] for part in parts if part[0] == "llamajax"]
@@ -55,6 +55,18 @@ def test_most_commands_are_found_and_a_wrong_one_is_noticed() -> None:
         parse(["chat", "--temprature", "1"])
 
 
+def test_code_in_sentences_is_known() -> None:
+    pages = "".join(FENCE.sub("", page.read_text()) for page in PAGES)
+    spans = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", pages)}
+    for span in (span for span in spans if not re.search(r"\b[A-Z]{4,}\b|--help", span)):
+        paths = re.findall(
+            r"\b(?:cli|docs|llamajax|scripts|tests)/[\w./-]*", re.sub(r"-m scripts\.(\w+)", r"scripts/\1.py", span)
+        )
+        assert all((PROJECT / path).exists() for path in paths), span
+        if span.startswith("llamajax ") and " -" in span:
+            parse(shlex.split(span)[1:])
+
+
 def test_commands_of_services_are_known() -> None:
     [unit], [image] = blocks("ini"), blocks("dockerfile")
     started = re.findall(r"^ExecStart=/opt/llamajax/bin/(.*)$", unit.text, re.MULTILINE)
@@ -65,7 +77,7 @@ def test_commands_of_services_are_known() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
 

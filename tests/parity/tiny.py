@@ -42,7 +42,7 @@ _LLAMA = {
     "torch_dtype": "bfloat16",
 }
 
-#: What stands in config.json. Scaled-down original contexts put low, middle and high bands of RoPE within a prompt.
+#: What config.json says. Scaled-down original contexts put low, middle and high bands of RoPE within a prompt.
 CASES: dict[str, dict[str, Any]] = {
     "llama3.2-1b": _LLAMA
     | {

@@ -26,7 +26,7 @@ from scripts import program_report
 from scripts.compiled import Target, missing, native_calls, report, shapes
 from scripts.hlo import Cost
 
-# The package has functions of these names.
+# The modules: the package has functions of the same names.
 attention, linear = (sys.modules[f"llamajax.ops.{name}"] for name in ("attention", "linear"))
 
 CACHE_LEN = 2048

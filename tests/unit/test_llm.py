@@ -252,7 +252,7 @@ def assert_cut(llama: LLM, tale: Completion, stops: Sequence[str], at: int) -> N
     stream = llama.stream(START, max_new_tokens=24, temperature=0, stop=stops)
     assert "".join(stream) == tale.text[:at]
     assert (stream.completion.text, stream.completion.finish_reason) == (tale.text[:at], "stop")
-    # What was drawn is told, the stop string's tokens too, and nothing was drawn after them.
+    # The completion has all drawn tokens, the stop string's too, and nothing was drawn after them.
     drawn = stream.completion.token_ids
     assert drawn == tale.token_ids[: len(drawn)]
     without_last, whole = llama.tokenizer.decode(drawn[:-1]), llama.tokenizer.decode(drawn)

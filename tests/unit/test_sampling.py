@@ -324,7 +324,7 @@ def test_a_row_draws_the_same_in_any_company() -> None:
         for i in range(40)
     ]
     assert alone == together.tolist()
-    # With filters that nothing of the batch needs, and without.
+    # In a batch without any filter, rows draw as beside rows with filters.
     plain = [i for i, row in enumerate(rows) if row.top_p == 1 and not row.top_k and row.temperature]
     assert plain
     plain = np.resize(plain, 40).tolist()

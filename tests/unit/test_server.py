@@ -17,7 +17,7 @@ PROMPTS = ["Once upon a time", "The capital of France is", "1, 2, 3,", "def f(x)
 
 @pytest.fixture(scope="module")
 def llama(default_model: None) -> LLM:
-    return load(max_seq_len=512)  # of quantized weights: exact, whoever shares the batch
+    return load(max_seq_len=512)  # quantized weights: its answers do not depend on the rows beside them
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import llamajax
 
 pytest.importorskip("mypy")
 
-# Of other libraries' types nothing is needed here, and to read them takes a minute.
+# The types of other libraries are not needed here, and mypy takes a minute to read them.
 _SETTINGS = """
 [mypy]
 python_version = 3.11

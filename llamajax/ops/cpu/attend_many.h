@@ -32,7 +32,7 @@ inline Exact<N> exact(Floats x) {
 // The products of operands in f32 and int16. amx.h has the ones of bytes. AMX's tiles are set up while one exists.
 template <class N>
 struct Operands {
-  // Puts numbers of a row, or of as many rows as stand together in a lane. Planes are `plane` numbers apart.
+  // Puts numbers of a row, or of as many rows as share a lane. Planes are `plane` numbers apart.
   static void put(Exact<N> x, N* p, int64_t) {
     if constexpr (std::is_same_v<N, float>) {
       store(p, x);

@@ -22,7 +22,7 @@ struct Dense {
   static constexpr int kRows = kDenseRows, kSideBySide = 1;  // of x: in a tile; that are stored side by side
   static constexpr int kWidth = kDenseWidth;  // of a group: rows in a tile of more than one row of x
   static constexpr int kBlock = 32, kAtOnce = kPairs ? 2 : 1, kLoads = kBlock / kAtOnce;
-  static constexpr int64_t kWord = kAtOnce * sizeof(T);  // bytes of a row that stand together
+  static constexpr int64_t kWord = kAtOnce * sizeof(T);  // bytes of a row that lie side by side
   static constexpr int64_t kFirst = 0, kHead = 0, kBytes = kGroup * kBlock * sizeof(T);
 
   static int64_t group_bytes(int64_t num_blocks) { return num_blocks * kBytes; }

@@ -47,7 +47,7 @@ inline int64_t keep_between(float* to, float* to_beside, F x, F beside, float lo
   return count;
 }
 
-// Stands in for the products of pairs where numbers are not rounded to bf16.
+// In place of the products of pairs, where numbers are not rounded to bf16.
 inline Floats dot(Floats sum, Floats numbers, const float* x) { return fma(numbers, all(*x), sum); }
 inline Floats to_floats(Floats x) { return x; }
 inline Floats add(Floats x, Floats y) { return x + y; }

@@ -39,7 +39,7 @@ BASE_CONFIGS: dict[str, LlamaConfig] = {}
 
 
 def read_all(*steps: Callable[[], Any]) -> None:
-    """Takes each step whatever came of the others; then raises the first error that llamajax told of."""
+    """Takes each step whatever came of the others; then raises the first error that llamajax raised."""
     errors = []
     for step in steps:
         try:

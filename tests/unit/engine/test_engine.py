@@ -27,7 +27,7 @@ strict_promotion = tiny_model.strict_promotion
 
 @dataclass
 class Collected:
-    """A listener that keeps what it is told; it may fail at a token, or want no more."""
+    """A listener that keeps each token; it may fail at one, or want no more."""
 
     fails_at: int | None = None
     wants: int | None = None
@@ -198,7 +198,7 @@ def test_those_who_come_while_the_first_prompt_is_read_find_rows(contiguous: Run
 
 @pytest.mark.parametrize("limit", [56, 57, 58])
 def test_one_that_ends_where_its_cache_does_disturbs_nobody(runner: Runner, limit: int) -> None:
-    """With a prompt of 200 and 57 tokens the last one would stand at 256, which a cache of 256 has not."""
+    """With a prompt of 200 and 57 tokens the last one would be at position 256, which a cache of 256 lacks."""
     requests = [Request(random_ids(length), limit, KINDS[0]) for length, limit in ((200, limit), (5, 150))]
     engine = Engine(runner, num_slots=4)
     collected = [submit(engine, it)[1] for it in requests]

@@ -79,7 +79,7 @@ def small_device(runner: Runner, room: int, monkeypatch: pytest.MonkeyPatch) -> 
         run = compile(program)
 
         def call(*args: object) -> object:
-            for collects in (lambda: None, gc.collect):  # what nobody refers to any more is not missing
+            for collects in (lambda: None, gc.collect):  # garbage takes no memory of the device
                 collects()
                 if live_bytes() + new_bytes(program) <= limit:
                     return run(*args)
@@ -113,7 +113,7 @@ def test_the_bytes_of_rows_are_those_of_their_arrays(runner: Runner, num_rows: i
     assert FOOTPRINT.rows(num_rows, length) == sum(x.nbytes for x in jax.tree.leaves(rows))
 
 
-# MB of temporary memory as XLA's compiler says (docs/accelerators.md).
+# MB of temporary memory as XLA's compiler says (`python -m scripts.program_report`).
 @pytest.mark.parametrize(
     ("name", "platform", "rows", "length", "queries", "megabytes"),
     [

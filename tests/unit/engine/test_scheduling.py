@@ -1,6 +1,6 @@
 """The engine with a device of plain numpy, whose pages hold token ids: a token depends on all that a row's pages hold.
 
-So each answer can be told beforehand, and a page that is lost, or written by another, shows in what is drawn.
+So each answer is known beforehand, and a page that is lost, or written by another, shows in what is drawn.
 """
 
 import time

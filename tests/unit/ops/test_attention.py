@@ -119,7 +119,7 @@ def skip_xla(implementation: str) -> None:
 
 
 def to_int8(x: np.ndarray) -> np.ndarray:
-    """Rows of int8: their multiples of a step, which stands after them in f16."""
+    """Rows of int8: their multiples of a step, which follows them in f16."""
     step = (np.abs(x).max(-1, keepdims=True) / 127).astype(np.float16)
     multiples = np.divide(x, step, out=np.zeros(x.shape), where=step > 0)
     return np.concatenate([np.clip(np.rint(multiples), -127, 127).astype(np.int8), step.view(np.int8)], axis=-1)
@@ -306,7 +306,7 @@ def test_attention_of_a_cache_of_int8(
 
 
 def test_what_a_cache_of_int8_holds(implementation: str) -> None:
-    """Zeros, numbers whose step is subnormal or below all of f16, and what is not a number."""
+    """Zeros, numbers whose step is subnormal or below all of f16, and NaN."""
     skip_xla(implementation)
     one, zero = np.ones((1, 4), np.float32), np.zeros((1, 4), np.float32)
     cache = np.zeros((1, 1, 2, 10), np.int8)

@@ -17,7 +17,7 @@ strict_promotion = tiny_model.strict_promotion
 
 
 def weights() -> np.ndarray:
-    """Rows of very different sizes, zeros, and numbers that stand half way between two quants."""
+    """Rows of very different sizes, zeros, and numbers half way between two quants."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((24, 512)) * 10.0 ** rng.uniform(-3, 1, (24, 1))
     weight[3] = 0

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from llamajax.formats import FORMATS
 from llamajax.ops.quants import dequantize
 
-# Where a block's f16 fields stand (ggml-common.h); random bytes there could be infinite or NaN.
+# Where a block has its f16 fields (ggml-common.h); random bytes there could be infinite or NaN.
 F16_FIELDS = {
     "q4_0": [0],
     "q4_1": [0, 2],

@@ -46,7 +46,7 @@ def called(arguments: str) -> dict[str, Any]:
 
 
 class Running:
-    """An app that is served in a thread."""
+    """An app that runs in a thread."""
 
     def __init__(self, app: Any) -> None:
         self.service = app.state.service

@@ -428,7 +428,7 @@ _ANYTHING = st.recursive(
 @settings(max_examples=300)
 @given(st.data(), st.sampled_from(["gpt2", "llama"]))
 def test_gguf_metadata_of_any_kind(data: st.DataObject, kind: str) -> None:
-    """It makes a tokenizer or is refused, whatever stands under whichever key."""
+    """It makes a tokenizer or is refused, whatever value a key has."""
     metadata = gguf_bytes(model=kind, add_bos_token=True, add_space_prefix=True, scores=[0.0] * 259, bos_token_id=1)
     metadata |= {"tokenizer.chat_template": "", "tokenizer.ggml.padding_token_id": 2}
     for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=2)):
@@ -500,7 +500,7 @@ def test_gguf_sentencepiece_defaults() -> None:
 
 
 def test_gguf_user_defined_tokens_of_sentencepiece() -> None:
-    """As llama.cpp: found first, and what follows is encoded as if it stood alone."""
+    """As llama.cpp: found first, and what follows is encoded as if it were alone."""
     tokenizer = from_gguf(spm_metadata())
     for text, ids in (
         ("<tool_call>a", [262, 261]),
