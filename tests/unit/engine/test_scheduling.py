@@ -3,9 +3,13 @@
 So each answer can be told beforehand, and a page that is lost, or written by another, shows in what is drawn.
 """
 
+import itertools
+import sys
 import time
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import hypothesis.strategies as st
@@ -20,7 +24,9 @@ from llamajax.engine.paged import PagedBatch
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.engine.steps import BLOCK_LEN, Drawn, Rows, Slots
+from llamajax.errors import RequestError
 from llamajax.ops import PAGE_LEN, KeysValues, native
 from llamajax.types import Request, Token, mask_len
 
@@ -28,6 +34,7 @@ from ...tiny_model import CONFIG, placed
 from .test_engine import Collected
 
 TABLE_LEN, VOCAB_SIZE = 8, 1000
+FOLDER = str(Path(paged.__file__).parent)
 
 
 def next_token(ids: Sequence[int]) -> int:
@@ -293,3 +300,62 @@ def test_the_page_that_was_asked_for_last_is_forgotten_last(monkeypatch: pytest.
             pass
         cached.append(listener.num_cached)
     assert cached == [0, 0, 0, 128, 128, 0, 128, 128, 64]
+
+
+class Impatient(OneSlot):
+    """Fails where a stream would wait forever."""
+
+    num_steps = 0
+
+    def step(self) -> bool:
+        self.num_steps += 1
+        assert self.num_steps < 200
+        return super().step()
+
+
+@contextmanager
+def interrupted_at(number: int) -> Iterator[None]:
+    """Inside, the engine is interrupted before it runs this line, counted from 0."""
+    left = number
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        left -= event == "line"
+        if left < 0:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("limit", [20, 60])  # the first one has ended when its last block is delivered, or runs
+def test_an_interrupt_at_any_line_leaves_no_stream_waiting(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """The one that takes the slot is interrupted: the one that had it goes on or learns of it, and the next has all."""
+    monkeypatch.setattr(paged, "_num_pages", lambda *_: TABLE_LEN)
+    asked, learned = [Request([kind] * 20, limit) for kind in (1, 2, 3)], set[bool]()
+    for line in itertools.count():
+        engine = Impatient(cast(Runner, Device()))
+        first, then, last = (iter(Sequential(engine, request)) for request in asked)
+        found = list(itertools.islice(first, 5))
+        try:
+            with interrupted_at(line):
+                next(then)
+            break
+        except KeyboardInterrupt:
+            pass
+        engine.scheduler.check()
+        try:
+            found += first
+            assert [token.id for token in found] == answer(asked[0])
+            learned.add(False)
+        except RequestError as error:
+            assert "an interrupt ended this request" in str(error)
+            learned.add(True)
+        assert [token.id for token in last] == answer(asked[2])
+    assert line > 100 and learned == {False, True}
