@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from llamajax.engine import engine as engine_module
 from llamajax.engine import paged
-from llamajax.engine.engine import Engine
+from llamajax.engine.engine import FULL_BLOCK_LEN, SHORT_BLOCK_LEN, Engine
 from llamajax.engine.paged import PagedBatch
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
@@ -300,6 +301,42 @@ def test_the_page_that_was_asked_for_last_is_forgotten_last(monkeypatch: pytest.
             pass
         cached.append(listener.num_cached)
     assert cached == [0, 0, 0, 128, 128, 0, 128, 128, 64]
+
+
+def test_blocks_are_short_while_others_are_read_or_wait_for_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "BLOCK_SECONDS", 1e9)  # a step never takes too long
+    engine, lens = Engine(cast(Runner, Device()), num_slots=2), list[int]()
+    decode = engine._batch.decode
+
+    def noted(rows: Sequence[int], num_steps: int, asked: Any) -> Drawn:
+        lens.append(num_steps)
+        return decode(rows, num_steps, asked)
+
+    monkeypatch.setattr(engine._batch, "decode", noted)
+
+    def submit(length: int, limit: int) -> Job:
+        engine.scheduler.submit(job := engine.job(Request([length] * length, limit), Collected()))
+        return job
+
+    def next_lens(number: int) -> list[int]:
+        lens.clear()
+        for _ in range(number):
+            engine.step()
+        return lens
+
+    submit(20, 400)
+    next_lens(3)  # one token alone, whose time is taken
+    assert next_lens(2) == [BLOCK_LEN] * 2
+    long = submit(300, 100)
+    num_chunks = len(long.plan)
+    assert num_chunks > 1
+    assert next_lens(num_chunks - 1) == [SHORT_BLOCK_LEN] * (num_chunks - 1)
+    next_lens(1)
+    assert next_lens(1) == [BLOCK_LEN]
+    submit(10, 20)
+    assert next_lens(2) == [FULL_BLOCK_LEN] * 2
+    while engine.step():
+        pass
 
 
 class Impatient(OneSlot):
