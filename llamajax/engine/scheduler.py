@@ -174,7 +174,7 @@ class Scheduler:
         group = list(takewhile(lambda job: _chunks(job) == _chunks(self._waiting[0]), first))
         if 2 * len(group) <= group_len:
             group = group[:1]
-        self.reading = group
+        self.reading = group.copy()  # the group itself keeps its places when one of them ends
         for job in group:
             self._waiting.remove(job)
             job.admit()

@@ -274,6 +274,26 @@ def test_whatever_comes_all_get_their_tokens_and_nobody_starves(
     assert batch._pool.num_free == num_pages
 
 
+@pytest.mark.parametrize("length", [20, 300])  # read in one chunk, and in several
+@pytest.mark.parametrize("num_steps", range(4))
+def test_one_of_a_group_that_is_cancelled_as_it_is_read_leaves_the_others_their_places(
+    length: int, num_steps: int
+) -> None:
+    for leaver in range(4):
+        engine = Engine(cast(Runner, Device()), num_slots=4)
+        requests, collected = [Request([kind] * length, 20) for kind in range(4)], [Collected() for _ in range(4)]
+        jobs = [engine.job(*pair) for pair in zip(requests, collected, strict=True)]
+        for job in jobs:
+            engine.scheduler.submit(job)
+        for _ in range(num_steps):
+            engine.step()
+        jobs[leaver].cancel()
+        while engine.step():
+            pass
+        del requests[leaver], collected[leaver]
+        assert [[token.id for token in c.tokens] for c in collected] == [answer(request) for request in requests]
+
+
 def test_what_those_that_run_have_already_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 11 pages, one has six and five of them are shared: another like it needs one, where it needed six."""
     monkeypatch.setattr(paged, "_num_pages", lambda *_: 11)
