@@ -41,11 +41,11 @@ def through_engine(engine: Engine, requests: list[Request]) -> tuple[float, list
     began = 0.0
     decode = engine._batch.decode
 
-    def noted(rows: Sequence[int], num_steps: int) -> object:
+    def noted(rows: Sequence[int], num_steps: int, asked: None) -> object:
         nonlocal began
         began = began or time.perf_counter()
         blocks.append(num_steps)
-        return decode(rows, num_steps)
+        return decode(rows, num_steps, asked)
 
     for request in requests:
         engine.scheduler.submit(engine.job(request, Discard()))

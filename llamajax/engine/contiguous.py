@@ -16,7 +16,7 @@ from jaxtyping import Int32
 from llamajax.engine.batch import GROUP_LEN, NO_PROMPTS, Batch, Needs, Prompts, Saved, Size
 from llamajax.engine.memory import Footprint
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner, chunk_lens, power_of_two
+from llamajax.engine.runner import CHUNKS, Runner, chunk_lens, power_of_two
 from llamajax.engine.steps import Drawn, Rows, by_layer
 from llamajax.model.cache import Cache
 from llamajax.types import Request
@@ -154,8 +154,14 @@ class ContiguousBatch(Batch):
         return _length(self._spare[1]) if 1 in self._spare else self.length
 
     def _length_for(self, request: Request, limit: int, num_positions: int) -> int:
-        """Positions to make room for at once, where there is only one row: at least so many."""
-        return self._runner.bucket(max(num_positions, len(request.token_ids) + min(limit, RESERVED_LEN)))
+        """Positions to make room for at once, where there is only one row: at least so many.
+
+        More are for the answer, if they fit into memory while the prompt is read.
+        """
+        wanted = self._runner.bucket(max(num_positions, len(request.token_ids) + min(limit, RESERVED_LEN)))
+        if self._free_bytes < self._footprint.needed(0, 0, 1, wanted, CHUNKS[-1]):
+            return self._runner.bucket(num_positions)
+        return wanted
 
     def read(self, prompts: Prompts) -> Drawn:
         drawn, prompts.cache = self._prefill(prompts, prompts.next_chunk(), prompts.cache, _length(prompts.cache))

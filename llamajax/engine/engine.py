@@ -116,9 +116,7 @@ class Engine:
         self._prompts = None
         self._pending.clear()
         self._asking.end()
-        for job in dict.fromkeys(self.scheduler):  # an interrupt may have left one in two places
-            self.scheduler.end(job, "cancelled", error)
-        self.scheduler.rows = []
+        self.scheduler.cancel_all(error)
 
     def num_read(self, job: Job) -> int | None:
         """How many of a job's prompt tokens are read, if it will be or is being read."""

@@ -110,7 +110,7 @@ class Runner:
         default, most = min(longest, self._most_positions) if self.paged else longest, f"the model's context, {longest}"
         if max_memory is not None:
             page = PAGE_LEN * bytes_per_token(config, placement.cache_dtype)
-            expected = f"at least {page} bytes, for {PAGE_LEN} tokens"
+            expected = f"an integer of at least {page} bytes, for {PAGE_LEN} tokens"
             max_memory = checks.integer("max_memory", max_memory, page, expected=expected)
             room = max_memory // page * PAGE_LEN
             if room < longest:

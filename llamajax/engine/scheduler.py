@@ -112,6 +112,8 @@ class Job:
 class Scheduler:
     """Jobs wait, are read in groups, run, and end.
 
+    A job enters its next place before it leaves the last one: an interrupt between may leave it in two, never in none.
+
     Attributes:
       num_slots: jobs that may be reading or running at once.
       max_waiting: jobs that may wait.
@@ -159,8 +161,8 @@ class Scheduler:
         assert job.state == "new"
         if self.is_full:
             raise QueueFullError(f"{self.max_waiting} requests wait already: try again later")
-        job.state = "waiting"
         self._waiting.append(job)
+        job.state = "waiting"
 
     def admit(self, limit: int, group_len: int) -> list[Job]:
         """The next group to read: the first that wait, as long as their plan is the same and slots are free.
@@ -172,10 +174,10 @@ class Scheduler:
         group = list(takewhile(lambda job: _chunks(job) == _chunks(self._waiting[0]), first))
         if 2 * len(group) <= group_len:
             group = group[:1]
+        self.reading = group.copy()  # the group itself keeps its places when one of them ends
         for job in group:
             self._waiting.remove(job)
             job.admit()
-        self.reading = group
         return group
 
     def first(self, number: int) -> list[Job]:
@@ -195,17 +197,17 @@ class Scheduler:
     def put_back(self, jobs: Iterable[Job]) -> None:
         """Takes the slots of these jobs; they wait again, before all others."""
         for job in sorted(jobs, key=lambda job: job._admitted or 0, reverse=True):
+            self._waiting.appendleft(job)
             if job.state == "running":
                 self.rows[self.rows.index(job)] = None
             else:
                 self.reading.remove(job)
             job.state = "waiting"
-            self._waiting.appendleft(job)
 
     def withdraw(self, job: Job) -> None:
         """Removes a waiting job, to be submitted again."""
-        self._waiting.remove(job)
         job.state = "new"
+        self._waiting.remove(job)
 
     def free_rows(self) -> list[int]:
         """A free row for each job that is being read. There must be enough."""
@@ -224,12 +226,13 @@ class Scheduler:
         self.rows = [None if row < 0 else self.rows[row] for row in kept]
 
     def end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> int | None:
-        """Removes a job, wherever it is, and tells its listener. Logs the listener's own errors.
+        """Removes a job, wherever it is, and ends it.
 
         Returns the row that the job leaves.
         """
         row = None
-        match job.state:
+        state, job.state = job.state, "ended"
+        match state:
             case "waiting":
                 self._waiting.remove(job)
             case "reading":
@@ -238,15 +241,27 @@ class Scheduler:
                 row = self.rows.index(job)
                 self.rows[row] = None
             case _:
-                raise AssertionError(f"a {job.state} job cannot end")
-        job.state = "ended"
+                raise AssertionError(f"a {state} job cannot end")
+        self._tell_end(job, reason, error)
+        return row
+
+    def cancel_all(self, error: Exception | None) -> None:
+        """Ends all jobs, also those that an interrupt has left in two places."""
+        jobs = dict.fromkeys(self)
+        self.rows, self.reading = [], []
+        self._waiting.clear()
+        for job in jobs:
+            job.state = "ended"
+            self._tell_end(job, "cancelled", error)
+
+    def _tell_end(self, job: Job, reason: FinishReason, error: Exception | None) -> None:
+        """Tells a job's listener that it has ended. Logs the listener's own errors."""
         self.num_ended += 1
         try:
             job.listener.end(reason, error)
         except Exception:
             # Nobody is left to be given the error, and the other requests must go on.
             logging.getLogger(__name__).exception("the listener of a request failed as its answer ended")
-        return row
 
     def check(self) -> None:
         """Asserts what always holds: a job has one place, its state names it, and slots are not exceeded."""

@@ -33,7 +33,8 @@ class OneSlot(Engine):
         """A step for this job. Another one that has the slot waits, and goes on when it is stepped again."""
         try:
             if job.state == "new":
-                self._make_way()
+                if not job.given_up:  # else the step ends it as it waits
+                    self._make_way()
                 self.scheduler.submit(job)
             self.step()
         except BaseException:  # Ctrl-C, at any place

@@ -298,11 +298,13 @@ def test_a_turn_goes_on_from_what_was_read_ahead_so_far(llama: LLM, monkeypatch:
 def test_a_program_that_ends_while_it_reads_ahead_does_not_crash(default_model: None) -> None:
     program = """
 import time, llamajax
-conversation = llamajax.Conversation(llamajax.load(max_seq_len=8192))
+llm = llamajax.load(max_seq_len=8192)
+conversation = llamajax.Conversation(llm)
 answer = {"role": "assistant", "content": "one two three four " * 1000}
 conversation.restart(messages=[{"role": "user", "content": "Count."}, answer])
 thread = conversation.read_ahead()
-time.sleep(0.5)
+while not llm._alone.scheduler.reading:
+    time.sleep(0.01)
 print(thread.is_alive())
 """
     ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=300)

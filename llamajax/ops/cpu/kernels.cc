@@ -8,13 +8,13 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
 #include <string_view>
 #include <type_traits>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -524,7 +524,9 @@ struct Question {
 };
 
 std::mutex questioning;
-std::unordered_map<int32_t, std::shared_ptr<Question>> questions;  // by who is asked
+std::map<int32_t, std::shared_ptr<Question>> questions;  // by who is asked: the later, the higher
+// A program that fails before `ask` leaves its question here. When there are more, the oldest one goes.
+constexpr size_t kMostQuestions = 64;
 
 // A thread of the pool asks while the program goes on. `same` is the token, so that what uses it comes after this.
 ffi::Error begin_to_ask(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> asked, ffi::BufferR1<ffi::S32> token,
@@ -539,6 +541,7 @@ ffi::Error begin_to_ask(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> asked, ffi
   {
     const std::lock_guard lock(questioning);
     questions[number] = question;
+    if (questions.size() > kMostQuestions) questions.erase(questions.begin());
   }
   pool.Schedule([question] { question->ask(); });
   return ffi::Error::Success();

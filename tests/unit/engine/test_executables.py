@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from llamajax.engine import executables
+from llamajax.engine import executables, programs
 from llamajax.engine.executables import Executables
 from llamajax.engine.programs import Program, graph_options
 from llamajax.errors import PlatformError
@@ -82,6 +82,7 @@ def test_a_prepared_program_is_on_disk_only(folder: Path) -> None:
     forget_programs()
     runner, program = tiny_runner(256), Program("decode", 256)
     runner.prepare(program)
+    assert not programs._programs
     with count_compilations() as compiled:
         runner.prepare(program)
         runner.compile(program)

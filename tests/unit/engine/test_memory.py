@@ -18,7 +18,8 @@ from llamajax.engine.contiguous import ContiguousBatch
 from llamajax.engine.engine import Engine
 from llamajax.engine.memory import Footprint
 from llamajax.engine.programs import Program
-from llamajax.engine.runner import Runner
+from llamajax.engine.runner import CHUNKS, Runner
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.errors import DeviceMemoryError, PromptTooLongError
 from llamajax.families import CONFIGS
 from llamajax.placement import Placement
@@ -243,6 +244,28 @@ def test_what_never_fits_is_refused_and_what_grows_ends_with_the_memory(
     [collected] = answers(engine, [Request(ids, 300, KINDS[1])])
     assert collected.ends == [("length", None)]
     assert collected.tokens == answer_alone(runner, Request(ids, 56, KINDS[1]))
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_single_row_gets_room_for_its_answer_only_where_there_is_memory(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    request = Request(random_ids(100), 300, KINDS[1])
+    expected = answer_alone(runner, request)
+    compile, lengths = runner.compile, list[int]()
+
+    def compiled(program: Program) -> Callable[..., object]:
+        if program.step == "empty_rows":
+            lengths.append(program.cache_len)
+            if not is_known and program.cache_len > 128:
+                raise exhausted()
+        return compile(program)
+
+    monkeypatch.setattr(runner, "compile", compiled)
+    if is_known:
+        monkeypatch.setattr(runner, "free_bytes", lambda: FOOTPRINT.needed(0, 0, 1, 256, CHUNKS[-1]))
+    assert list(Sequential(OneSlot(runner), request)) == expected
+    assert lengths == ([128] if is_known else [512, 128])
 
 
 def test_one_that_does_not_fit_alone_ends_with_an_error_and_the_others_go_on(

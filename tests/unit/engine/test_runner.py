@@ -157,7 +157,7 @@ def test_max_memory_bounds_the_context() -> None:
         assert Runner(CONFIG, weights, placement, max_memory=max_memory).max_seq_len == longest
     for bounds, expected in (
         ({"max_memory": page - 1}, f"at least {page} bytes, for 64 tokens, not {page - 1}"),
-        ({"max_memory": page + 0.5}, "not"),
+        ({"max_memory": page + 0.5}, f"an integer of at least {page} bytes, for 64 tokens, not {page + 0.5}"),
         ({"max_memory": 2 * page, "max_seq_len": 129}, f"128, for which there is room in {2 * page} bytes, not 129"),
     ):
         with pytest.raises(RequestError, match=expected):

@@ -3,9 +3,13 @@
 So each answer is known beforehand, and a page that is lost, or written by another, shows in what is drawn.
 """
 
+import itertools
+import sys
 import time
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import hypothesis.strategies as st
@@ -14,13 +18,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from llamajax.engine import engine as engine_module
 from llamajax.engine import paged
-from llamajax.engine.engine import Engine
+from llamajax.engine.engine import FULL_BLOCK_LEN, SHORT_BLOCK_LEN, Engine
 from llamajax.engine.paged import PagedBatch
 from llamajax.engine.programs import Program
 from llamajax.engine.runner import Runner
 from llamajax.engine.scheduler import Job
+from llamajax.engine.sequential import OneSlot, Sequential
 from llamajax.engine.steps import BLOCK_LEN, Drawn, Rows, Slots
+from llamajax.errors import RequestError
 from llamajax.ops import PAGE_LEN, KeysValues, native
 from llamajax.types import Request, Token, mask_len
 
@@ -28,6 +35,7 @@ from ...tiny_model import CONFIG, placed
 from .test_engine import Collected
 
 TABLE_LEN, VOCAB_SIZE = 8, 1000
+FOLDER = str(Path(paged.__file__).parent)
 
 
 def next_token(ids: Sequence[int]) -> int:
@@ -266,6 +274,26 @@ def test_whatever_comes_all_get_their_tokens_and_nobody_starves(
     assert batch._pool.num_free == num_pages
 
 
+@pytest.mark.parametrize("length", [20, 300])  # read in one chunk, and in several
+@pytest.mark.parametrize("num_steps", range(4))
+def test_one_of_a_group_that_is_cancelled_as_it_is_read_leaves_the_others_their_places(
+    length: int, num_steps: int
+) -> None:
+    for leaver in range(4):
+        engine = Engine(cast(Runner, Device()), num_slots=4)
+        requests, collected = [Request([kind] * length, 20) for kind in range(4)], [Collected() for _ in range(4)]
+        jobs = [engine.job(*pair) for pair in zip(requests, collected, strict=True)]
+        for job in jobs:
+            engine.scheduler.submit(job)
+        for _ in range(num_steps):
+            engine.step()
+        jobs[leaver].cancel()
+        while engine.step():
+            pass
+        del requests[leaver], collected[leaver]
+        assert [[token.id for token in c.tokens] for c in collected] == [answer(request) for request in requests]
+
+
 def test_what_those_that_run_have_already_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 11 pages, one has six and five of them are shared: another like it needs one, where it needed six."""
     monkeypatch.setattr(paged, "_num_pages", lambda *_: 11)
@@ -293,3 +321,98 @@ def test_the_page_that_was_asked_for_last_is_forgotten_last(monkeypatch: pytest.
             pass
         cached.append(listener.num_cached)
     assert cached == [0, 0, 0, 128, 128, 0, 128, 128, 64]
+
+
+def test_blocks_are_short_while_others_are_read_or_wait_for_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "BLOCK_SECONDS", 1e9)  # a step never takes too long
+    engine, lens = Engine(cast(Runner, Device()), num_slots=2), list[int]()
+    decode = engine._batch.decode
+
+    def noted(rows: Sequence[int], num_steps: int, asked: Any) -> Drawn:
+        lens.append(num_steps)
+        return decode(rows, num_steps, asked)
+
+    monkeypatch.setattr(engine._batch, "decode", noted)
+
+    def submit(length: int, limit: int) -> Job:
+        engine.scheduler.submit(job := engine.job(Request([length] * length, limit), Collected()))
+        return job
+
+    def next_lens(number: int) -> list[int]:
+        lens.clear()
+        for _ in range(number):
+            engine.step()
+        return lens
+
+    submit(20, 400)
+    next_lens(3)  # one token alone, whose time is taken
+    assert next_lens(2) == [BLOCK_LEN] * 2
+    long = submit(300, 100)
+    num_chunks = len(long.plan)
+    assert num_chunks > 1
+    assert next_lens(num_chunks - 1) == [SHORT_BLOCK_LEN] * (num_chunks - 1)
+    next_lens(1)
+    assert next_lens(1) == [BLOCK_LEN]
+    submit(10, 20)
+    assert next_lens(2) == [FULL_BLOCK_LEN] * 2
+    while engine.step():
+        pass
+
+
+class Impatient(OneSlot):
+    """Fails where a stream would wait forever."""
+
+    num_steps = 0
+
+    def step(self) -> bool:
+        self.num_steps += 1
+        assert self.num_steps < 200
+        return super().step()
+
+
+@contextmanager
+def interrupted_at(number: int) -> Iterator[None]:
+    """Inside, the engine is interrupted before it runs this line, counted from 0."""
+    left = number
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        left -= event == "line"
+        if left < 0:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("limit", [20, 60])  # the first one has ended when its last block is delivered, or runs
+def test_an_interrupt_at_any_line_leaves_no_stream_waiting(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """The one that takes the slot is interrupted: the one that had it goes on or learns of it, and the next has all."""
+    monkeypatch.setattr(paged, "_num_pages", lambda *_: TABLE_LEN)
+    asked, learned = [Request([kind] * 20, limit) for kind in (1, 2, 3)], set[bool]()
+    for line in itertools.count():
+        engine = Impatient(cast(Runner, Device()))
+        first, then, last = (iter(Sequential(engine, request)) for request in asked)
+        found = list(itertools.islice(first, 5))
+        try:
+            with interrupted_at(line):
+                next(then)
+            break
+        except KeyboardInterrupt:
+            pass
+        engine.scheduler.check()
+        try:
+            found += first
+            assert [token.id for token in found] == answer(asked[0])
+            learned.add(False)
+        except RequestError as error:
+            assert "an interrupt ended this request" in str(error)
+            learned.add(True)
+        assert [token.id for token in last] == answer(asked[2])
+    assert line > 100 and learned == {False, True}

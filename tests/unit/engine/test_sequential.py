@@ -255,6 +255,17 @@ def test_streams_that_take_turns_have_their_own_tokens(paged: bool) -> None:
     assert [next(stream, None) for stream in streams] == [None] * 3
 
 
+def test_a_stream_that_ends_before_its_first_step_takes_nobody_s_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, request = OneSlot(tiny_runner(512)), Request(random_ids(20), 60, GREEDY)
+    expected = answer(OneSlot(tiny_runner(512)), request.token_ids, 60)
+    stream, other = iter(Sequential(engine, request)), Sequential(engine, Request(random_ids(30), 60, GREEDY))
+    other.goes_on = lambda read: False
+    found = list(islice(stream, 5))
+    monkeypatch.setattr(engine._batch, "save", None)
+    assert list(other) == []
+    assert [token.id for token in [*found, *stream]] == expected
+
+
 def test_logprobs_are_of_the_raw_scores() -> None:
     prompt = random_ids(12)
     sampling = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.5, presence_penalty=1, logprobs=5)

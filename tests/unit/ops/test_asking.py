@@ -68,3 +68,16 @@ def test_the_answer_is_looked_for_while_the_program_computes() -> None:
 
     with native.asked(answer) as number:
         assert program(number, np.zeros(1, np.int32)).tolist() == [[1]]
+
+
+def test_questions_of_programs_that_fail_before_they_use_the_mask_are_forgotten() -> None:
+    begin = jax.jit(lambda number: native.begin_to_ask(number, jnp.zeros(1, jnp.int32), 40))
+    ask = jax.jit(lambda number: native.ask(number, jnp.zeros((1, 40)))[1])
+    numbers = []
+    for _ in range(65):
+        with native.asked(lambda token: None) as number:
+            begin(number).block_until_ready()
+            numbers.append(number)
+    assert ask(numbers[1]).tolist() == ask(numbers[64]).tolist() == [True]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ask"):
+        ask(numbers[0]).block_until_ready()
