@@ -129,7 +129,9 @@ def test_commands_run(block: Block, folder: Path, url: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert '"error"' not in done.stdout
-    if lines and native.available():
+    # README's answer is of AVX2: other instruction sets round in another order, and draw another one.
+    is_same = block.page != "README.md" or "avx2" in native.implementation()
+    if lines and native.available() and is_same:
         assert_shown(block.output, done.stdout)
     for server in servers:
         if server != "llamajax serve":  # is there already
