@@ -11,8 +11,7 @@ PAGE_LEN = 64
 class KeysValues(NamedTuple):
     """A KV cache: for XLA one layer's, for the native kernels a pool of P pages of all layers.
 
-    A layer's is [K, S, R]: with S first a GPU would transpose it at each step. R is `placement.row_len`. A page
-    has as many numbers, in the order that `native.attention` describes.
+    A layer's is [K, S, R]: with S first a GPU would transpose it at each step. R is `placement.row_len`.
 
     Attributes:
       table: the numbers of this sequence's pages, in their order, if there are pages.

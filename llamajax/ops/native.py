@@ -125,8 +125,7 @@ def attention(
 ) -> tuple[Float32[Array, "*B T N*H"], Real[Array, "P L K 64 R"], Real[Array, "P L K 64 R"]]:
     """As `ops.attention`, of one sequence or a batch, over pages: with B, the table and the positions have it, too.
 
-    The pages are written in place where they may be. Their 64 R numbers are, of keys, 64 for each of H dimensions; of
-    values, H for each of 64 positions; then, in int8, the positions' 64 steps in f16.
+    The pages are written in place where they may be.
 
     Fails, at run time, for start + T > 64 M, and for a page or a layer that there is not. Fails for an H that is no
     multiple of 8. Table entries behind the last position may be anything.

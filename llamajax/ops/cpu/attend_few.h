@@ -1,7 +1,35 @@
-// How many vectors of keys or of a value are multiplied with kRows queries or weights at once: their sums, the kRows
-// operands and one vector fit the registers.
+// How many keys, or vectors of a value, are multiplied with kRows queries or weights at once: their accumulators, the
+// kRows operands and one more fit the registers.
 template <int kRows>
 constexpr int kTogether = 5 * kRows + 1 <= kRegisters ? 4 : 2;
+
+// Products of queries [kRows, H] with the next `together` keys of a page, before their lanes are summed: products
+// [kRows, kLanes], of which `together` columns are filled. If fewer keys are left (`count`), the last one is repeated, so
+// that the loop has no branches.
+template <int kRows, class T>
+inline void multiply(const float* queries, int64_t H, const T* keys, int64_t row_len, int64_t count, Floats* products) {
+  constexpr int together = kTogether<kRows>;
+  const T* key[together];
+  Floats total[together][kRows];
+  UNROLL for (int j = 0; j < together; ++j) {
+    key[j] = keys + std::min<int64_t>(j, count - 1) * row_len;
+    UNROLL for (int r = 0; r < kRows; ++r) total[j][r] = all(0.0f);
+  }
+  const auto add = [&](int64_t h, const auto& get) {
+    Floats query[kRows];
+    UNROLL for (int r = 0; r < kRows; ++r) query[r] = held(get(queries + r * H + h));
+    UNROLL for (int j = 0; j < together; ++j) {
+      const Floats part = get(key[j] + h);
+      UNROLL for (int r = 0; r < kRows; ++r) total[j][r] = fma(query[r], part, total[j][r]);
+    }
+  };
+  int64_t h = 0;
+  for (; h + kLanes <= H; h += kLanes) add(h, [](const auto* p) { return load(p); });
+  if (h < H) add(h, [&](const auto* p) { return load_first(p, H - h); });
+  UNROLL for (int j = 0; j < together; ++j) {
+    UNROLL for (int r = 0; r < kRows; ++r) products[r * kLanes + j] = total[j][r];
+  }
+}
 
 // Fetches `count` numbers into the first-level cache.
 template <class T>
@@ -9,29 +37,21 @@ inline void fetch(const T* numbers, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(numbers + i);
 }
 
-// scores [kRows, kKeys] of queries [kRows, H] and a page of keys [H, kKeys] with these steps. Beyond the first `count`
-// they may be anything. Prefetches the page's values, which `mix` needs next.
+// scores [kRows, kKeys] of queries [kRows, H] and the first `count` keys of a page. Prefetches the page's values,
+// which `mix` needs next.
 template <int kRows, class T>
-inline void score_page(const float* queries, int64_t H, const T* keys, const Half* steps, const T* values,
-                       int64_t count, float* scores) {
-  constexpr int together = kTogether<kRows>;
-  for (int64_t s = 0; s < count; s += together * kLanes) {
-    Floats total[kRows][together];
-    UNROLL for (int r = 0; r < kRows; ++r) {
-      UNROLL for (int i = 0; i < together; ++i) total[r][i] = all(0.0f);
-    }
-    for (int64_t h = 0; h < H; ++h) {
-      fetch(values + s * H + h * together * kLanes, together * kLanes);
-      Floats query[kRows];
-      UNROLL for (int r = 0; r < kRows; ++r) query[r] = all(queries[r * H + h]);
-      UNROLL for (int i = 0; i < together; ++i) {
-        const Floats key = load(keys + h * kKeys + s + i * kLanes);
-        UNROLL for (int r = 0; r < kRows; ++r) total[r][i] = fma(query[r], key, total[r][i]);
-      }
-    }
-    UNROLL for (int i = 0; i < together; ++i) {
-      const Floats step = kSteps<T> ? load(steps + s + i * kLanes) : all(1.0f);
-      UNROLL for (int r = 0; r < kRows; ++r) store(scores + r * kKeys + s + i * kLanes, total[r][i] * step);
+inline void score_stored(const float* queries, int64_t H, const T* keys, const T* values, int64_t row_len,
+                         int64_t count, float* scores) {
+  float steps[kKeys] = {};
+  if constexpr (kSteps<T>) read_steps(keys, H, row_len, count, steps);
+  Floats products[kRows * kLanes];  // whose last lanes hold anything: `highest` replaces the scores of no key
+  for (int64_t s = 0; s < count; s += kTogether<kRows>) {
+    fetch(values + s * row_len, kTogether<kRows> * row_len);
+    const int64_t lane = s % kLanes;
+    multiply<kRows>(queries, H, keys + s * row_len, row_len, count - s, products + lane);
+    if (lane + kTogether<kRows> == kLanes || s + kTogether<kRows> >= count) {
+      const Floats step = kSteps<T> ? load(steps + s - lane) : all(1.0f);
+      UNROLL for (int r = 0; r < kRows; ++r) store(scores + r * kKeys + s - lane, sums(products + r * kLanes) * step);
     }
   }
 }
@@ -39,8 +59,8 @@ inline void score_page(const float* queries, int64_t H, const T* keys, const Hal
 // sums [kRows, H] = factor[r] * sums + weights [kRows, kKeys] times `count` values of a page. Does kWide vectors of
 // the head from h on, or, unless kWhole, one with less than kLanes numbers. Prefetches the keys of the next page.
 template <int kRows, int kWide, bool kWhole, class T>
-inline void mix_part(const float* weights, const float* factor, const T* values, const T* next_keys, int64_t count,
-                     int64_t H, int64_t h, float* sums) {
+inline void mix_part(const float* weights, const float* factor, const T* values, const T* next_keys, int64_t row_len,
+                     int64_t count, int64_t H, int64_t h, float* sums) {
   const auto get = [&](const auto* p) { return kWhole ? load(p) : load_first(p, H - h); };
   Floats total[kRows][kWide];
   UNROLL for (int r = 0; r < kRows; ++r) {
@@ -51,7 +71,7 @@ inline void mix_part(const float* weights, const float* factor, const T* values,
     Floats weight[kRows];
     UNROLL for (int r = 0; r < kRows; ++r) weight[r] = all(weights[r * kKeys + s]);
     UNROLL for (int i = 0; i < kWide; ++i) {
-      const Floats value = get(values + s * H + h + i * kLanes);
+      const Floats value = get(values + s * row_len + h + i * kLanes);
       UNROLL for (int r = 0; r < kRows; ++r) total[r][i] = fma(weight[r], value, total[r][i]);
     }
   }
@@ -67,10 +87,10 @@ inline void mix_part(const float* weights, const float* factor, const T* values,
 }
 
 template <int kRows, int kWide, class T>
-inline void mix(const float* weights, const float* factor, const T* values, const T* next_keys, int64_t count,
-                int64_t H, float* sums) {
+inline void mix(const float* weights, const float* factor, const T* values, const T* next_keys, int64_t row_len,
+                int64_t count, int64_t H, float* sums) {
   const auto part = [&](auto wide, auto whole, int64_t h) {
-    mix_part<kRows, wide, whole>(weights, factor, values, next_keys, count, H, h, sums);
+    mix_part<kRows, wide, whole>(weights, factor, values, next_keys, row_len, count, H, h, sums);
   };
   constexpr std::integral_constant<int, kWide> kMany;
   constexpr std::integral_constant<int, 1> kOne;
@@ -114,8 +134,8 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, const T* nex
   for (int r = 0; r < kRows; ++r) rotate(a, b, t, k * a.group() + head + r, scale, queries + r * H);
   for (int64_t s = std::max(first, seen / kKeys * kKeys); s < end; s += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, end - s);
-    T *keys = a.page(a.keys, b, k, s), *values = a.page(a.values, b, k, s);
-    score_page<kRows>(queries, H, keys, a.steps(keys), values, count, scores);
+    const T *keys = a.row(a.keys, b, k, s), *values = a.row(a.values, b, k, s);
+    score_stored<kRows>(queries, H, keys, values, a.row_len(), count, scores);
     for (int r = 0; r < kRows; ++r) most[r] = highest(scores + r * kKeys, seen - s, count);
     softmax.go_on(most);
     for (int r = 0; r < kRows; ++r) {
@@ -128,11 +148,12 @@ inline void attend_piece(const Attention<T>& a, const Piece& piece, const T* nex
       softmax.add(r, total);
     }
     if constexpr (kSteps<T>) {
-      const Half* steps = a.steps(values);
+      float steps[kKeys] = {};
+      read_steps(values, H, a.row_len(), count, steps);
       for (int i = 0; i < kRows * kKeys; i += kLanes) store(scores + i, load(scores + i) * load(steps + i % kKeys));
     }
-    const T* next_keys = s + kKeys < end ? a.page(a.keys, b, k, s + kKeys) : next;
-    mix<kRows, kTogether<kRows>>(scores, softmax.factor, values, next_keys, count, H, sums);
+    const T* next_keys = s + kKeys < end ? a.row(a.keys, b, k, s + kKeys) : next;
+    mix<kRows, kTogether<kRows>>(scores, softmax.factor, values, next_keys, a.row_len(), count, H, sums);
   }
   for (int r = 0; r < kRows; ++r, parts += part_len(H)) {
     std::copy_n(sums + r * H, H, parts);
@@ -202,7 +223,7 @@ inline void attend_few(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
     const int64_t end = std::min(first + kPiece, a.end(b));
     for (int64_t s = std::max(start, first); s < end; ++s) write(a, b, k, s - start);
     for (int64_t t = std::max<int64_t>(first - start, 0); t < Q && a.first_seen(b, t) < end; ++t) {
-      attend_group(a, pieces[i], a.page(a.keys, next.b, next.k, next.first), t, parts + (i * Q + t) * length);
+      attend_group(a, pieces[i], a.row(a.keys, next.b, next.k, next.first), t, parts + (i * Q + t) * length);
     }
     if (__atomic_sub_fetch(&left[b * K + k], 1, __ATOMIC_ACQ_REL) == 0) {
       for (int64_t t = 0; t < Q; ++t) {

@@ -111,8 +111,8 @@ struct Blocks {
 
 // The first `count` of x and zeros, `width` in all, as multiples of their largest magnitude / `most` if they are
 // rounded. Returns the step.
-template <class N>
-inline float narrow_row(const float* x, int64_t count, int64_t width, float most, N* y, int64_t plane) {
+template <class T, class N>
+inline float narrow_row(const T* x, int64_t count, int64_t width, float most, N* y, int64_t plane) {
   float step = 1;
   if constexpr (!std::is_same_v<N, float>) step = std::max(largest(x, count) / most, 1e-20f);  // or NaN
   const Floats inverse = all(1 / step);
@@ -120,65 +120,48 @@ inline float narrow_row(const float* x, int64_t count, int64_t width, float most
   return step;
 }
 
-// Transposes a page's numbers x [.., row_len], of which the first [depth, columns] are there and the others are 0: y
-// [columns, depth], both padded to the size of the whole. A row of y is in multiples of its largest magnitude / kFine
-// if numbers are rounded: its step. Multiplies row d of x by row_steps[d], unless there are none.
-template <class T, class N>
-inline void transpose(const T* x, int64_t row_len, int64_t depth, int64_t columns, const float* row_steps,
-                      int64_t whole_depth, int64_t whole_columns, N* y, int64_t plane, float* steps) {
-  for (int64_t c = 0; c < whole_columns; c += kLanes) {
-    const auto get = [&](int64_t d) {
-      const Floats part = load_first(x + d * row_len + c, d < depth ? columns - c : 0);
-      return row_steps ? part * all(row_steps[d]) : part;
-    };
-    Floats inverse = all(1.0f);
-    store(steps + c, inverse);
-    if constexpr (!std::is_same_v<N, float>) {
-      Floats largest = all(0.0f), nothing = all(0.0f);
-      for (int64_t d = 0; d < depth; ++d) {
-        const Floats part = get(d);
-        largest = max(largest, max(part, -part));
-        nothing = fma(part, all(0.0f), nothing);  // or NaN
-      }
-      inverse = all(float(kFine)) / max(largest, all(1e-30f));
-      store(steps + c, fma(largest, all(1.0f / kFine), nothing));
-    }
-    for (int64_t d = 0; d < whole_depth; d += kPer<N>) {
-      Exact<N> together[kPer<N>];
-      N lanes[kPlanes<N>][kLanes][kPer<N>];
-      UNROLL for (int i = 0; i < kPer<N>; ++i) together[i] = exact<N>(get(d + i) * inverse);
-      Operands<N>::put_together(together, lanes[0][0], kLanes * kPer<N>);
-      for (int64_t p = 0; p < kPlanes<N>; ++p) {
-        UNROLL for (int i = 0; i < kLanes; ++i) {
-          std::memcpy(y + p * plane + (c + i) * whole_depth + d, lanes[p][i], sizeof lanes[p][i]);
-        }
-      }
-    }
-  }
-}
-
 // Makes a block of the keys and values of the positions from s on, of which there are `count`.
 template <class T, class N>
 inline void pack(const Attention<T>& a, int64_t b, int64_t k, int64_t s, int64_t count, int64_t width,
                  const Block<N>& block) {
   const int64_t H = a.head_dim, plane = kKeys * width;
-  T *keys = a.page(a.keys, b, k, s), *values = a.page(a.values, b, k, s);
-  float value_steps[kKeys];
+  const T *keys = a.row(a.keys, b, k, s), *values = a.row(a.values, b, k, s);
+  float key_steps[kKeys] = {}, value_steps[kKeys] = {};
   if constexpr (kSteps<T>) {
-    for (int j = 0; j < kKeys; j += kLanes) store(value_steps + j, load(a.steps(values) + j));
+    read_steps(keys, H, a.row_len(), count, key_steps);
+    read_steps(values, H, a.row_len(), count, value_steps);
   }
-  transpose(keys, kKeys, H, count, nullptr, width, kKeys, block.keys, plane, block.key_steps);
-  transpose(values, H, count, H, kSteps<T> ? value_steps : nullptr, kKeys, width, block.values, plane,
-            block.value_steps);
   *block.nothing = 0;
   for (int64_t j = 0; j < kKeys; ++j) {
     float& step = block.key_steps[j];
-    if constexpr (kSteps<T>) {
-      float steps[kLanes];
-      store(steps, load_first(a.steps(keys) + j, 1));
-      step *= j < count ? steps[0] : 0;
-    }
+    step = narrow_row(keys + j * a.row_len(), j < count ? H : 0, width, kFine, block.keys + j * width, plane);
+    if (kSteps<T>) step *= key_steps[j];
     *block.nothing += 0 * step;
+  }
+  for (int64_t h = 0; h < width; h += kLanes) {
+    Floats part[kKeys], largest = all(0.0f), nothing = all(0.0f), inverse = all(1.0f);
+    for (int64_t j = 0; j < kKeys; ++j) {
+      part[j] = load_first(values + j * a.row_len() + h, j < count ? H - h : 0);
+      if (kSteps<T>) part[j] = part[j] * all(value_steps[j]);
+      largest = max(largest, max(part[j], -part[j]));
+      nothing = fma(part[j], all(0.0f), nothing);  // or NaN
+    }
+    store(block.value_steps + h, inverse);
+    if constexpr (!std::is_same_v<N, float>) {
+      inverse = all(float(kFine)) / max(largest, all(1e-30f));
+      store(block.value_steps + h, fma(largest, all(1.0f / kFine), nothing));
+    }
+    for (int64_t j = 0; j < kKeys; j += kPer<N>) {
+      Exact<N> together[kPer<N>];
+      N lanes[kPlanes<N>][kLanes][kPer<N>];
+      UNROLL for (int i = 0; i < kPer<N>; ++i) together[i] = exact<N>(part[j + i] * inverse);
+      Operands<N>::put_together(together, lanes[0][0], kLanes * kPer<N>);
+      for (int64_t p = 0; p < kPlanes<N>; ++p) {
+        UNROLL for (int i = 0; i < kLanes; ++i) {
+          std::memcpy(block.values + p * plane + (h + i) * kKeys + j, lanes[p][i], sizeof lanes[p][i]);
+        }
+      }
+    }
   }
 }
 

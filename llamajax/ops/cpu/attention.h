@@ -44,25 +44,33 @@ inline float largest(const T* x, int64_t count) {
   return has_nan(nothing) ? NAN : maximum(most);
 }
 
-// Whether a cache has steps.
+// Whether a cache's rows end in a step, as those of int8 do.
 template <class T>
 constexpr bool kSteps = std::is_same_v<T, int8_t>;
 
-// Rounds `count` numbers to those of a cache, in multiples of `step` if it has steps.
+// Reads the steps of `count` rows [H] of a cache, and fills the last vector with zeros.
 template <class T>
-inline void narrow(const float* x, int64_t count, T* y, Half*) {
-  for (int64_t h = 0; h < count; h += kLanes) store_first(y + h, load_first(x + h, count - h), count - h);
+inline void read_steps(const T* rows, int64_t H, int64_t row_len, int64_t count, float* steps) {
+  Half stored[kKeys] = {};
+  for (int64_t s = 0; s < count; ++s) std::memcpy(&stored[s], rows + s * row_len + H, kStepBytes);
+  for (int64_t s = 0; s < count; s += kLanes) store(steps + s, load(stored + s));
 }
-inline void narrow(const float* x, int64_t count, int8_t* y, Half* step) {
+
+// Stores a row of `count` numbers in a cache.
+template <class T>
+inline void put_row(const float* x, int64_t count, T* row) {
+  for (int64_t h = 0; h < count; h += kLanes) store_first(row + h, load_first(x + h, count - h), count - h);
+}
+inline void put_row(const float* x, int64_t count, int8_t* row) {
   Half stored[kLanes];
   store(stored, all(largest(x, count) / INT8_MAX));
-  *step = stored[0];
-  float as_stored[kLanes];
-  store(as_stored, load(stored));
-  const Floats inverse = all(as_stored[0] > 0 ? 1 / as_stored[0] : 0);
+  std::memcpy(row + count, stored, kStepBytes);
+  float step[kLanes];  // as it is stored
+  store(step, load(stored));
+  const Floats inverse = all(step[0] > 0 ? 1 / step[0] : 0);
   for (int64_t h = 0; h < count; h += kLanes) {
     const Floats multiples = load_first(x + h, count - h) * inverse;
-    store_first(y + h, max(min(multiples, all(127.0f)), all(-127.0f)), count - h);
+    store_first(row + h, max(min(multiples, all(127.0f)), all(-127.0f)), count - h);
   }
 }
 
@@ -70,15 +78,11 @@ inline void narrow(const float* x, int64_t count, int8_t* y, Half* step) {
 template <class T>
 inline void write(const Attention<T>& a, int64_t b, int64_t k, int64_t t) {
   static thread_local std::vector<float> rotated;
-  static thread_local std::vector<T> key;
-  const int64_t H = a.head_dim, s = a.start[b] + t, place = s % kKeys;
-  rotated.resize(H);
-  key.resize(H);
+  rotated.resize(a.head_dim);
   rotate(a, b, t, a.heads + k, 1, rotated.data());
-  T *keys = a.page(a.keys, b, k, s), *values = a.page(a.values, b, k, s);
-  narrow(rotated.data(), H, key.data(), a.steps(keys) + place);
-  for (int64_t h = 0; h < H; ++h) keys[h * kKeys + place] = key[h];
-  narrow(a.head(b, t, a.heads + a.kv_heads + k), H, values + place * H, a.steps(values) + place);
+  const float* value = a.head(b, t, a.heads + a.kv_heads + k);
+  put_row(rotated.data(), a.head_dim, a.row(a.keys, b, k, a.start[b] + t));
+  put_row(value, a.head_dim, a.row(a.values, b, k, a.start[b] + t));
 }
 
 // The running softmax of kRows rows, over the blocks so far.

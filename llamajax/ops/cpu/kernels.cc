@@ -54,7 +54,7 @@ constexpr int64_t kMany = 16;             // from so many queries of a sequence 
 constexpr int64_t kPanelBytes = 1 << 17;  // of packed x: stays in a core's second-level cache
 constexpr int64_t kFewRows = 32;          // a thread: with fewer, threads divide the weights, not the rows
 constexpr int64_t kLine = 64;             // bytes of a cache line
-constexpr int64_t kStepBytes = 2;         // of a key or a value of int8_t in a cache
+constexpr int64_t kStepBytes = 2;         // of a row of int8_t in a cache
 constexpr float kLowest = -1e30f;
 constexpr float kMassRounding = 1e-6f;    // of probabilities: a set whose mass is within this of top_p reaches it
 
@@ -87,9 +87,8 @@ struct Product {
 
 // The arguments of attention. Query t of a sequence is at position start + t. A sequence with a negative start is
 // idle. The cache consists of pages of kKeys positions, and a sequence's table has the numbers of its pages in their
-// order. A page of a head's keys is [head_dim, kKeys]: one query reads a vector of keys at once, and sums no lanes. One of
-// values is [kKeys, head_dim]. In a cache of int8_t, the steps [kKeys] follow in f16, of which each key and each value is
-// a multiple. A query sees `window` positions, up to its own.
+// order. A cache of int8_t has rows of head_dim numbers and the step that they are multiples of, in f16. A query sees
+// `window` positions, up to its own.
 template <class T>
 struct Attention {
   int64_t batch, queries, heads, kv_heads, head_dim, table_len, layers, layer, window;
@@ -99,19 +98,18 @@ struct Attention {
   const float *cos, *sin;     // [B, queries, head_dim / 2]
   const int32_t* start;       // [B]
   const int32_t* table;       // [B, table_len]
-  T *keys, *values;           // [pages, layers, kv_heads, page_len]
+  T *keys, *values;           // [pages, layers, kv_heads, kKeys, row_len]
   float* out;                 // [B, queries, heads, head_dim]
 
   int64_t group() const { return heads / kv_heads; }
-  int64_t page_len() const { return kKeys * (head_dim + (std::is_same_v<T, int8_t> ? kStepBytes : 0)); }
+  int64_t row_len() const { return head_dim + (std::is_same_v<T, int8_t> ? kStepBytes : 0); }
   const float* head(int64_t b, int64_t t, int64_t head) const {
     return qkv + ((b * queries + t) * (heads + 2 * kv_heads) + head) * head_dim;
   }
-  T* page(T* cache, int64_t b, int64_t k, int64_t s) const {  // of position s
-    const int64_t number = table[b * table_len + s / kKeys];
-    return cache + ((number * layers + layer) * kv_heads + k) * page_len();
+  T* row(T* cache, int64_t b, int64_t k, int64_t s) const {
+    const int64_t page = table[b * table_len + s / kKeys];
+    return cache + (((page * layers + layer) * kv_heads + k) * kKeys + s % kKeys) * row_len();
   }
-  Half* steps(T* page) const { return reinterpret_cast<Half*>(page + kKeys * head_dim); }
   bool idle(int64_t b) const { return start[b] < 0; }
   int64_t end(int64_t b) const { return idle(b) ? 0 : start[b] + queries; }  // of its positions
   // The first position that a query sees. Of an idle sequence, 0.

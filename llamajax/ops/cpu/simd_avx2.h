@@ -31,6 +31,11 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1)));
 }
+// x in a register: GCC would read it from memory again for each use, and loads are what is scarce.
+inline Floats held(Floats x) {
+  asm("" : "+x"(x));
+  return x;
+}
 inline Floats all(float x) { return _mm256_set1_ps(x); }
 inline Ints all(int32_t x) { return _mm256_set1_epi32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -45,6 +50,12 @@ inline float sum(Floats x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+// The sums of kLanes vectors, each in its lane.
+inline Floats sums(const Floats* x) {
+  const Floats a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  const Floats b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 inline bool has_nan(Floats x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
 inline int32_t sum(Ints x) {

@@ -29,6 +29,7 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   const Ints bits = (Ints)_mm512_castps_si512(x), up = bits + 0x7fff + ((bits >> 16) & 1);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(up >> 16)));
 }
+inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Ints all(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -46,6 +47,19 @@ inline int64_t keep_between(float* to, float* to_beside, Floats x, Floats beside
   return __builtin_popcount(kept);
 }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+// The sums of kLanes vectors, each in its lane.
+inline Floats sums(const Floats* x) {
+  Floats four[4];  // in each 128 bits, parts of the sums of 4 vectors
+  UNROLL for (int i = 0; i < 4; ++i, x += 4) {
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]));
+    const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]));
+    four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  }
+  const auto halves = [](Floats a, Floats b) {
+    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+  };
+  return halves(halves(four[0], four[1]), halves(four[2], four[3]));
+}
 inline bool has_nan(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 inline float maximum(Floats x) { return _mm512_reduce_max_ps(x); }

@@ -24,6 +24,7 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   const uint32x4_t bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   vst1_u16(&p->bits, vshrn_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16));
 }
+inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return vdupq_n_f32(x); }
 inline Ints all(int32_t x) { return vdupq_n_s32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
@@ -35,6 +36,8 @@ inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) {
   return vaddq_f32(sum, vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x, y), vreinterpretq_u32_f32(numbers))));
 }
 inline float sum(Floats x) { return vaddvq_f32(x); }
+// The sums of kLanes vectors, each in its lane.
+inline Floats sums(const Floats* x) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
 inline bool has_nan(Floats x) { return vminvq_u32(vceqq_f32(x, x)) == 0; }
 inline int32_t sum(Ints x) { return vaddvq_s32(x); }
 inline float maximum(Floats x) { return vmaxvq_f32(x); }

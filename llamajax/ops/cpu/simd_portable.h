@@ -51,6 +51,7 @@ inline void store(BFloat16* p, Floats x) {  // to the nearest, ties to even
   const Ints bits = (Ints)x, up = bits + 0x7fff + ((bits >> 16) & 1);
   for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(uint32_t(up[i]) >> 16);
 }
+inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return Floats{x, x, x, x}; }
 inline Ints all(int32_t x) { return Ints{x, x, x, x}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
@@ -60,6 +61,8 @@ inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 // sum + the numbers where x >= y.
 inline Floats add_where(Floats sum, Floats x, Floats y, Floats numbers) { return sum + (x >= y ? numbers : Floats{}); }
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+// The sums of kLanes vectors, each in its lane.
+inline Floats sums(const Floats* x) { return Floats{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])}; }
 inline bool has_nan(Floats x) { return std::isnan(sum(x)); }
 inline int32_t sum(Ints x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float maximum(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }

@@ -139,25 +139,6 @@ def same_bits(found: np.ndarray, expected: np.ndarray) -> None:
         np.testing.assert_array_equal(*(np.ascontiguousarray(z).view(np.uint8) for z in (x, y)))
 
 
-def to_pages(rows: np.ndarray) -> np.ndarray:
-    """Keys and values [2, .., 64, R] as the kernels keep them: keys by dimension, and int8's steps last."""
-    H = rows.shape[-1] - (2 if rows.dtype == np.int8 else 0)
-    numbers = rows[0, ..., :H].swapaxes(-1, -2), rows[1, ..., :H]
-    parts = zip(numbers, rows[..., H:], strict=True)
-    flat = [np.concatenate([x.reshape(*x.shape[:-2], -1) for x in part], axis=-1) for part in parts]
-    return np.stack(flat).reshape(rows.shape)
-
-
-def from_pages(pages: np.ndarray) -> np.ndarray:
-    """Undoes `to_pages`."""
-    S, R = pages.shape[-2:]
-    H = R - (2 if pages.dtype == np.int8 else 0)
-    numbers, steps = np.split(pages.reshape(*pages.shape[:-2], -1), [S * H], axis=-1)
-    keys = numbers[0].reshape(*numbers.shape[1:-1], H, S).swapaxes(-1, -2)
-    values = numbers[1].reshape(*numbers.shape[1:-1], S, H)
-    return np.concatenate([np.stack([keys, values]), steps.reshape(*steps.shape[:-1], S, R - H)], axis=-1)
-
-
 def paged(*caches: np.ndarray, order: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Pools of keys and of values [2, P, L, K, 64, R] and tables [B, M] of sequences' caches [2, L, K, S, R].
 
@@ -173,12 +154,12 @@ def paged(*caches: np.ndarray, order: Sequence[int] | None = None) -> tuple[np.n
         for page, begin in zip(table, range(0, S, PAGE_LEN), strict=True):
             part = cache[..., begin : begin + PAGE_LEN, :]
             pools[:, page, ..., : part.shape[-2], :] = part
-    return to_pages(pools), tables
+    return pools, tables
 
 
 def unpaged(pools: np.ndarray, table: np.ndarray, length: int) -> np.ndarray:
     """The first positions of a cache [2, L, K, S, R] that `paged` has put into pages."""
-    return np.concatenate(list(from_pages(pools)[:, table].swapaxes(0, 1)), axis=-2)[..., :length, :]
+    return np.concatenate(list(pools[:, table].swapaxes(0, 1)), axis=-2)[..., :length, :]
 
 
 def attend(
@@ -207,12 +188,13 @@ def attend(
     caches[..., end:, :] = not_numbers(caches[..., end:, :].shape, caches.dtype)
     pools, (table,) = paged(caches, order=order)
     mixed, *written = attention(*tokens, *pools, jnp.int32(start), jnp.int32(layer), table, *norms)
-    before, others = from_pages(pools), from_pages(np.stack(written))
+    found = np.stack(written)
+    others = found.copy()
     for position in range(start, end):
         place = slice(None), table[position // PAGE_LEN], layer, slice(None), position % PAGE_LEN
-        others[place] = before[place]
-    same_bits(others, before)
-    return np.asarray(mixed), *unpaged(np.stack(written), table, end)
+        others[place] = pools[place]
+    same_bits(others, pools)
+    return np.asarray(mixed), *unpaged(found, table, end)
 
 
 @settings(deadline=None, max_examples=60)
