@@ -1,4 +1,4 @@
-"""The code that README and docs/ show: blocks of pages, and commands of blocks."""
+"""The code that README, CONTRIBUTING and docs/ show: blocks of pages, and commands of blocks."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT = Path(__file__).parents[2]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""README and docs/ say what is there: their commands are known to the command, their links lead somewhere."""
+"""README, CONTRIBUTING and docs/ say what is there: their commands are known to the command, their links lead somewhere."""
 
 import json
 import re
@@ -63,6 +63,9 @@ def test_code_in_sentences_is_known() -> None:
             r"\b(?:cli|docs|llamajax|scripts|tests)/[\w./-]*", re.sub(r"-m scripts\.(\w+)", r"scripts/\1.py", span)
         )
         assert all((PROJECT / path).exists() for path in paths), span
+        if span.startswith("python "):
+            [script] = paths[:1]
+            assert all(option in (PROJECT / script).read_text() for option in re.findall(r"--[\w-]+", span)), span
         if span.startswith("llamajax ") and " -" in span:
             parse(shlex.split(span)[1:])
 

@@ -1,4 +1,4 @@
-"""What README and docs/ show is run: commands, programs, and the output and figures beside them."""
+"""What README, CONTRIBUTING and docs/ show is run: commands, programs, and the output and figures beside them."""
 
 import json
 import os
@@ -32,10 +32,15 @@ _WHEELS = "needs an environment of its own: tests/programs has the report in sma
 # Commands, and first lines of programs, that no test runs. test_docs.py parses these commands, too.
 NOT_RUN = {
     "git clone https://github.com/llamajax/llamajax": _HUB,
+    "pip install git+https://github.com/llamajax/llamajax": _HUB,
     "cd llamajax": _INSTALLED,
     "pip install .": _INSTALLED,
     "pip install '.[dev]'": _INSTALLED,
     "pytest": "runs these tests",
+    "pip install -e '.[dev,docs]'": _INSTALLED,
+    "python3 -m venv .venv": _INSTALLED,
+    "source .venv/bin/activate": _INSTALLED,
+    "scripts/check.sh": "runs these tests",
     "useradd --system llamajax": _ROOT,
     "python3 -m venv /opt/llamajax": _ROOT,
     "/opt/llamajax/bin/pip install .": _ROOT,
