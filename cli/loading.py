@@ -31,7 +31,7 @@ LARGE_BYTES = 500_000_000
 
 
 def resolve(model: str) -> Path:
-    """The model's files, fetched if they have to be; Ctrl-C clears away what is half fetched."""
+    """The path of the model's files, fetched if they are not on disk. Ctrl-C removes an incomplete download."""
     with raised():
         return hub.resolve(model)
 
@@ -63,7 +63,7 @@ def load(
     device: Device | None,
     max_memory: int | None = None,
 ) -> "LLM":
-    """As `llamajax.load`, showing on stderr how far it is."""
+    """Loads a model as `llamajax.load` does, with a progress bar on stderr."""
     path = resolve(model)
     if "jax" not in sys.modules:  # the first model of this process
         prepare_jax(device)
@@ -90,7 +90,7 @@ def load(
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """Inside, the garbage collector does not go again and again through what is being imported, and stays."""
+    """Inside, the garbage collector is off: it would walk all modules again and again while they are imported."""
     gc.disable()
     try:
         yield

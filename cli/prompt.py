@@ -1,4 +1,4 @@
-"""Where a text comes from that a command is given: an argument, a file or stdin."""
+"""Reads a command's text from an argument, a file or stdin."""
 
 import os
 import stat
@@ -55,7 +55,7 @@ def _piped() -> bytes:
         while not select([sys.stdin], [], [], 1)[0]:
             seconds = _PRODUCER_SECONDS if _is_output(stdin) else _OTHER_SECONDS
             if time.monotonic() - began > seconds:
-                note(f"(nothing has come from stdin for {seconds} s: left out; '< /dev/null' saves the wait)")
+                note(f"(nothing has come from stdin for {seconds} s: ignored; '< /dev/null' saves the wait)")
                 return b""
     elif not stat.S_ISREG(stdin.st_mode):
         return b""
@@ -63,7 +63,7 @@ def _piped() -> bytes:
 
 
 def _is_output(pipe: os.stat_result) -> bool:
-    """Whether a program's stdout or stderr is the pipe, as in `make | llamajax chat ...`. Only Linux tells."""
+    """Whether a program's stdout or stderr is the pipe, as in `make | llamajax chat ...`. False off Linux."""
     for stream in Path("/proc").glob("[0-9]*/fd/[12]"):
         with suppress(OSError):
             if os.path.samestat(stream.stat(), pipe):

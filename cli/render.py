@@ -33,7 +33,7 @@ def write_stream(pieces: Iterable[str], show: Callable[[str], str] | None = None
 
 
 def shown(text: str) -> str:
-    """What stdout gets of an answer or a name: all of it, but a terminal must not obey it."""
+    """An answer or a name as stdout gets it. On a terminal, control characters become visible, and are not obeyed."""
     return printable(text) if sys.stdout.isatty() else text
 
 
@@ -77,7 +77,7 @@ def erase_if_interrupted() -> AbstractContextManager[None]:
 
 
 def print_rows(rows: Mapping[str, object]) -> None:
-    """Prints a line of each name and value."""
+    """Prints each name and its value on a line."""
     width = max(map(len, rows))
     for name, value in rows.items():
         line = str(value).replace("\n", "\\n")

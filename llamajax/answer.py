@@ -84,7 +84,7 @@ class Stream(Iterator[str]):
     """An answer's text, piece by piece, computed as it is read.
 
     Attributes:
-      on_read: called while the prompt is read, chunk by chunk, with how many of its tokens are, and how many it has.
+      on_read: called before each chunk of prefill, with how many tokens of the prompt are done, and how many it has.
     """
 
     def __init__(self, tokens: Sequential, answer: Answer) -> None:

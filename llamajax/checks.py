@@ -1,4 +1,4 @@
-"""What callers give, checked for its type and range and made plain: numbers, flags, names of options.
+"""Checks the type and range of what callers give (numbers, flags, names of options), and returns plain values.
 
 JSON has one kind of number, so a float without a fraction is an integer here. Booleans are not numbers.
 """
@@ -40,14 +40,14 @@ def _is_number(value: Any) -> bool:
 
 
 def flag(name: str, value: object) -> bool:
-    """A boolean. Raises RequestError: of "false" Python would make true."""
+    """A boolean. Raises RequestError for anything else: Python takes the string "false" for true."""
     if not isinstance(value, bool):
         raise RequestError(f"{name} must be true or false, not {shown(value)}")
     return value
 
 
 def known_options(names: Iterable[str], known: Collection[str]) -> None:
-    """Raises RequestError for a name that is not known, and tells the nearest one."""
+    """Raises RequestError, with the nearest known name, for a name that is not known."""
     for name in names:
         if name not in known:
             near = get_close_matches(name[:80], known, 1)
@@ -56,7 +56,7 @@ def known_options(names: Iterable[str], known: Collection[str]) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as a part of an error's line."""
+    """A value as an error's message shows it, in at most 80 characters."""
     try:
         return one_line(repr(value), 80)
     except ValueError:  # Python prints no integer of more than 4,300 digits

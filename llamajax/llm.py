@@ -379,7 +379,7 @@ class LLM:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether prompts that begin alike share what was read of them."""
+        """Whether prompts that begin alike share their first pages."""
         return self._alone.shares_prompts
 
     def warm_up(self, num_tokens: int = 1) -> None:

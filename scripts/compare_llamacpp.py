@@ -6,7 +6,7 @@
 llama.cpp is fastest with Q4_0, whose blocks it repacks for AVX2 and AVX-512. Its own quantizer makes that file of the
 given one. (The weights are rounded twice: right for speed, not for quality.) Both engines run both files, with a thread
 for each processor. They take turns, so that a drift of the machine's speed hits both. Each round decodes one stream,
-greedily, decodes 32 at once, their prompts' reading included, and reads a prompt of 512 tokens. llama.cpp is driven
+greedily, decodes 32 at once, with their prefill, and prefills a prompt of 512 tokens. llama.cpp is driven
 through its C interface, which adds no more than the choice of the most probable token. It runs with flash attention on
 and off, and 32 streams with a unified cache and with split ones; for each kind of work its best setting counts.
 

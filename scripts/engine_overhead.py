@@ -49,7 +49,7 @@ def through_engine(engine: Engine, requests: list[Request]) -> tuple[float, list
 
     for request in requests:
         engine.scheduler.submit(engine.job(request, Discard()))
-    # All prompts are read before the first block, so that all blocks have all rows.
+    # All prompts are prefilled before the first block, so that all blocks have all rows.
     with patch.object(engine, "_decode", lambda: False):
         while len(engine.scheduler.running) < len(requests):
             engine.step()
@@ -64,8 +64,8 @@ def on_device(batch: Batch, requests: list[Request], blocks: list[int], length: 
     list(batch.fit(Needs({}, longest=length, num_wanted=len(requests))))
     for row, request in enumerate(requests):
         prompts = batch.prompts([request], [request.max_new_tokens])
-        while prompts.left:
-            batch.read(prompts)
+        while prompts.chunks_left:
+            batch.prefill(prompts)
         batch.insert(prompts, [0], [row])
     batch.reserve(dict.fromkeys(range(len(requests)), length))
     jax.block_until_ready(batch._rows)

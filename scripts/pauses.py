@@ -1,4 +1,4 @@
-"""How long running answers pause while prompts are read.
+"""How long running answers pause during the prefill of other prompts.
 
     python -m scripts.pauses [ROUNDS]
 

@@ -73,7 +73,7 @@ def info(
 
 
 def _device(wanted: Device | Chip | None) -> dict[str, Any]:
-    """What computes. Jax is asked only if it may find more than a CPU: importing it takes most of a second."""
+    """The device, its memory and its code. Asks jax only if there may be more than a CPU: importing it takes long."""
     from llamajax import kernels, placement
 
     memory: int | None

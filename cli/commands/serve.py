@@ -36,7 +36,9 @@ ApiKey = Annotated[
 ]
 Cors = Annotated[
     list[str],
-    typer.Option("--cors", metavar="ORIGIN", help="An origin whose web pages may ask; * is all. May be repeated."),
+    typer.Option(
+        "--cors", metavar="ORIGIN", help="An origin whose web pages may send requests; * is all. May be repeated."
+    ),
 ]
 Alias = Annotated[str | None, typer.Option("--alias", help="The name that clients ask for, in place of the model's.")]
 Deadline = Annotated[
@@ -107,7 +109,7 @@ def serve(
 
 
 def _allow_connections() -> None:
-    """Each client takes a file, of which a process may have more than it is given: 1,024 at first on most systems."""
+    """Raises the limit of open files, of which each client takes one: on most systems it is 1,024 at first."""
     given, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # the system allows fewer
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(given, min(most, 2**16)), most))
@@ -163,7 +165,7 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             if not self.failed:
                 service.stop(shutdown)
-                note("(stopping: what runs may end first; Ctrl-C ends it at once)")
+                note("(stopping: running requests may end first; Ctrl-C stops at once)")
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
@@ -186,6 +188,6 @@ def _run(app: Any, service: "Service", listening: socket.socket, url: str, shutd
 
 
 _NOTES = {
-    "compiling": "answers; what is compiled ahead may make the first requests wait",
+    "compiling": "answers; the first requests may wait while programs are compiled",
     "ready": "ready",
 }

@@ -21,7 +21,7 @@ _GREEDY = SamplingParams(temperature=0)
 
 
 def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, seed: int = 0) -> Alone:
-    """Prompt processing: `batch` sequences of `depth` tokens read so many more; prompt tokens a second.
+    """Prompt processing: prefills so many tokens more in `batch` sequences of `depth` tokens; prompt tokens a second.
 
     Raises PromptTooLongError if they do not fit the context.
     """
@@ -36,18 +36,18 @@ def read_prompts(session: Session, tokens: int, *, batch: int, depth: int = 0, s
 
     def warm_up() -> None:
         for size in set(sizes):
-            read = engine.prompts([before] * size, [1] * size, num_positions=depth + sum(chunks))
+            group = engine.prompts([before] * size, [1] * size, num_positions=depth + sum(chunks))
             if depth:
-                _read(engine, read)
+                _prefill(engine, group)
             groups[size] = Prompts(session.llm._runner, [request] * size, [1] * size, chunks, num_cached=depth)
-            groups[size].cache, groups[size].tables = read.cache, read.tables
+            groups[size].cache, groups[size].tables = group.cache, group.tables
         run()
 
     def run() -> float:
         began = time.perf_counter()
         for size in sizes:
-            groups[size].left = len(chunks)
-            _read(engine, groups[size])
+            groups[size].chunks_left = len(chunks)
+            _prefill(engine, groups[size])
         jax.block_until_ready([prompts.slots for prompts in groups.values()])
         return time.perf_counter() - began
 
@@ -79,7 +79,7 @@ def generate(
     saved: list[Saved] = []
 
     def warm_up() -> None:
-        _read(engine, prompt)
+        _prefill(engine, prompt)
         list(engine.fit(Needs({}, longest=length, num_wanted=batch, num_needed=batch)))
         engine.insert(prompt, [0], [0])
         saved.extend(engine.save({0: length - tokens}))
@@ -120,6 +120,6 @@ def _token_ids(session: Session, length: int, seed: int) -> list[int]:
     return synthetic(1, [length], 1, vocab_size=vocab_size, sampling=_GREEDY, seed=seed).prompts[0]
 
 
-def _read(engine: Batch, prompts: Prompts) -> None:
-    while prompts.left:
-        engine.read(prompts)
+def _prefill(engine: Batch, prompts: Prompts) -> None:
+    while prompts.chunks_left:
+        engine.prefill(prompts)

@@ -132,8 +132,8 @@ class Result:
     """What was measured of one kind of work, done several times.
 
     Attributes:
-      name: a strategy; "remote", another server; or "pp512", reading prompts of 512 tokens, or "tg128", generating 128.
-      sampling: how tokens were drawn; None where only prompts were read.
+      name: a strategy; "remote", another server; or "pp512", prefill of 512 tokens, or "tg128", generating 128.
+      sampling: how tokens were drawn; None where only prefill was measured.
       requests: how many; of reading and generating alone, all at once.
       tokens_per_second: of all requests together.
     """

@@ -1,4 +1,4 @@
-"""Serves a workload in each of the strategies, and measures what it took."""
+"""Runs a workload in each of the strategies, and measures the time that it takes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Strategy = Literal["sequential", "concurrent", "batched"]
 
 
 def serve(session: Session, strategy: Strategy, workload: Workload, *, slots: int) -> Served:
-    """Serves a workload in a strategy that is warmed up, at most `slots` requests at once.
+    """Runs a workload in a strategy that is warmed up, at most `slots` requests at once.
 
     Raises PromptTooLongError if a request does not fit the context.
     """

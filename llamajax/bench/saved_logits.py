@@ -1,4 +1,4 @@
-"""What a run predicted, in a safetensors file, for a later run to be compared with. Knows no model.
+"""Saves a run's predictions in a safetensors file, and compares a later run with them. Knows no model.
 
 Two tensors: `token_ids`, int32 [W, T], of W windows of T tokens, and `logits`, float16 [W, P, V], of the P positions
 that are scored in each. A position's largest logit is subtracted from all of its logits. So float16, half the size of
@@ -25,7 +25,7 @@ from llamajax.text import one_line
 def save_logits(
     path: Path, text: str, token_ids: Int32[np.ndarray, "W T"], num_positions: int, vocab_size: int
 ) -> Iterator[Callable[[Float32[np.ndarray, "P V"]], None]]:
-    """Gives what writes one window's logits, to be called for each. The file takes its place when it is whole.
+    """Yields a function that writes the logits of one window. The file gets its name when it is complete.
 
     Raises DiskFullError for a full disk, RequestError for a path that cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What every measurement has around its runs: a warm-up, programs counted, memory's speed beside them."""
+"""Makes the runs of a measurement: warms up, counts compiled programs, and measures the memory's speed beside them."""
 
 import math
 import resource
@@ -55,7 +55,7 @@ class Session:
             )
 
     def measure(self, warm_up: Callable[[], object], run: Callable[[], R]) -> tuple[list[R], dict[str, Any]]:
-        """The runs, and what every `Result` says of them but the bandwidth of decoding."""
+        """The runs, and the fields that every `Result` has but the bandwidth of decoding."""
         seconds: list[float] = []  # of each program
         with on_compilation(seconds.append):
             began = time.perf_counter()
@@ -91,9 +91,10 @@ def kept_dtype(llm: LLM) -> str:
 
 
 def _reader(device: jax.Device, nbytes: int) -> Callable[[], float]:
-    """Gives the bytes a second of the row-wise maximum of a float32 matrix: it only reads, as decoding does.
+    """A function that measures the memory's bandwidth, in bytes a second: the fastest of a few reads of a matrix.
 
-    The fastest of a few; a matrix of so many bytes, up to what no cache holds.
+    It takes the maximum of each row, so that it only reads, as decoding does. The matrix has so many bytes, but no more
+    than a processor's caches certainly cannot hold.
     """
     nbytes = min(nbytes, _MAX_MATRIX_BYTES.get(device.platform, _MAX_MATRIX_BYTES_ELSEWHERE))
     with jax.default_device(device):

@@ -43,15 +43,15 @@ class _Asked:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._next = job.num_told  # which token it will be asked about; 0 is the prompt's last one
+        self._next = job.num_matched  # which token it will be asked about; 0 is the prompt's last one
 
     def __call__(self, token: int) -> bytes | None:
         """The mask, or None if the answer has ended or cannot go on."""
         job = self._job
         assert job.matcher
         try:
-            if self._next > job.num_told:
-                job.tell(token)
+            if self._next > job.num_matched:
+                job.advance(token)
             self._next += 1
             return None if job.matcher.ended else job.matcher.mask()
         except Exception as error:

@@ -21,7 +21,7 @@ from llamajax.types import Request
 
 # A group has one prompt or so many: each size needs programs of its own.
 GROUP_LEN = 4
-# How many prompts are read at once, the positions that each takes, and the longest chunk.
+# How many prompts are prefilled together, the positions that each takes, and the longest chunk.
 Size = tuple[int, int, int]
 NO_PROMPTS: Size = (0, 0, 0)
 # On a CPU a product with one row takes as long as one with two, or adds up in another order.
@@ -35,10 +35,10 @@ class Needs(NamedTuple):
       rows: of the sequences that run, by their rows.
       new: of those that have no memory yet. Pages that they share with running ones do not count.
       longest: the most positions of a sequence that runs or will run next.
-      prompts: those that are read meanwhile.
+      prompts: those that are prefilled meanwhile.
       num_wanted: sequences that there should be rows for.
       num_needed: those that there must be rows for.
-      next_prompts: those that should find room, too, if none are read.
+      next_prompts: those that should find room, too, if none are prefilled.
     """
 
     rows: Mapping[int, int]
@@ -76,7 +76,7 @@ class Chunk(NamedTuple):
 
 
 class Prompts:
-    """A group of prompts of one plan that is being read.
+    """A group of prompts of one plan that is being prefilled.
 
     Attributes:
       different: their requests.
@@ -85,9 +85,9 @@ class Prompts:
       limits: how many tokens each may draw.
       cache: their caches, if the cache is not in pages.
       tables: their pages, if it is. A repeated prompt has none.
-      slots: their slots, once a chunk was read.
+      slots: their slots, once a chunk was prefilled.
       num_cached: how many tokens of each prompt are in the cache when it begins.
-      left: how many chunks are still to be read.
+      chunks_left: how many chunks are still to be prefilled.
     """
 
     slots: Slots
@@ -101,7 +101,7 @@ class Prompts:
         *,
         num_cached: int = 0,
     ) -> None:
-        """The first `num_cached` tokens of each prompt are in the cache; these chunks read the others."""
+        """The first `num_cached` tokens of each prompt are in the cache; these chunks have the others."""
         num_repeated = 0 if len(requests) == 1 else GROUP_LEN - len(requests)
         self.different = requests
         self.requests = [*requests, *[requests[0]] * num_repeated]
@@ -111,23 +111,23 @@ class Prompts:
         self.limits = [*limits, *[limits[0]] * num_repeated]
         self.num_cached = num_cached
         self._chunks = chunks
-        self.left = len(self._chunks)
+        self.chunks_left = len(self._chunks)
 
     def next_chunk(self) -> Chunk:
-        start, size = self.num_read, self._chunks[-self.left]
+        start, size = self.num_prefilled, self._chunks[-self.chunks_left]
         starts = np.full(len(self.requests), start, np.int32)
         chunk = Chunk(np.zeros((len(starts), size), np.int32), starts, np.zeros_like(starts), np.zeros_like(starts))
         for row, (request, limit) in enumerate(zip(self.requests, self.limits, strict=True)):
             ids = request.token_ids[start : start + size]
             chunk.token_ids[row, : len(ids)] = ids
             chunk.length[row], chunk.new_tokens[row] = last_of_chunk(request, start + len(ids), len(ids), limit)
-        self.left -= 1
+        self.chunks_left -= 1
         return chunk
 
     @property
-    def num_read(self) -> int:
-        """Tokens of each that are in the cache, if it has as many."""
-        return self.num_cached + sum(self._chunks[: len(self._chunks) - self.left])
+    def num_prefilled(self) -> int:
+        """Tokens of each prompt that are in the cache, for a prompt that has as many."""
+        return self.num_cached + sum(self._chunks[: len(self._chunks) - self.chunks_left])
 
     @property
     def size(self) -> Size:
@@ -142,7 +142,7 @@ class Batch(ABC):
     """Rows on a device, decoded together; one that has nothing left to draw is idle.
 
     Attributes:
-      shares: whether prompts that begin alike share what was read of them.
+      shares: whether prompts that begin alike share their first pages.
     """
 
     shares = False
@@ -150,8 +150,8 @@ class Batch(ABC):
     def __init__(self, runner: Runner, max_rows: int) -> None:
         self._runner = runner
         self._sizes = row_counts(max_rows)
-        self._is_one = max_rows == 1  # a prompt that was read becomes the row as it is
-        # The scheduler reads a group only if more than half of it is there.
+        self._is_one = max_rows == 1  # a prompt that was prefilled becomes the row as it is
+        # The scheduler prefills a group only if more than half of it is there.
         self._groups = (1, GROUP_LEN) if 2 * max_rows > GROUP_LEN else (1,)
         self._rows: Rows | None = None
         self._scores: jax.Array
@@ -199,7 +199,7 @@ class Batch(ABC):
         num_positions: int = 0,
         longest_chunk: int = CHUNKS[-1],
     ) -> Prompts:
-        """A group of at most GROUP_LEN prompts to read, with how many tokens each may draw.
+        """A group of at most GROUP_LEN prompts to prefill, with how many tokens each may draw.
 
         Their lengths must ask for the same chunks.
 
@@ -217,12 +217,12 @@ class Batch(ABC):
         """Gives each prompt a cache of so many positions, or the pages for them."""
 
     @abstractmethod
-    def read(self, prompts: Prompts) -> Drawn:
-        """Reads the next chunk of each prompt. The last chunk draws the first token of each answer."""
+    def prefill(self, prompts: Prompts) -> Drawn:
+        """Prefills the next chunk of each prompt. The last chunk draws the first token of each answer."""
 
     @abstractmethod
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:
-        """Moves these of the prompts, which were read, into the rows `at`."""
+        """Moves these of the prompts, whose prefill is complete, into the rows `at`."""
 
     @abstractmethod
     def drop(self, prompts: Prompts) -> None:
@@ -234,15 +234,15 @@ class Batch(ABC):
 
     @abstractmethod
     def decode(self, rows: Sequence[int], num_steps: int, asked: Int32[np.ndarray, "1"] | None = None) -> Drawn:
-        """Draws up to `num_steps` tokens for these rows, which are all that have any left. Returns at once: the device
-        works on.
+        """Draws up to `num_steps` tokens for these rows: all that have more to draw. Returns at once: the device works
+        on.
 
-        If there is somebody to ask (`native.asked`), each step of the only row asks for its mask.
+        With a number of `native.asked`, there is one row, and each step asks the host for its mask.
         """
 
     @abstractmethod
     def forward(self, rows: Sequence[int]) -> None:
-        """Begins to compute the scores that `draw` draws from, of these rows. Returns at once: the device works on."""
+        """Begins to compute these rows' scores, from which `draw` draws. Returns at once: the device works on."""
 
     @abstractmethod
     def draw(self, mask: Int32[np.ndarray, "B W"]) -> Drawn:
@@ -282,8 +282,8 @@ class Batch(ABC):
     def programs_for(self, request: Request) -> list[Program]:
         """The programs that a request needs in a batch of one with the present cache; a longer answer needs more."""
 
-    def _prefill(self, prompts: Prompts, chunk: Chunk, cache: Cache, length: int) -> tuple[Drawn, Cache]:
-        """Reads a chunk into a cache of this length."""
+    def _prefill_chunk(self, prompts: Prompts, chunk: Chunk, cache: Cache, length: int) -> tuple[Drawn, Cache]:
+        """Prefills a chunk into a cache of this length."""
         program = self._runner.compile(Program("prefill", length, chunk.token_ids.shape[1], len(chunk.token_ids)))
         drawn, cache, prompts.slots = program(self._runner.model.arrays, cache, *chunk, prompts.asked)
         self._runner.copy_ahead(drawn)

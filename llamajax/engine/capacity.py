@@ -21,7 +21,7 @@ class Capacity:
         and do not count here.
       length: positions that each row has room for.
       rows: bytes of all rows.
-      prompt: bytes of one more row, whose prompt is being read.
+      prompt: bytes of one more row, whose prompt is being prefilled.
       temporary: about how many bytes a step takes while it runs.
       most_rows: how many rows fit the device beside the weights; 0 if none, None if its memory is unknown.
     """
@@ -48,7 +48,7 @@ class Capacity:
             num_rows,
             length,
             footprint.rows(num_rows, length) + footprint.rows(idle, 0),
-            footprint.rows(1, 0 if is_paged else length),  # with pages, it keeps those it was read into
+            footprint.rows(1, 0 if is_paged else length),  # with pages, the row keeps those of its prefill
             footprint.temporary(num_rows, length, *prompt),
             None
             if free_bytes is None

@@ -1,7 +1,7 @@
 """A batch whose rows have contiguous caches, for XLA. All have the same length, which doubles as the longest one grows.
 
 There are few counts and lengths of rows, so that programs are few. Rows move when their count changes. A single row
-grows in steps of its own: the next prompt is read into its cache, which never gets shorter.
+grows in steps of its own: the next prompt is prefilled into its cache, which never gets shorter.
 """
 
 import math
@@ -30,7 +30,7 @@ class ContiguousBatch(Batch):
 
     def __init__(self, runner: Runner, max_rows: int) -> None:
         super().__init__(runner, max_rows)
-        self._spare: dict[int, Cache] = {}  # of prompts that were read, by the size of their group
+        self._spare: dict[int, Cache] = {}  # of prompts that were prefilled, by the size of their group
         self._footprint = Footprint(runner.config, runner.placement)
         self._all_bytes = self._free_bytes = runner.free_bytes()
         self._tried: tuple[int, int, Size] | None = None  # what `_is_room` was last asked, if it found room
@@ -150,21 +150,21 @@ class ContiguousBatch(Batch):
 
     @property
     def _kept_len(self) -> int:
-        """The length of the cache that the next prompt is read into, if there is only one row."""
+        """The length of the cache that the next prompt is prefilled into, if there is only one row."""
         return _length(self._spare[1]) if 1 in self._spare else self.length
 
     def _length_for(self, request: Request, limit: int, num_positions: int) -> int:
         """Positions to make room for at once, where there is only one row: at least so many.
 
-        More are for the answer, if they fit into memory while the prompt is read.
+        More are for the answer, if they fit into memory during prefill.
         """
         wanted = self._runner.bucket(max(num_positions, len(request.token_ids) + min(limit, RESERVED_LEN)))
         if self._free_bytes < self._footprint.needed(0, 0, 1, wanted, CHUNKS[-1]):
             return self._runner.bucket(num_positions)
         return wanted
 
-    def read(self, prompts: Prompts) -> Drawn:
-        drawn, prompts.cache = self._prefill(prompts, prompts.next_chunk(), prompts.cache, _length(prompts.cache))
+    def prefill(self, prompts: Prompts) -> Drawn:
+        drawn, prompts.cache = self._prefill_chunk(prompts, prompts.next_chunk(), prompts.cache, _length(prompts.cache))
         return drawn
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:

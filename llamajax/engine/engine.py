@@ -25,13 +25,15 @@ from llamajax.errors import DeviceMemoryError, PromptTooLongError
 from llamajax.ops import PAGE_LEN
 from llamajax.types import FinishReason, Request
 
-# Of a block: short enough to read along and to cancel, long enough to hide the dispatch of the next.
+# How long a block of decoding may take: short enough to read along and to cancel, long enough to hide the dispatch of
+# the next block.
 BLOCK_SECONDS = 0.1
-# While prompts are read: short blocks, so that a new request gets its first token soon.
+# Tokens of a block during prefill: short, so that a new request gets its first token soon.
 SHORT_BLOCK_LEN = 2
-# While others run, where a prompt's bits do not depend on its chunks: four of these take half a second on an old CPU.
+# The longest chunk of a prompt while others run, where a prompt's bits do not depend on its chunks: four of these take
+# half a second on an old CPU.
 SHORT_CHUNK_LEN = 128
-# While requests wait for a slot: a slot that becomes free early stays empty until the block's end.
+# Tokens of a block while requests wait for a slot: one that becomes free early stays empty until the block's end.
 FULL_BLOCK_LEN = 4
 
 
@@ -63,7 +65,7 @@ class Engine:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether prompts that begin alike share what was read of them."""
+        """Whether prompts that begin alike share their first pages."""
         return self._batch.shares
 
     @property
@@ -71,7 +73,7 @@ class Engine:
         """Positions of the cache that sequences with a slot take now."""
         scheduler = self.scheduler
         return sum(job.position for job in scheduler.running) + sum(
-            len(job.request.token_ids) for job in scheduler.reading
+            len(job.request.token_ids) for job in scheduler.prefilling
         )
 
     def job(self, request: Request, listener: Listener, deadline: float | None = None) -> Job:
@@ -118,10 +120,10 @@ class Engine:
         self._asking.end()
         self.scheduler.cancel_all(error)
 
-    def num_read(self, job: Job) -> int | None:
-        """How many of a job's prompt tokens are read, if it will be or is being read."""
-        if job.state == "reading" and self._prompts:
-            return self._prompts.num_read if self._prompts.left else None
+    def num_prefilled(self, job: Job) -> int | None:
+        """How many of a job's prompt tokens are prefilled; None if there is no prefill to come."""
+        if job.state == "prefilling" and self._prompts:
+            return self._prompts.num_prefilled if self._prompts.chunks_left else None
         return 0 if job.state == "new" and not job.saved else None
 
     def compile(self, max_len: int, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -145,19 +147,19 @@ class Engine:
         for job in self.scheduler:
             if reason := job.given_up:
                 self._end(job, reason)
-        self._read_prompts()
+        self._prefill()
         dispatched = self._decode()
         while len(self._pending) > dispatched:
             self._deliver()
         if not self.scheduler.num_jobs:
             self._batch.expect_all_memory()
 
-    def _read_prompts(self) -> None:
+    def _prefill(self) -> None:
         """Prefills a chunk of the present group, or of the next one. Jobs whose prompts are complete begin to run."""
         scheduler = self.scheduler
-        if self._prompts and not self._prompts.left and scheduler.reading:
+        if self._prompts and not self._prompts.chunks_left and scheduler.prefilling:
             self._run_group()
-        if not scheduler.reading:  # or all jobs of the group were cancelled
+        if not scheduler.prefilling:  # or all jobs of the group were cancelled
             self._drop_prompts()
             self._group = self._next_group()
             if not self._group:
@@ -176,18 +178,18 @@ class Engine:
             for job in self._group:
                 job.begin()
         assert self._prompts is not None
-        drawn = self._batch.read(self._prompts)
-        if self._prompts.left:
+        drawn = self._batch.prefill(self._prompts)
+        if self._prompts.chunks_left:
             if not scheduler.running:  # the device would otherwise be given all chunks at once
                 jax.block_until_ready(drawn)
             return
         # One that was put back after its first token will not get it again.
-        self._pending.append((drawn, {place: job for place, job in self._readers.items() if not job.drawn}))
-        if scheduler.running:  # else whoever comes while the prompts are read has a row from the start
+        self._pending.append((drawn, {place: job for place, job in self._prefilling.items() if not job.drawn}))
+        if scheduler.running:  # else whoever comes during this prefill has a row from the start
             self._run_group()
 
     def _next_group(self) -> list[Job]:
-        """The next prompts to read. One that begins like another waits until that one is read."""
+        """The next prompts to prefill. One that begins like another waits until that one is prefilled."""
         if self.scheduler.num_admitted == self.scheduler.num_slots:
             return []
         self._find_cached()
@@ -202,11 +204,11 @@ class Engine:
 
     @property
     def _longest_chunk(self) -> int:
-        """The longest chunk of a prompt: those that run wait until the device has read it."""
+        """The longest chunk of a prompt: those that run wait until the device has prefilled it."""
         return SHORT_CHUNK_LEN if self.scheduler.running and self._runner.paged else CHUNKS[-1]
 
     def _num_different(self) -> int:
-        """How many that wait have no whole page in common with each other that is still to be read."""
+        """How many that wait have no whole page in common that is still to be prefilled."""
         if not self.shares_prompts:
             return GROUP_LEN
         found = set[tuple[int, ...]]()
@@ -218,22 +220,22 @@ class Engine:
         return GROUP_LEN
 
     @property
-    def _readers(self) -> dict[int, Job]:
-        """The jobs whose prompts are being read, by their place in the group."""
-        return {place: job for place, job in enumerate(self._group) if job.state == "reading"}
+    def _prefilling(self) -> dict[int, Job]:
+        """The jobs whose prompts are being prefilled, by their place in the group."""
+        return {place: job for place, job in enumerate(self._group) if job.state == "prefilling"}
 
     def _run_group(self) -> None:
         """Moves jobs whose prompts are complete into rows: they begin to run."""
         scheduler, prompts = self.scheduler, self._prompts
         assert prompts is not None
         self._fit()
-        if not scheduler.reading:  # the others need the memory
+        if not scheduler.prefilling:  # the others need the memory
             return
-        for job in scheduler.reading:
+        for job in scheduler.prefilling:
             job.position, job.left = len(job.request.token_ids), job.limit - 1
             if job.matcher:  # its first token is not drawn yet
                 job.position, job.left = job.position - 1, job.limit
-        self._batch.insert(prompts, list(self._readers), scheduler.free_rows())
+        self._batch.insert(prompts, list(self._prefilling), scheduler.free_rows())
         scheduler.place()
         self._drop_prompts()
 
@@ -291,14 +293,14 @@ class Engine:
     def _block_len(self, left: int) -> int:
         scheduler = self.scheduler
         waits = scheduler.num_waiting > 0
-        reads = scheduler.reading or (waits and scheduler.num_admitted < scheduler.num_slots)
-        longest = min(SHORT_BLOCK_LEN if reads else FULL_BLOCK_LEN if waits else BLOCK_LEN, left)
+        prefills = scheduler.prefilling or (waits and scheduler.num_admitted < scheduler.num_slots)
+        longest = min(SHORT_BLOCK_LEN if prefills else FULL_BLOCK_LEN if waits else BLOCK_LEN, left)
         return max(1, min(longest, int(BLOCK_SECONDS / max(self._step_seconds, 1e-6))))
 
     def _deliver(self) -> None:
         """Waits for the oldest block, and delivers its tokens to their listeners."""
-        drawn, owners = self._pending[0]
-        wants_logprobs = any(job.request.sampling.logprobs is not None for job in owners.values())
+        drawn, by_row = self._pending[0]
+        wants_logprobs = any(job.request.sampling.logprobs is not None for job in by_row.values())
         block = self._runner.to_host(drawn, wants_logprobs)
         self._pending.popleft()  # not before it is here: the host may have no memory for it
         now = time.monotonic()
@@ -306,7 +308,7 @@ class Engine:
         if num_steps and self._pending:
             self._step_seconds = (now - self._delivered) / num_steps
         self._delivered = now
-        for row, job in owners.items():
+        for row, job in by_row.items():
             if job.state == "ended":
                 continue
             try:
@@ -320,8 +322,8 @@ class Engine:
         self._asking.end()
 
     def _hand_over(self, job: Job, block: Drawn, row: int) -> None:
-        # The steps of a block that is on its way tell it of the last token.
-        is_told = self._asking.job is job and any(job in owners.values() for _, owners in self._pending)
+        # The steps of a block that is on its way advance the matcher by the last token.
+        steps_advance = self._asking.job is job and any(job in by_row.values() for _, by_row in self._pending)
         for token in self._runner.tokens(block, row, job.request.sampling.logprobs):
             if token.id in job.request.stop_ids:
                 self._end(job, "stop")
@@ -330,8 +332,8 @@ class Engine:
             if not job.listener.token(token):
                 self._end(job, "stop")
                 return
-            if job.matcher and job.num_told < job.drawn and not is_told:
-                job.tell(token.id)
+            if job.matcher and job.num_matched < job.drawn and not steps_advance:
+                job.advance(token.id)
         if job.has_ended or job.drawn == job.limit:
             self._end(job, "stop" if job.has_ended else "length")
 
@@ -360,12 +362,12 @@ class Engine:
         scheduler = self.scheduler
         running = {row: job for row, job in enumerate(scheduler.rows) if job is not None}
         rows = {row: job.position + min(num_steps, job.left) for row, job in running.items()}
-        reading = {job: _first_len(job) for job in scheduler.reading}
-        new = [num_positions for job, num_positions in reading.items() if job.saved]
+        prefilling = {job: _first_len(job) for job in scheduler.prefilling}
+        new = [num_positions for job, num_positions in prefilling.items() if job.saved]
         return Needs(
             rows,
             new,
-            max([0, *rows.values(), *reading.values()]),
+            max([0, *rows.values(), *prefilling.values()]),
             self._prompts.size if self._prompts else NO_PROMPTS,
             min(scheduler.num_jobs, scheduler.num_slots),
             max(scheduler.num_admitted, 1),
@@ -415,7 +417,7 @@ class Engine:
         return NO_PROMPTS if job.saved else (number, _first_len(job), job.plan[0])
 
     def _put_back(self, jobs: Sequence[Job]) -> list[int]:
-        """Lets jobs wait again: their rows, which are returned, are saved; prompts will be read anew."""
+        """Lets jobs wait again: their rows, which are returned, are saved; prompts will be prefilled anew."""
         running = {row: job for row, job in enumerate(self.scheduler.rows) if job is not None and job in jobs}
         if running:
             saved = self._batch.save({row: job.position for row, job in running.items()})
@@ -423,26 +425,25 @@ class Engine:
                 job.saved = rows
         if len(running) < len(jobs):
             self._drop_prompts()
-            for _, owners in self._pending:  # first tokens that are drawn anew
-                for place in [
-                    place for place, job in owners.items() if job in jobs and job.state == "reading" and not job.saved
-                ]:
-                    del owners[place]
+            for _, by_row in self._pending:  # first tokens that are drawn anew
+                for place, job in list(by_row.items()):
+                    if job in jobs and job.state == "prefilling" and not job.saved:
+                        del by_row[place]
         self.scheduler.put_back(jobs)
         return list(running)
 
     def _give_way(self) -> None:
-        """After the device's memory ran out: prompts that are read, or else all that runs, wait until there is room."""
+        """After the device's memory ran out: prompts in prefill, or else all that runs, wait until there is room."""
         scheduler, batch = self.scheduler, self._batch
         if not batch.expect_less_memory():
             self._failed_at = scheduler.num_ended
-            if len(scheduler.reading) == 1 and not scheduler.running:
-                [job] = scheduler.reading
+            if len(scheduler.prefilling) == 1 and not scheduler.running:
+                [job] = scheduler.prefilling
                 self._try_again(job)
-        if scheduler.reading and (batch.can_go_on or not scheduler.running):
-            self._put_back(scheduler.reading)
+        if scheduler.prefilling and (batch.can_go_on or not scheduler.running):
+            self._put_back(scheduler.prefilling)
         else:
-            self._put_back([*scheduler.running, *scheduler.reading])
+            self._put_back([*scheduler.running, *scheduler.prefilling])
         if not scheduler.running:  # idle rows may have been destroyed
             self._drop_prompts()
             batch.clear()

@@ -41,7 +41,7 @@ class Footprint:
         return num_rows * (self.position * length + self._beside_cache)
 
     def needed(self, num_rows: int, length: int, num_prompts: int = 0, prompt_len: int = 0, chunk_len: int = 0) -> int:
-        """Of rows that are decoded while prompts are read into caches of `prompt_len`: with temporary arrays."""
+        """Of rows that are decoded while prompts are prefilled into caches of `prompt_len`: with temporary arrays."""
         temporary = self.temporary(num_rows, length, num_prompts, prompt_len, chunk_len)
         return self.rows(num_rows, length) + self.rows(num_prompts, prompt_len) + temporary
 

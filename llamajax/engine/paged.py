@@ -43,7 +43,7 @@ class PagedBatch(Batch):
             num_pages = min(num_pages, runner.max_memory // page_bytes)
         self._pool = Pool(num_pages, self._empty_pages, kept // page_bytes if self.shares else None)
         self._tables = Tables(self._width, runner.table_len)
-        self._drawing = self._taken([], self._sizes)  # the rows that scores are of
+        self._drawing = self._taken([], self._sizes)  # the rows whose scores `forward` computes
 
     def _empty_pages(self) -> Cache:
         return self._runner.empty_pages(self._length)
@@ -76,16 +76,16 @@ class PagedBatch(Batch):
             known = self._pool.known(request.token_ids)[: pages(prompts.num_cached)]
             assert len(known) == pages(prompts.num_cached)
             self._pool.share(prompts.tables, row, known)
-        for row in range(len(prompts.different)):  # which may make the pool forget what nobody shares
+        for row in range(len(prompts.different)):  # last, since the pool may then forget pages that no row shares
             self._pool.take(prompts.tables, row, num_positions)
 
-    def read(self, prompts: Prompts) -> Drawn:
+    def prefill(self, prompts: Prompts) -> Drawn:
         counts, chunk = np.array(prompts.tables.counts), prompts.next_chunk()
         chunk = chunk._replace(start=np.where(counts > 0, chunk.start, np.int32(-1)))
-        drawn, cache = self._prefill(prompts, chunk, self._pool.lend(prompts.tables.ids), self._length)
+        drawn, cache = self._prefill_chunk(prompts, chunk, self._pool.lend(prompts.tables.ids), self._length)
         self._pool.put(cache)
         for row in counts.nonzero()[0].tolist():  # after each chunk: the request may be cancelled before the next
-            self._pool.keep(prompts.tables, row, prompts.requests[row].token_ids[: prompts.num_read + 1])
+            self._pool.keep(prompts.tables, row, prompts.requests[row].token_ids[: prompts.num_prefilled + 1])
         return drawn
 
     def insert(self, prompts: Prompts, which: Sequence[int], at: Sequence[int]) -> None:

@@ -110,15 +110,16 @@ class Pool:
             self._add(tables, row, page)
 
     def keep(self, tables: Tables, row: int, token_ids: Sequence[int]) -> None:
-        """Keeps the whole pages of a prompt, as far as it was read, for others that begin alike.
+        """Keeps the whole pages of a prompt, as far as it was prefilled, for others that begin alike.
 
-        The last token is left out: if a constraint draws the first one, a step reads it again, and writes its page.
+        The last token is left out: if a constraint draws the first of the answer, a step computes it again, and writes
+        its page.
         """
         if self.most_kept is None:
             return
         own = tables.ids[row, : tables.counts[row]].tolist()
         for place, page in enumerate(self._prefixes.insert(token_ids[:-1], own)):
-            if page != own[place]:  # another prompt that begins so was read at the same time
+            if page != own[place]:  # another prompt that begins alike was prefilled at the same time
                 self._own(page)
                 self._drop(own[place])
                 tables.ids[row, place] = page

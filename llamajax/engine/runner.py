@@ -26,12 +26,12 @@ from llamajax.placement import Placement, bytes_per_token
 from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs, mask_len
 
-# Prompts are read in chunks, each padded to one of these lengths, and caches have one of few lengths. So there are
+# Prompts are prefilled in chunks, each padded to one of these lengths, and caches have one of few lengths. So there are
 # few programs: at most len(CHUNKS) + 1 for each length of the cache.
 CHUNKS = (16, 48, 64, 128, 512)
 # How many positions of its last page a prompt may fill, and the cost of a plan that is not possible.
 _FILLED, _NO_CHUNK = (16, 48, PAGE_LEN), 1 << 40
-# A call takes as long as reading this many tokens more, on a CPU.
+# On a CPU, each call of prefill costs as much as this many tokens more in a chunk.
 CALL_COST = 32
 MIN_CACHE_LEN = 128
 # A context that is no power of two ends in a cache of a multiple of this length: each has programs of its own.
@@ -40,12 +40,11 @@ LAST_CACHE_STEP = 1024
 
 @lru_cache(1 << 12)
 def chunk_lens(num_tokens: int, num_cached: int = 0, longest: int = CHUNKS[-1]) -> tuple[int, ...]:
-    """The cheapest chunks to read a prompt in, of which the cache has the first `num_cached` tokens, in whole pages.
+    """The cheapest chunks to prefill a prompt in, of which the cache has the first `num_cached` tokens, in whole pages.
 
     Each chunk has at most `longest` tokens, 128 or more. The last chunk is padded. All others end with a page, and how
     much of the last page is filled depends on the number of tokens alone: native attention rounds the keys and values
-    of a page together. So a prompt gives the same bits whoever reads it, however much of it was there, and in chunks
-    of any length.
+    of a page together. So a prompt gives the same bits in any chunks, however much of it was there.
     """
     plans = [_chunks(num_tokens, filled, _NO_CHUNK, CHUNKS[-1]) for filled in _FILLED]
     best = min(plans, key=_cost)
@@ -145,9 +144,8 @@ class Runner:
     def free_bytes(self) -> float:
         """What the device has left, or `max_memory` if that is less; infinite if there is neither, as on a CPU."""
         statistics = self.device.memory_stats() or {}
-        limit = statistics.get("bytes_limit", math.inf)
-        left = limit - statistics.get("bytes_in_use", 0)
-        return left if self.max_memory is None else min(left, self.max_memory)
+        free = statistics.get("bytes_limit", math.inf) - statistics.get("bytes_in_use", 0)
+        return free if self.max_memory is None else min(free, self.max_memory)
 
     def check(self, request: Request) -> None:
         """Raises PromptTooLongError if the prompt leaves no room for an answer, RequestError for what is invalid."""
@@ -226,7 +224,7 @@ class Runner:
         return lengths
 
     def prefills(self, num_rows: int, length: int) -> Iterator[Program]:
-        """All programs that read prompts into caches of this length."""
+        """All programs that prefill prompts into caches of this length."""
         return (Program("prefill", length, chunk_len, num_rows) for chunk_len in CHUNKS if chunk_len <= length)
 
     def compile(self, program: Program) -> Compiled:

@@ -32,18 +32,18 @@ class Job:
     Attributes:
       num_cached: tokens of its prompt that are in the cache already, in whole pages.
       num_shared: how many of them running jobs have, too.
-      plan: the chunks in which the other tokens are read; prompts of one plan can be read together.
+      plan: the chunks in which the other tokens are prefilled; prompts of one plan can be prefilled together.
       matcher: follows the answer if it must fit a constraint.
-      num_told: how many of the answer's tokens the matcher knows.
+      num_matched: how many of the answer's tokens the matcher knows.
       error: why the matcher could not answer a step on the device.
       deadline: on the monotonic clock, in seconds; None is never.
-      limit: tokens that it may draw.
-      drawn: tokens that were delivered.
-      left: tokens that no dispatched block will draw.
+      limit: tokens that it may draw, in all.
+      drawn: tokens that were delivered to its listener.
+      left: tokens still to draw when the blocks dispatched so far are done.
       position: positions of the cache that the blocks dispatched so far may take.
       saved: its row on the host, if it has to wait again.
       tried_at: where it was when it was last tried alone, for want of memory.
-      queue_time: seconds that it has waited to be read.
+      queue_time: seconds that it has waited for its prefill to begin.
     """
 
     request: Request
@@ -52,12 +52,12 @@ class Job:
     limit: int
     deadline: float | None = None
     matcher: Matcher | None = None
-    num_told: int = 0
+    num_matched: int = 0
     error: Exception | None = None
     num_cached: int = 0
     num_shared: int = 0
     cancelled: bool = False
-    state: Literal["new", "waiting", "reading", "running", "ended"] = "new"
+    state: Literal["new", "waiting", "prefilling", "running", "ended"] = "new"
     drawn: int = 0
     left: int = 0
     position: int = 0
@@ -68,25 +68,25 @@ class Job:
     _admitted: float | None = None
 
     def admit(self) -> None:
-        """Its prompt is going to be read."""
-        self.state, self._admitted = "reading", self._admitted or time.perf_counter()
+        """Its prompt is going to be prefilled."""
+        self.state, self._admitted = "prefilling", self._admitted or time.perf_counter()
 
     def begin(self) -> None:
-        """Tells the listener how much of its prompt is cached, the first time that it is read."""
+        """Says to the listener how much of its prompt is cached, when its prefill begins."""
         if not self._has_begun:
             self._has_begun = True
             self.listener.begin(self.num_cached)
 
-    def tell(self, token_id: int) -> None:
-        """Lets the matcher know the answer's next token. Raises RequestError as it does."""
+    def advance(self, token_id: int) -> None:
+        """Advances the matcher by the answer's next token. Raises what the matcher raises."""
         assert self.matcher
-        self.num_told += 1
+        self.num_matched += 1
         self.matcher.advance(token_id)
 
     @property
     def has_ended(self) -> bool:
         """Whether nothing may follow the tokens that were delivered. Raises what its matcher raised."""
-        if not self.matcher or self.num_told != self.drawn:  # it may know more, from steps on the device
+        if not self.matcher or self.num_matched != self.drawn:  # it may know more, from steps on the device
             return False
         if self.error:
             raise self.error
@@ -110,22 +110,22 @@ class Job:
 
 @dataclass
 class Scheduler:
-    """Jobs wait, are read in groups, run, and end.
+    """Jobs wait, are prefilled in groups, run, and end.
 
     A job enters its next place before it leaves the last one: an interrupt between may leave it in two, never in none.
 
     Attributes:
-      num_slots: jobs that may be reading or running at once.
+      num_slots: jobs that may be in prefill or running at once.
       max_waiting: jobs that may wait.
       rows: the running jobs by their row on the device; None where a row is free.
-      reading: the group whose prompts are being read.
+      prefilling: the group whose prompts are being prefilled.
       num_ended: jobs that have ended so far.
     """
 
     num_slots: int
     max_waiting: int
     rows: list[Job | None] = field(default_factory=list)
-    reading: list[Job] = field(default_factory=list)
+    prefilling: list[Job] = field(default_factory=list)
     num_ended: int = 0
     _waiting: deque[Job] = field(default_factory=deque)
 
@@ -141,7 +141,7 @@ class Scheduler:
     @property
     def num_admitted(self) -> int:
         """How many jobs have a slot."""
-        return len(self.reading) + len(self.running)
+        return len(self.prefilling) + len(self.running)
 
     @property
     def num_jobs(self) -> int:
@@ -154,7 +154,7 @@ class Scheduler:
 
     def __iter__(self) -> Iterator[Job]:
         """All jobs that have not ended, oldest first in each state."""
-        return iter([*self.running, *self.reading, *self._waiting])
+        return iter([*self.running, *self.prefilling, *self._waiting])
 
     def submit(self, job: Job) -> None:
         """Raises QueueFullError if the queue is full."""
@@ -164,17 +164,17 @@ class Scheduler:
         self._waiting.append(job)
         job.state = "waiting"
 
-    def admit(self, limit: int, group_len: int) -> list[Job]:
-        """The next group to read: the first that wait, as long as their plan is the same and slots are free.
+    def admit(self, most: int, group_len: int) -> list[Job]:
+        """The next group to prefill: the first that wait, at most `most`, of one plan, as long as slots are free.
 
         If at most half a group waits, one prompt alone: a padded group costs as much as a full one.
         """
-        assert not self.reading
-        first = islice(self._waiting, min(limit, self.num_slots - self.num_admitted))
+        assert not self.prefilling
+        first = islice(self._waiting, min(most, self.num_slots - self.num_admitted))
         group = list(takewhile(lambda job: _chunks(job) == _chunks(self._waiting[0]), first))
         if 2 * len(group) <= group_len:
             group = group[:1]
-        self.reading = group.copy()  # the group itself keeps its places when one of them ends
+        self.prefilling = group.copy()  # the group itself keeps its places when one of them ends
         for job in group:
             self._waiting.remove(job)
             job.admit()
@@ -191,8 +191,8 @@ class Scheduler:
 
     @property
     def latest(self) -> list[Job]:
-        """The jobs that got a slot last: the group that is being read, or else one that runs."""
-        return self.reading or [max(self.running, key=lambda job: job._admitted or 0)]
+        """The jobs that got a slot last: the group in prefill, or else one that runs."""
+        return self.prefilling or [max(self.running, key=lambda job: job._admitted or 0)]
 
     def put_back(self, jobs: Iterable[Job]) -> None:
         """Takes the slots of these jobs; they wait again, before all others."""
@@ -201,7 +201,7 @@ class Scheduler:
             if job.state == "running":
                 self.rows[self.rows.index(job)] = None
             else:
-                self.reading.remove(job)
+                self.prefilling.remove(job)
             job.state = "waiting"
 
     def withdraw(self, job: Job) -> None:
@@ -210,16 +210,16 @@ class Scheduler:
         self._waiting.remove(job)
 
     def free_rows(self) -> list[int]:
-        """A free row for each job that is being read. There must be enough."""
-        free = [row for row, job in enumerate(self.rows) if job is None][: len(self.reading)]
-        assert len(free) == len(self.reading)
+        """A free row for each job in prefill. There must be enough."""
+        free = [row for row, job in enumerate(self.rows) if job is None][: len(self.prefilling)]
+        assert len(free) == len(self.prefilling)
         return free
 
     def place(self) -> None:
-        """Gives the jobs that were read the free rows."""
-        for row, job in zip(self.free_rows(), self.reading, strict=True):
+        """Gives the jobs whose prefill is complete the free rows."""
+        for row, job in zip(self.free_rows(), self.prefilling, strict=True):
             self.rows[row], job.state = job, "running"
-        self.reading = []
+        self.prefilling = []
 
     def move(self, kept: Sequence[int]) -> None:
         """Reorders the rows: for each new place, the row that moves there; -1 for a new one."""
@@ -235,32 +235,32 @@ class Scheduler:
         match state:
             case "waiting":
                 self._waiting.remove(job)
-            case "reading":
-                self.reading.remove(job)
+            case "prefilling":
+                self.prefilling.remove(job)
             case "running":
                 row = self.rows.index(job)
                 self.rows[row] = None
             case _:
                 raise AssertionError(f"a {state} job cannot end")
-        self._tell_end(job, reason, error)
+        self._notify_end(job, reason, error)
         return row
 
     def cancel_all(self, error: Exception | None) -> None:
         """Ends all jobs, also those that an interrupt has left in two places."""
         jobs = dict.fromkeys(self)
-        self.rows, self.reading = [], []
+        self.rows, self.prefilling = [], []
         self._waiting.clear()
         for job in jobs:
             job.state = "ended"
-            self._tell_end(job, "cancelled", error)
+            self._notify_end(job, "cancelled", error)
 
-    def _tell_end(self, job: Job, reason: FinishReason, error: Exception | None) -> None:
-        """Tells a job's listener that it has ended. Logs the listener's own errors."""
+    def _notify_end(self, job: Job, reason: FinishReason, error: Exception | None) -> None:
+        """Calls the `end` of a job's listener. Logs the listener's own errors."""
         self.num_ended += 1
         try:
             job.listener.end(reason, error)
         except Exception:
-            # Nobody is left to be given the error, and the other requests must go on.
+            # There is no caller to raise the error to, and the other requests must go on.
             logging.getLogger(__name__).exception("the listener of a request failed as its answer ended")
 
     def check(self) -> None:
@@ -270,7 +270,7 @@ class Scheduler:
         assert self.num_admitted <= self.num_slots
         assert self.num_jobs <= self.num_slots + self.max_waiting
         assert {job.state for job in self.running} <= {"running"}
-        assert {job.state for job in self.reading} <= {"reading"}
+        assert {job.state for job in self.prefilling} <= {"prefilling"}
         assert {job.state for job in self._waiting} <= {"waiting"}
 
 

@@ -81,14 +81,14 @@ class Sequential:
       cached_tokens: how many of the prompt's tokens the KV cache already held; known once iteration began.
       stopped: whether the answer ended by itself: by a stop token, which is not part of it, or where nothing more fits
         its constraint.
-      goes_on: called before each chunk of the prompt with how many of its tokens are read; False ends the request.
+      goes_on: called before each chunk of the prompt with how many of its tokens are prefilled; False ends the request.
     """
 
     def __init__(self, engine: OneSlot, request: Request) -> None:
         self.request = request
         self.cached_tokens = 0
         self.stopped = False
-        self.goes_on: Callable[[int], bool] = lambda read: True
+        self.goes_on: Callable[[int], bool] = lambda num_prefilled: True
         self._engine = engine
         self._tokens = deque[Token]()
         self._error: Exception | None = None
@@ -100,10 +100,10 @@ class Sequential:
         engine, job = self._engine, self._engine.job(self.request, self)
         try:
             while self._tokens or job.state != "ended":
-                with engine.turn:  # nobody else may begin before the whole prompt is read
+                with engine.turn:  # nobody else may begin before the whole prompt is prefilled
                     while not self._tokens and job.state != "ended":
-                        read = engine.num_read(job)
-                        if read is not None and not self.goes_on(read):
+                        done = engine.num_prefilled(job)
+                        if done is not None and not self.goes_on(done):
                             job.cancel()
                         engine.go_on(job)
                 while self._tokens:

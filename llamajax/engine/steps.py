@@ -131,7 +131,7 @@ def prefill(
     *,
     structure: Structure,
 ) -> tuple[Drawn, Cache, Slots]:
-    """Reads `length` tokens of each row, which begin at `start`, and draws the token after them.
+    """Computes keys and values of `length` tokens of each row, which begin at `start`, and draws the token after them.
 
     Rows are padded to T; what the padding writes into the cache is masked, and overwritten by what follows.
     A chunk that is not a prompt's last one has no new tokens: it draws none. A row with a constraint does not draw

@@ -65,7 +65,7 @@ class Work:
         self._waiting_bytes += num_bytes
 
     def token(self, index: int) -> None:
-        """One more token of its answer; the first says that its prompt was read."""
+        """One more token of its answer; the first says that its prefill is complete."""
         if index not in self._drawn:
             self._begin(index)
         self._went_on[self._drawn[index]] += 1

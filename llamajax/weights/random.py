@@ -43,7 +43,7 @@ def random_weights(config: LlamaConfig, placement: Placement, seed: int = 0) -> 
 
 
 def _fused(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of parts that are one below the other."""
+    """The shape of these parts in one matrix, one below the other."""
     return sum(part[0] for part in parts), *parts[0][1:]
 
 

@@ -171,7 +171,7 @@ def test_wrong_usage(arguments: list[str], says: str) -> None:
     assert says in done.error and "see 'llamajax bench --help'" in done.error
 
 
-def test_an_unknown_configuration_is_told(shallow_model: str) -> None:
+def test_an_unknown_configuration_is_named(shallow_model: str) -> None:
     done = run("bench", "--random-weights", "llama9")
     assert done.code == 1 and "llama3.2-1b" in done.error
 

@@ -78,7 +78,7 @@ def test_another_seed_gives_another_answer(story: Finished) -> None:
     assert other.stdout != story.stdout
 
 
-def test_a_drawn_seed_is_told_and_draws_the_answer_again(shallow_model: str) -> None:
+def test_a_drawn_seed_is_printed_and_draws_the_answer_again(shallow_model: str) -> None:
     options = ("-m", shallow_model, "Hi", "-n", "20", "--json")
     first, second = (run("chat", *options, "--seed", "random") for _ in range(2))
     seed, other = (json.loads(done.stdout)["seed"] for done in (first, second))

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/ say what is there: their commands are known to the command, their links lead somewhere."""
+"""README, CONTRIBUTING and docs/ say what is there: the command knows their commands, their links lead somewhere."""
 
 import json
 import re

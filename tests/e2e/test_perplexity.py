@@ -198,7 +198,7 @@ def test_what_is_not_a_text_is_named(tmp_path: Path) -> None:
         assert (done.code, done.error) == (1, says)
 
 
-def test_what_cannot_be_scored_is_told(shallow_model: str, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_named(shallow_model: str, tmp_path: Path) -> None:
     short = perplexity("-", "-m", shallow_model, stdin="Hi")
     assert (short.code, short.error) == (1, "a window must have 5 tokens: the context has 512, the text 1")
     long = perplexity(TEXT, "-m", shallow_model, "--context", "8193")

@@ -36,10 +36,10 @@ def test_sigterm_lets_a_request_end(shallow_model: str) -> None:
         assert data[-1] == "data: [DONE]" and '"completion_tokens":300' in data[-2]
         code, said = ended(process)
         assert code == 0
-        assert said[-1] == "(stopping: what runs may end first; Ctrl-C ends it at once)"
+        assert said[-1] == "(stopping: running requests may end first; Ctrl-C stops at once)"
 
 
-def test_a_request_that_takes_too_long_to_end_is_told_so(shallow_model: str) -> None:
+def test_a_request_that_takes_too_long_to_end_gets_an_error(shallow_model: str) -> None:
     with serving(shallow_model, "--shutdown", "0.1") as (process, client):
         asked = {**QUESTION, "max_tokens": 480, "stream": True}
         with client.stream("POST", "/v1/chat/completions", json=asked) as response:

@@ -292,7 +292,7 @@ def test_a_bad_request_names_its_field(client: openai.OpenAI, model: str) -> Non
             assert (caught.value.status_code, caught.value.param) == (400, field)
 
 
-def test_a_long_prompt_is_told_from_other_bad_requests(client: openai.OpenAI, model: str) -> None:
+def test_a_long_prompt_is_distinguished_from_other_bad_requests(client: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=model, prompt="llama " * 20_000)
     assert caught.value.code == "context_length_exceeded"

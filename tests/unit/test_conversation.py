@@ -271,16 +271,16 @@ def test_a_turn_goes_on_from_what_was_read_ahead_so_far(llama: LLM, monkeypatch:
     conversation.restart(messages=before)
     reads: list[int] = []
     is_half_read, goes_on = Event(), Event()
-    read = PagedBatch.read
+    prefill = PagedBatch.prefill
 
-    def read_slowly(batch: PagedBatch, prompts: Prompts) -> Drawn:
-        drawn = read(batch, prompts)
-        reads.append(prompts.num_read)
+    def prefill_slowly(batch: PagedBatch, prompts: Prompts) -> Drawn:
+        drawn = prefill(batch, prompts)
+        reads.append(prompts.num_prefilled)
         is_half_read.set()
         assert goes_on.wait(60)
         return drawn
 
-    monkeypatch.setattr(PagedBatch, "read", read_slowly)
+    monkeypatch.setattr(PagedBatch, "prefill", prefill_slowly)
     thread = conversation.read_ahead()
     assert thread and is_half_read.wait(60)
     stream = conversation.ask("And backwards?", max_new_tokens=12, temperature=0)
@@ -303,7 +303,7 @@ conversation = llamajax.Conversation(llm)
 answer = {"role": "assistant", "content": "one two three four " * 1000}
 conversation.restart(messages=[{"role": "user", "content": "Count."}, answer])
 thread = conversation.read_ahead()
-while not llm._alone.scheduler.reading:
+while not llm._alone.scheduler.prefilling:
     time.sleep(0.01)
 print(thread.is_alive())
 """

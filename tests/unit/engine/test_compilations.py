@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from llamajax.engine.compilations import on_compilation
 
 
-def test_each_compilation_is_told_once() -> None:
+def test_each_compilation_is_reported_once() -> None:
     seconds: list[float] = []
     double = jax.jit(lambda x: x * 2 + 0.12345)
     x = jnp.ones(3)

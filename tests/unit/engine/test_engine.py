@@ -411,7 +411,7 @@ def test_whatever_comes_and_goes(engine: Engine, runner: Runner, script: list[tu
     def step() -> None:
         engine.step()
         engine.scheduler.check()
-        begun.extend(job for _, job, _ in jobs if job.state in ("reading", "running") and job not in begun)
+        begun.extend(job for _, job, _ in jobs if job.state in ("prefilling", "running") and job not in begun)
 
     for action, value in script:
         if action == "step":

@@ -135,11 +135,11 @@ def test_the_temporary_bytes_are_about_the_compiler_s(
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(1, 100), (3, 200), (4, 300)])
-def test_the_capacity_is_told_as_the_engine_makes_rows(runner: Runner, sequences: int, length: int) -> None:
+def test_the_capacity_is_as_the_engine_makes_rows(runner: Runner, sequences: int, length: int) -> None:
     engine = Engine(runner, num_slots=sequences)
     for number in range(sequences):
         engine.scheduler.submit(engine.job(Request(random_ids(length - 20, number), 20, KINDS[0]), Collected()))
-    while engine.scheduler.reading or not engine.scheduler.running:
+    while engine.scheduler.prefilling or not engine.scheduler.running:
         engine.step()
     config = replace(CONFIG, max_position_embeddings=512)
     footprint = replace(FOOTPRINT, config=config)

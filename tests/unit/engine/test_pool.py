@@ -306,16 +306,16 @@ def test_shared_prefixes_change_no_bit(
 
 @needs_kernels
 def test_those_that_begin_alike_wait_for_the_first_and_share_its_pages(runner: Runner) -> None:
-    begin, reads = random_ids(3 * PAGE_LEN), []
+    begin, prefills = random_ids(3 * PAGE_LEN), []
     engine = Engine(runner, num_slots=8, prefix_bytes=1 << 30)
-    read = engine._batch.read
-    engine._batch.read = lambda prompts: reads.append(prompts.size) or read(prompts)  # type: ignore[method-assign]
+    prefill = engine._batch.prefill
+    engine._batch.prefill = lambda it: prefills.append(it.size) or prefill(it)  # type: ignore[method-assign]
     collected = [Collected() for _ in range(5)]
     for number, listener in enumerate(collected):
         engine.scheduler.submit(engine.job(Request([*begin, number, 1], 5), listener))
     while engine.step():
         pass
     assert [c.num_cached for c in collected] == [0, *[3 * PAGE_LEN] * 4]
-    assert [number for number, _, _ in reads] == [1, 1, 1, 4]  # the first one in three chunks, the others at once
+    assert [number for number, _, _ in prefills] == [1, 1, 1, 4]  # the first one in three chunks, the others at once
     pool = paged(engine)._pool
     assert len(pool._prefixes) == 3 and pool.num_free == pool.num_pages

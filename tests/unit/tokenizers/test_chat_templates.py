@@ -353,7 +353,7 @@ def test_an_interrupt_leaves_no_late_reply(monkeypatch: pytest.MonkeyPatch) -> N
     assert ChatTemplate("{{ messages[0].content }}").render([user("Hi")]) == "Hi"
 
 
-def test_a_process_that_cannot_start_is_told_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_start_is_reported_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox._sandbox.end()
     for executable, problem in (("/none/python", "No such file or directory"), ("/bin/false", "/bin/false")):
         monkeypatch.setattr(sys, "executable", executable)

@@ -52,7 +52,7 @@ def test_tokenizer_json_goes_first(tmp_path: Path, spm_model: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "original"])
-def test_tokenizer_model_is_told_apart(
+def test_tokenizer_model_is_recognised(
     tmp_path: Path, folder: str, llama3_tokenizer_model: Path, spm_model: Path
 ) -> None:
     (tmp_path / folder).mkdir(exist_ok=True)
