@@ -59,8 +59,10 @@ NOT_RUN = {
     "python -m scripts.program_report llama3.2-1b --rows 1 8 32 --length 2048 --dtype int8 --target v5e": _WHEELS,
     "llamajax bench --batch 1,8,32 --depth 0,1024,4096": _LONG,
     "llamajax bench --random-weights llama3.2-1b --dtype bfloat16": _LONG,
-    "llamajax bench --random-weights llama3.2-1b --dtype q8_0 --max-seq-len 512 --batch 1,32 --pp 128 --tg 12 "
-    "--repeat 2": _LONG,
+    "llamajax bench --random-weights qwen3-0.6b --dtype q8_0 --max-seq-len 512 --batch 1,32 --pp 128 --tg 12 "
+    "--repeat 2 --temperature 0": _LONG,
+    "python -m scripts.pad_gguf padded.gguf": _LONG,
+    "llamajax perplexity tests/parity/data/text.txt -m padded.gguf --dtype q4_k --compare float32.logits": _LONG,
     "lm_eval run --model local-completions --tasks arc_easy --batch_size 8 --model_args "
     "base_url=http://127.0.0.1:8000/v1/completions,model=smollm2-135m-instruct,max_length=4096": _HUB,
     "QWEN2 = Family(": "leaves out a configuration",
