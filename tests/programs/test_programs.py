@@ -7,6 +7,7 @@ these tests are skipped.
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from llamajax.families import CONFIGS
 from llamajax.ops import native
 from llamajax.types import DType
 from scripts import program_report
-from scripts.compiled import Target, missing, native_calls, report, shapes
+from scripts.compiled import Report, Target, missing, native_calls, report, shapes
 from scripts.hlo import Cost
 
 # The modules: the package has functions of the same names.
@@ -89,12 +90,10 @@ LIMITS = {
     Case("v5e", "llama3.2-1b", "auto", "decode", 8): Limits((1.015, 1.030, 1.035), (136, 176, 203), 0, 0, 139.9, 5),
     Case("v5e", "llama3.2-1b", "auto", "decode", 32): Limits((1.147, 1.194, 1.211), (116, 157, 189), 0, 0, 541.3, 8),
     Case("v5e", "llama3.2-1b", "int8", "decode", 1): Limits((1.029, 1.035, 1.038), (207, 520, 567), 0, 0, 6.5, 0),
-    Case("v5e", "llama3.2-1b", "int8", "decode", 8): Limits((1.027, 1.055, 1.064), (142, 183, 210), 0, 0, 140.4, 6),
     Case("v5e", "llama3.2-1b", "int8", "decode", 32): Limits((1.233, 1.309, 1.335), (137, 178, 210), 0, 0, 541.6, 9),
     Case("v5e", "llama3.2-1b", "int8", "prefill", 128): Limits((1.114, 1.121, 1.124), (204, 517, 565), 0, 0, 5.9, 0),
     Case("v5e", "llama3.2-1b", "auto", "prefill", 512): Limits((1.881, 1.884, 1.885), (184, 497, 545), 0, 0, 137.9, 0),
     Case("v5e", "llama3.1-8b", "auto", "decode", 1): Limits((1.012, 1.013, 1.015), (195, 507, 554), 0, 0, 6.5, 0),
-    Case("v5e", "llama3.1-8b", "auto", "decode", 8): Limits((1.067, 1.073, 1.075), (175, 215, 242), 0, 0, 11.3, 0),
     Case("v5e", "llama3.1-8b", "auto", "decode", 32): Limits((1.070, 1.090, 1.097), (154, 195, 229), 0, 0, 46.6, 1),
     Case("v5e", "llama3.1-8b", "int8", "decode", 1): Limits((1.006, 1.010, 1.012), (169, 481, 528), 0, 0, 4.8, 0),
     Case("v5e", "llama3.1-8b", "int8", "decode", 8): Limits((1.058, 1.069, 1.073), (194, 234, 261), 0, 0, 10.4, 0),
@@ -104,7 +103,11 @@ LIMITS = {
 }
 
 
-def measured(case: Case) -> dict[str, tuple[float, float]]:
+# For tests that read the same program, without a fault in it.
+report_once = cache(report)
+
+
+def measured(case: Case, report: Callable[..., Report]) -> dict[str, tuple[float, float]]:
     """What is counted of a program, beside the most that it may be."""
     rows, chunk_len = (case.size, 0) if case.step == "decode" else (1, case.size)
     program = Program(case.step, CACHE_LEN, chunk_len, rows)
@@ -131,8 +134,8 @@ def measured(case: Case) -> dict[str, tuple[float, float]]:
     return figures
 
 
-def faults(case: Case) -> dict[str, tuple[float, float]]:
-    return {name: (figure, most) for name, (figure, most) in measured(case).items() if figure > most}
+def faults(case: Case, report: Callable[..., Report]) -> dict[str, tuple[float, float]]:
+    return {name: (figure, most) for name, (figure, most) in measured(case, report).items() if figure > most}
 
 
 def needs(target: Target) -> pytest.MarkDecorator:
@@ -144,7 +147,7 @@ def needs(target: Target) -> pytest.MarkDecorator:
     "case", [pytest.param(case, marks=needs(case.target), id="-".join(map(str, case))) for case in LIMITS]
 )
 def test_a_program_is_as_good_as_it_was(case: Case) -> None:
-    assert faults(case) == {}
+    assert faults(case, report_once) == {}
 
 
 @pytest.fixture
@@ -277,7 +280,7 @@ def test_a_planted_fault_is_found(
     case: Case, plant: Callable[[pytest.MonkeyPatch], None], found: list[str], planting: pytest.MonkeyPatch
 ) -> None:
     plant(planting)
-    names = faults(case)
+    names = faults(case, report)
     assert [name for name in found if not any(fault.startswith(name) for fault in names)] == []
 
 
@@ -289,13 +292,14 @@ def test_a_planted_fault_is_found(
         ("auto", 8, programs.WHOLE_GRAPHS, True),
         ("auto", 32, programs.WHOLE_GRAPHS, True),
         ("int8", 1, programs.WHOLE_GRAPHS, True),
-        ("auto", 1, {}, False),  # so this test can fail
+        ("auto", 1, None, False),  # so this test can fail
     ],
 )
-def test_a_decode_call_can_be_one_graph(dtype: DType, rows: int, options: dict, is_whole: bool) -> None:
+def test_a_decode_call_can_be_one_graph(dtype: DType, rows: int, options: dict | None, is_whole: bool) -> None:
     """With LLAMAJAX_GRAPHS=call, the host launches it and reads nothing before it ends."""
     model = shapes("h100", replace(CONFIGS["llama3.2-1b"], num_hidden_layers=2), dtype)
-    found = report(model, Program("decode", CACHE_LEN, num_rows=rows), options)
+    program = Program("decode", CACHE_LEN, num_rows=rows)
+    found = report(model, program, options) if options else report_once(model, program)
     costs = found.greedy, found.chat, found.sampled
     assert all((cost.reads, cost.launches) == (0, 1) for cost in costs) == is_whole
 
@@ -316,6 +320,7 @@ def test_the_ideal_is_the_width_of_weights_and_cache(dtype: DType, width: int) -
 @needs("h100")
 def test_a_report_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(CONFIGS, "llama3.2-1b", replace(CONFIGS["llama3.2-1b"], num_hidden_layers=2))
+    monkeypatch.setattr(program_report, "report", report_once)
     monkeypatch.setattr(sys, "argv", ["program_report", "llama3.2-1b", "--rows", "1", "--chunks"])
     program_report.main()
     title, _, heads, _, row = capsys.readouterr().out.splitlines()
