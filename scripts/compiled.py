@@ -140,7 +140,7 @@ class Report:
       sampled: the costliest way: top-k, top-p and equal logits at once.
       ideal_bytes: weights, keys and values, read once.
       cache_bytes: of all keys and values.
-      aliased_bytes: of results that are written over arguments.
+      copied_bytes: of the cache, and in a decode of the slots, that are not written in place.
       moves: copies, transpositions and conversions of a MiB or more that are kernels of their own.
       sorts: those that do not wait for somebody to want log-probabilities.
       seconds: to compile.
@@ -151,7 +151,7 @@ class Report:
     sampled: Cost
     ideal_bytes: int
     cache_bytes: int
-    aliased_bytes: int
+    copied_bytes: int
     temp_bytes: int
     moves: list[str]
     sorts: list[str]
@@ -197,6 +197,8 @@ def report(model: Shapes, program: Program, options: Mapping[str, str | bool] | 
         total([*(hlo.cost(name, pick) for name in computations), host_cost(parts, pick)])
         for pick in (_drawing(0), _drawing(2), max)
     )
+    rows = model.programs.shapes(program.num_rows, program.cache_len)
+    donated = jax.tree.leaves((rows.cache, rows.slots) if program.step == "decode" else rows.cache)
     cache_bytes = program.num_rows * program.cache_len * bytes_per_token(model.config, model.cache_dtype)
     return Report(
         greedy=greedy,
@@ -204,7 +206,7 @@ def report(model: Shapes, program: Program, options: Mapping[str, str | bool] | 
         sampled=sampled,
         ideal_bytes=model.weight_bytes + cache_bytes,
         cache_bytes=cache_bytes,
-        aliased_bytes=memory.alias_size_in_bytes,
+        copied_bytes=sum(x.size * x.dtype.itemsize for x in donated) - memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         moves=[f"{i.name} {i.type}" for i in executed if hlo.moves(i)],
         sorts=[i.name for i in executed if hlo.sorts(i)],
