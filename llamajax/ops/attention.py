@@ -41,20 +41,15 @@ def attention(
     Returns the mixed values, and the cache with the T positions written.
     """
     eps, weights = (0.0, None) if norm is None else (norm.eps, alone(norm.weight))
-    mixed, key, value = _operation(eps, window)(qkv, kv, at, weights)
+    operation = _kernels(eps, window) if kv.table is not None else partial(_attention, eps=eps, window=window)
+    mixed, key, value = operation(qkv, kv, at, weights)
     return mixed, KeysValues(key, value, kv.table)
 
 
 @cache
-def _operation(eps: float, window: int | None) -> Callable[..., Mixed]:
-    by_kernels = partial(native.attention, eps=eps, window=window)
-
-    def by_xla(*given: Any) -> Mixed:
-        return _attention(*given, eps=eps, window=window)
-
-    @custom_vmap
-    def operation(qkv: Array, kv: KeysValues, at: Positions, norms: Array | None) -> Mixed:
-        return (by_xla if kv.table is None else by_kernels)(qkv, kv, at, norms)
+def _kernels(eps: float, window: int | None) -> Callable[..., Mixed]:
+    native_attention = partial(native.attention, eps=eps, window=window)
+    operation = custom_vmap(native_attention)
 
     @operation.def_vmap
     def _(
@@ -64,11 +59,9 @@ def _operation(eps: float, window: int | None) -> Callable[..., Mixed]:
             return x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
 
         qkv, at = jax.tree.map(of_rows, (qkv, at), (in_batched[0], in_batched[2]))
-        if kv.table is None:
-            kv = jax.tree.map(of_rows, kv, in_batched[1])
-            return jax.vmap(by_xla, in_axes=(0, 0, 0, None))(qkv, kv, at, norms), (True, True, True)
+        assert kv.table is not None
         kv = kv._replace(table=of_rows(kv.table, in_batched[1].table))  # all rows have one pool
-        return by_kernels(qkv, kv, at, norms), (True, False, False)
+        return native_attention(qkv, kv, at, norms), (True, False, False)
 
     return operation
 

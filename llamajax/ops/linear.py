@@ -8,7 +8,7 @@ times the traffic.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,8 @@ def linear(
 ) -> Float32[Array, "T N"]:
     """x @ weight.T + residual, accumulated in f32 (int8 products: exactly, in int32); of norm(x) if there is one.
 
-    Under `vmap` the batch folds into the rows, so that weights are read once for all sequences.
+    Under `vmap` the batch folds into the rows, so that weights are read once for all sequences. Products with dense
+    arrays have derivatives.
     """
     if isinstance(weight, PackedWeight):
         return _packed(0.0 if norm is None else norm.eps, False)(x, weight, norm and norm.weight, residual)
@@ -76,7 +77,7 @@ def linear(
     if isinstance(weight, tuple):
         y = jnp.concatenate([linear(x, part) for part in weight], axis=-1)
     else:
-        y = _product(x, weight)
+        y = _product(x, weight) if isinstance(weight, Int8Weight) else _dense_product(x, weight)
     return y if residual is None else residual + y
 
 
@@ -117,6 +118,18 @@ def _(axis_size: int, in_batched: list, x: Array, weight: jax.Array | Int8Weight
     return rows.reshape(axis_size, x.shape[1], rows.shape[1]), True
 
 
+@jax.custom_jvp
+def _dense_product(x: Float32[Array, "T K"], weight: Float[Array, "N K"]) -> Float32[Array, "T N"]:
+    return _product(x, weight)
+
+
+@_dense_product.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # `custom_vmap` has no reverse mode.
+    (x, weight), (dx, dweight) = primals, tangents
+    return _dense_product(x, weight), _dense(dx, weight) + _dense(x, dweight)
+
+
 def _rows(x: Float32[Array, "R K"], weight: jax.Array | Int8Weight, num_tokens: int) -> Float32[Array, "R N"]:
     """The way is chosen by a sequence's tokens, not by all rows: it must not depend on who shares the batch."""
     if not isinstance(weight, Int8Weight):
@@ -141,11 +154,18 @@ def _embed(token_ids: Int[Array, "T"], weight: Float[Array, "V D"]) -> Float32[A
     return weight[token_ids].astype(jnp.float32)
 
 
+@jax.custom_jvp
 def _embed_cpu(token_ids: Int[Array, "T"], weight: Float[Array, "V D"]) -> Float32[Array, "T D"]:
     # Rows are looked up as integers: XLA's CPU compiler would convert a whole bf16 table to f32 in each call. Only on a
     # CPU, since a TPU would copy the table for this.
     rows = jax.lax.bitcast_convert_type(weight, jnp.uint16)[token_ids]
     return jax.lax.bitcast_convert_type(rows, weight.dtype).astype(jnp.float32)
+
+
+@_embed_cpu.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Any, Array]) -> tuple[Array, Array]:
+    # Integers have no derivative: without this it would be zero.
+    return _embed_cpu(*primals), _embed(primals[0], tangents[1])
 
 
 def _embed_int8(token_ids: Int[Array, "T"], weight: Int8Weight) -> Float32[Array, "T D"]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from llamajax import ops
 from llamajax.ops.linear import MANY_TOKENS
@@ -93,3 +94,24 @@ def test_embed(weight: np.ndarray) -> None:
     quantized = ops.quantize_int8(jnp.asarray(weight))
     rows = np.asarray(quantized.values)[ids] * np.asarray(quantized.scale)[ids, None]
     np.testing.assert_array_equal(ops.embed(ids, quantized), rows)
+
+
+def test_dense_products_have_derivatives(weight: np.ndarray) -> None:
+    x, kept, norm = jnp.asarray(inputs(3) / 1e4), jnp.asarray(weight), ops.Norm(jnp.linspace(1, 2, 96), 1e-5)
+    products = (
+        ops.linear,
+        lambda x, w: ops.linear(x, w, norm, residual=x[:, :48]),
+        lambda x, w: ops.gated_linear(x, w, norm),
+        lambda x, w: jax.vmap(ops.linear, in_axes=(0, None))(x[:, None], w),
+    )
+    for product in products:
+        check_grads(product, (x, kept), order=1, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_embedding_has_a_derivative(weight: np.ndarray, dtype: jnp.dtype) -> None:
+    ids, gains = jnp.array([3, 0, 3]), jnp.arange(1.0, 4.0)[:, None]
+    found = jax.grad(lambda table: (gains * ops.embed(ids, table)).sum())(jnp.asarray(weight, dtype))
+    expected = np.zeros(48)
+    expected[[0, 3]] = 2, 1 + 3
+    np.testing.assert_array_equal(np.asarray(found, float), np.broadcast_to(expected[:, None], found.shape))
