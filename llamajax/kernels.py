@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | str:
     if wanted == "xla":
         return "LLAMAJAX_CPU is set"
     if not _LIBRARY.is_file():
-        return "the native kernels are not built: install a C++ compiler, then llamajax again"
+        return f"the native kernels are not built: {_how_to_build()}"
     try:
         loaded = ctypes.CDLL(str(_LIBRARY))
         loaded.llamajax_pack.restype = ctypes.c_bool
@@ -60,6 +60,13 @@ def library() -> ctypes.CDLL | str:
     if not wanted and instruction_set(loaded) == "portable":
         return "this processor has neither AVX2 nor NEON with dot products"
     return loaded
+
+
+def _how_to_build() -> str:
+    package = Path(__file__).parent
+    if (package.parent / "pyproject.toml").is_file():
+        return f"{package} is a clone's; run Python in another folder, or install the clone with pip install -e"
+    return "install a C++ compiler, then llamajax again"
 
 
 def not_loaded(error: Exception) -> str:

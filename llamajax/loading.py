@@ -55,12 +55,17 @@ def load(
         of the computer's memory, or what an accelerator has left. `max_seq_len` tokens must have room.
       progress: called with bytes of weights read so far, and in all.
 
-    Raises LlamaJaxError of the kind that fits: an unknown name, a checkpoint that is not supported or is broken.
+    Raises LlamaJaxError of the kind that fits: an unknown name, a checkpoint that is not supported or is broken. Warns
+    where XLA computes on a CPU because there are no native kernels.
     """
     opened = open_model(
         name, max_seq_len=max_seq_len, dtype=dtype, cache_dtype=cache_dtype, device=device, max_memory=max_memory
     )
-    return load_opened(opened, progress)
+    llm = load_opened(opened, progress)
+    placement, wanted = llm._runner.placement, os.environ.get("LLAMAJAX_CPU")
+    if placement.platform == "cpu" and not placement.has_kernels and wanted != "xla":
+        warnings.warn(f"slower than it could be: computed by {kernels.described(kernels.library())}", stacklevel=2)
+    return llm
 
 
 @dataclass(frozen=True)

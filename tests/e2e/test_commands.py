@@ -5,12 +5,16 @@ import json
 import os
 import re
 import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
+import llamajax
 from llamajax import CONFIGS
 from llamajax.hub import ALIASES, DEFAULT
 
@@ -249,3 +253,21 @@ def test_a_closed_pipe_ends_a_table_quietly() -> None:
         os.close(writing)
         _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (141, b"")
+
+
+def test_a_clone_without_kernels_says_so(shallow_model: str, tmp_path: Path) -> None:
+    """Python prefers the sources in its own folder to what is installed."""
+    sources = tmp_path / "clone" / "llamajax"
+    shutil.copytree(Path(llamajax.__file__).parent, sources, ignore=shutil.ignore_patterns("_cpu.*", "__pycache__"))
+    (sources.parent / "pyproject.toml").touch()
+    command = [sys.executable, "-c", f"import llamajax; llamajax.load({shallow_model!r}); print(llamajax.__file__)"]
+
+    def load_in(folder: Path, **variables: str) -> tuple[bool, str]:
+        done = subprocess.run(command, cwd=folder, env=environment(**variables), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.startswith(str(sources)), done.stderr
+
+    is_clone, said = load_in(sources.parent)
+    assert is_clone and f"{sources} is a clone's; run Python in another folder" in said
+    assert load_in(sources.parent, LLAMAJAX_CPU="xla") == (True, "")
+    assert load_in(tmp_path) == (False, "")
