@@ -1,4 +1,4 @@
-"""The jitted steps: prefill and decode, of B slots at once. The only `jax.jit` of generation; `programs` compiles them.
+"""The jitted steps: prefill and decode of B slots at once, and what makes and moves rows. `programs` compiles them.
 
 A model enters as a flat list of arrays: flattening a Flax module at each call takes milliseconds. The KV cache and the
 slots are donated, so that they are written in place.

@@ -1,4 +1,4 @@
-"""Arithmetic that has more than one implementation. The choice between them is made here and nowhere else."""
+"""Arithmetic on weights and KV caches, for each way of keeping them. How one is kept decides what computes."""
 
 from llamajax.ops.attention import attention
 from llamajax.ops.kv import PAGE_LEN, KeysValues, Positions

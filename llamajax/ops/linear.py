@@ -1,8 +1,8 @@
 """A linear layer's product, for each way its weight may be kept.
 
-A weight is a dense array, an `Int8Weight`, or, on a CPU with the native kernels, a `PackedWeight`; only this module and
-the loader know which. Weights are [N, K] (out, in): [K, N] would be materialised transposed at one row on a GPU, three
-times the traffic.
+A weight is a dense array, an `Int8Weight`, or, on a CPU with the native kernels, a `PackedWeight`: the loader decides,
+and model and engine do not know which. Weights are [N, K] (out, in): [K, N] would be materialised transposed at one
+row on a GPU, three times the traffic.
 """
 
 from collections.abc import Callable
