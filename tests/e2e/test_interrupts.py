@@ -87,8 +87,8 @@ except KeyboardInterrupt:
 
 
 def outcome(body: str, *arguments: str) -> tuple[str, str]:
-    """What a program writes to stdout and stderr."""
-    command = [sys.executable, "-c", PROGRAM.format(body=body), *arguments]
+    """What a program writes to stdout and stderr. It takes the package that is installed, not the clone's sources."""
+    command = [sys.executable, "-P", "-c", PROGRAM.format(body=body), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout.strip(), done.stderr
 

@@ -69,17 +69,17 @@ def test_reading(
     begun: list[tuple[int, int]] = []
     finished: list[int] = []
     kind = type(make_batch(session.llm._runner, batch))
-    read = kind.read
+    prefill = kind.prefill
 
     def noted(self: Batch, prompts: Prompts) -> Any:
         begun.append((prompts.num_cached, len(prompts.requests[0].token_ids)))
-        drawn = read(self, prompts)
-        if not prompts.left and prompts.num_cached == depth and begun[-1][1] > depth:
+        drawn = prefill(self, prompts)
+        if not prompts.chunks_left and prompts.num_cached == depth and begun[-1][1] > depth:
             finished.extend(np.asarray(drawn.tokens)[:, 0].tolist())
         return drawn
 
     expected = answer(session, depth + tokens, 1)
-    monkeypatch.setattr(kind, "read", noted)
+    monkeypatch.setattr(kind, "prefill", noted)
     result = read_prompts(session, tokens, batch=batch, depth=depth)
     # A warm-up and two runs; what is drawn after the whole prompt depends on all of it.
     assert finished == expected * sum(groups) * 3
