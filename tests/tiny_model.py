@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from llamajax import ops
 from llamajax.config import LlamaConfig
 from llamajax.engine import programs
 from llamajax.engine.runner import Runner
@@ -51,6 +53,12 @@ def random_weights(config: LlamaConfig = CONFIG) -> dict[str, np.ndarray]:
         gain = 1.0 if "embed" in path else 3 / np.sqrt(shape[-1])
         weights[path] = (1 + noise / 10 if len(shape) == 1 else gain * noise).astype(np.float32)
     return weights
+
+
+def rows_of(weight: ops.Parameter) -> np.ndarray:
+    """All rows of a matrix, however it is kept, in float32."""
+    number = weight.shape[0]
+    return np.asarray((ops.Dense(weight) if isinstance(weight, jax.Array) else weight).rows(jnp.arange(number)))
 
 
 def placed(

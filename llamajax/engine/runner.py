@@ -21,7 +21,7 @@ from llamajax.engine.programs import Program, Programs
 from llamajax.engine.steps import BLOCK_LEN, MAX_STOP_IDS, READ_LEN, Drawn, FlatModel, Requests, Rows
 from llamajax.errors import CheckpointError, PromptTooLongError, RequestError
 from llamajax.model.cache import Cache
-from llamajax.ops import PAGE_LEN, Weight
+from llamajax.ops import PAGE_LEN, Parameter
 from llamajax.placement import Placement, bytes_per_token
 from llamajax.sampling import Sampling, TopLogprobs
 from llamajax.types import Request, Token, TokenLogprobs, mask_len
@@ -95,7 +95,7 @@ class Runner:
     def __init__(
         self,
         config: LlamaConfig,
-        weights: Mapping[str, Weight],
+        weights: Mapping[str, Parameter],
         placement: Placement,
         max_seq_len: int | None = None,
         max_memory: int | None = None,

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from llamajax.config import LlamaConfig
 from llamajax.model.cache import Cache, empty_cache, paged_cache
-from llamajax.ops import PAGE_LEN, KeysValues, Weight, native
+from llamajax.ops import PAGE_LEN, KeysValues, Parameter, native
 from llamajax.sampling import Sampling, TopLogprobs, sample, top_logprobs, wanted_logprobs
 from llamajax.types import SamplingParams
 
@@ -60,14 +60,14 @@ class FlatModel(NamedTuple):
     structure: Structure
 
     @classmethod
-    def of(cls, config: LlamaConfig, weights: Mapping[str, Weight], device: jax.Device) -> "FlatModel":
+    def of(cls, config: LlamaConfig, weights: Mapping[str, Parameter], device: jax.Device) -> "FlatModel":
         """A model of these weights, by the paths of its parameters, put on the device."""
         arrays = {id(x): x for x in jax.tree.leaves(weights) if not isinstance(x, np.int32)}
         places = {key: _Place(i) for i, key in enumerate(arrays)}
         placed = jax.tree.map(lambda x: places.get(id(x), x), dict(weights))
         return cls(jax.device_put(list(arrays.values()), device), _structure(config, tuple(sorted(placed.items()))))
 
-    def weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, Parameter]:
         """The weights again, of these arrays."""
         places = dict(self.structure.weights)
         return jax.tree.map(lambda x: self.arrays[x.index] if isinstance(x, _Place) else x, places)

@@ -28,7 +28,7 @@ class Linear(nnx.Module):
         residual: Float32[Array, "T O"] | None = None,
     ) -> Float32[Array, "T O"]:
         """norm(x) W^T + b + residual."""
-        y = ops.linear(x, self.weight.get_value(), None if norm is None else norm.op, residual)
+        y = self.weight.get_value().linear(x, None if norm is None else norm.op, residual)
         return y if self.bias is None else y + ops.alone(self.bias.get_value())[None]
 
 
@@ -39,10 +39,10 @@ class Embedding(nnx.Module):
         self.weight = parameter(vocab_size, hidden_size)
 
     def __call__(self, token_ids: Int[Array, "T"]) -> Float32[Array, "T D"]:
-        return ops.embed(token_ids, self.weight.get_value())
+        return self.weight.get_value().rows(token_ids)
 
     def attend(self, x: Float32[Array, "T D"]) -> Float32[Array, "T V"]:
-        return ops.linear(x, self.weight.get_value())
+        return self.weight.get_value().product(x)
 
 
 class RMSNorm(nnx.Module):
@@ -69,5 +69,5 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float32[Array, "T D"], norm: RMSNorm) -> Float32[Array, "T D"]:
-        gated = ops.gated_linear(x, self.gate_up_proj.weight.get_value(), norm.op)
+        gated = self.gate_up_proj.weight.get_value().gated_linear(x, norm.op)
         return self.down_proj(gated, residual=x)

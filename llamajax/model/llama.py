@@ -15,7 +15,7 @@ from llamajax.model.attention import Attention
 from llamajax.model.cache import Cache
 from llamajax.model.layers import MLP, Embedding, Linear, RMSNorm
 from llamajax.model.rope import of_layer, rope_tables
-from llamajax.ops import KeysValues, Positions, Weight
+from llamajax.ops import Dense, KeysValues, Parameter, Positions
 
 _Layer = tuple[nnx.GraphDef, nnx.State]
 
@@ -135,9 +135,12 @@ class Llama(nnx.Module):
         return self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
 
     @classmethod
-    def with_weights(cls, config: LlamaConfig, weights: Mapping[str, Weight]) -> "Llama":
+    def with_weights(cls, config: LlamaConfig, weights: Mapping[str, Parameter]) -> "Llama":
         """A model of these weights, by the paths of their parameters."""
         model = cls(config)
         for path, parameter in nnx.to_flat_state(nnx.state(model)):
-            parameter.set_value(weights[".".join(map(str, path))])
+            weight = weights[".".join(map(str, path))]
+            if isinstance(weight, jax.Array) and weight.ndim == 2:
+                weight = Dense(weight)
+            parameter.set_value(weight)
         return model

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Float32, Int, Real
 
 from llamajax.ops import native
 from llamajax.ops.kv import KeysValues, Positions
-from llamajax.ops.linear import Norm
 from llamajax.ops.stacked import alone
+from llamajax.ops.weight import Norm
 
 Mixed = tuple[Float32[Array, "T N*H"], Real[Array, "*PL K S R"], Real[Array, "*PL K S R"]]
 

@@ -1,28 +1,39 @@
-"""A linear layer's product, for each way its weight may be kept.
+"""Weights that XLA multiplies: dense ones, and integers with a scale for each output."""
 
-A weight is a dense array, an `Int8Weight`, or, on a CPU with the native kernels, a `PackedWeight`: the loader decides,
-and model and engine do not know which. Weights are [N, K] (out, in): [K, N] would be materialised transposed at one
-row on a GPU, three times the traffic.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int, Int8
 
-from llamajax.ops import native
-from llamajax.ops.packed import GROUP, PackedWeight, unpack_rows
-from llamajax.ops.stacked import Stacked, alone
+from llamajax.ops.weight import Weight
+
+# From this many tokens of a sequence on, XLA's CPU product of the weights cast to bf16 overtakes the int8 one
+# (SmolLM2-135M, 2 cores of a Zen 4, tokens/s: 264 against 343 at 16 rows, 434 against 600 at 128).
+MANY_TOKENS = 32
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int8Weight:
+class Dense(Weight):
+    """A weight in f32, bf16 or f16. Products and rows have derivatives."""
+
+    values: Float[Array, "N K"]
+
+    def product(self, x: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
+        return _dense_product(x, self.values)
+
+    def rows(self, ids: Int[Array, "T"]) -> Float32[Array, "T K"]:
+        if self.values.dtype.itemsize == 2:
+            return jax.lax.platform_dependent(ids, self.values, cpu=_embed_cpu, default=_embed)
+        return _embed(ids, self.values)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Weight(Weight):
     """A weight in int8 with one scale for each output: weight = values * scale[:, None].
 
     It costs a small model more than its bits suggest: SmolLM2-135M's perplexity rises by 0.6 % (groups of 32 weights
@@ -36,13 +47,11 @@ class Int8Weight:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    def product(self, x: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
+        return _product(x, self)
 
-# A tuple's parts are one below the other: the rows of a fused weight need not be of one format.
-Weight = jax.Array | Int8Weight | PackedWeight | tuple[PackedWeight, ...]
-
-# From this many tokens of a sequence on, XLA's CPU product of the weights cast to bf16 overtakes the int8 one
-# (SmolLM2-135M, 2 cores of a Zen 4, tokens/s: 264 against 343 at 16 rows, 434 against 600 at 128).
-MANY_TOKENS = 32
+    def rows(self, ids: Int[Array, "T"]) -> Float32[Array, "T K"]:
+        return jax.lax.platform_dependent(ids, self, tpu=_embed_int8_tpu, default=_embed_int8)
 
 
 def quantize_int8(weight: Float[Array, "N K"]) -> Int8Weight:
@@ -50,60 +59,6 @@ def quantize_int8(weight: Float[Array, "N K"]) -> Int8Weight:
     scale = jnp.max(jnp.abs(weight), axis=-1).astype(jnp.float32) / 127
     values = jnp.round(weight / jnp.where(scale == 0, 1, scale)[:, None]).astype(jnp.int8)
     return Int8Weight(values, scale)
-
-
-class Norm(NamedTuple):
-    """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
-
-    weight: Float32[Array, "K"] | Stacked
-    eps: float
-
-    def __call__(self, x: Float32[Array, "T K"]) -> Float32[Array, "T K"]:
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * alone(self.weight)[None]
-
-
-def linear(
-    x: Float32[Array, "T K"], weight: Weight, norm: Norm | None = None, residual: Float32[Array, "T N"] | None = None
-) -> Float32[Array, "T N"]:
-    """x @ weight.T + residual, accumulated in f32 (int8 products: exactly, in int32); of norm(x) if there is one.
-
-    Under `vmap` the batch folds into the rows, so that weights are read once for all sequences. Products with dense
-    arrays have derivatives.
-    """
-    if isinstance(weight, PackedWeight):
-        return _packed(0.0 if norm is None else norm.eps, False)(x, weight, norm and norm.weight, residual)
-    x = x if norm is None else norm(x)
-    if isinstance(weight, tuple):
-        y = jnp.concatenate([linear(x, part) for part in weight], axis=-1)
-    else:
-        y = _product(x, weight) if isinstance(weight, Int8Weight) else _dense_product(x, weight)
-    return y if residual is None else residual + y
-
-
-def gated_linear(x: Float32[Array, "T K"], weight: Weight, norm: Norm) -> Float32[Array, "T N/2"]:
-    """silu(gate) * up, the two halves of norm(x) @ weight.T (SwiGLU, Shazeer 2020)."""
-    if isinstance(weight, PackedWeight) and weight.shape[0] % (2 * GROUP) == 0:
-        return _packed(norm.eps, True)(x, weight, norm.weight, None)
-    gate, up = jnp.split(linear(x, weight, norm), 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-@cache
-def _packed(eps: float, gated: bool) -> Callable[..., Array]:
-    native_linear = partial(native.linear, eps=eps, gated=gated)
-    product = custom_vmap(native_linear)
-
-    @product.def_vmap
-    def _(
-        axis_size: int, in_batched: list, x: Array, weight: PackedWeight, norm: Array | None, residual: Array | None
-    ) -> tuple[Array, bool]:
-        assert not any(jax.tree.leaves(in_batched[1:3])), "weights are never batched"
-        x, residual = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (x, residual))
-        rows = native_linear(x, weight, norm, residual)
-        return rows.reshape(axis_size, -1, rows.shape[1]), True
-
-    return product
 
 
 @custom_vmap
@@ -137,17 +92,6 @@ def _rows(x: Float32[Array, "R K"], weight: jax.Array | Int8Weight, num_tokens: 
     if num_tokens >= MANY_TOKENS:
         return _int8_as_bf16(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=_int8_rows, default=_int8_as_bf16)
-
-
-def embed(token_ids: Int[Array, "T"], weight: jax.Array | Int8Weight | PackedWeight) -> Float32[Array, "T D"]:
-    """Rows of the embedding table [V, D]."""
-    if isinstance(weight, PackedWeight):
-        return unpack_rows(weight, token_ids)
-    if isinstance(weight, Int8Weight):
-        return jax.lax.platform_dependent(token_ids, weight, tpu=_embed_int8_tpu, default=_embed_int8)
-    if weight.dtype.itemsize == 2:
-        return jax.lax.platform_dependent(token_ids, weight, cpu=_embed_cpu, default=_embed)
-    return _embed(token_ids, weight)
 
 
 def _embed(token_ids: Int[Array, "T"], weight: Float[Array, "V D"]) -> Float32[Array, "T D"]:

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float32, Int32, Real, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, Real, Shaped
 
 from llamajax import kernels
 from llamajax.kernels import aligned
 from llamajax.ops.kv import KeysValues, Positions
-from llamajax.ops.packed import PackedWeight
 from llamajax.ops.stacked import Stacked
+
+if TYPE_CHECKING:
+    from llamajax.ops.packed import PackedWeight
 
 _Weight = TypeVar("_Weight")
 
@@ -59,11 +61,6 @@ def _library() -> ctypes.CDLL | str:
     return library
 
 
-def packed(data: UInt8[np.ndarray, "L N/16 bytes"], shape: tuple[int, int], name: str) -> list[PackedWeight]:
-    """The weights of layers, [N, K], as `kernels.pack` has made them."""
-    return [PackedWeight(array, shape, name) for array in _layers_of(data)]
-
-
 def stack(weights: Iterable[_Weight], num_layers: int) -> list[_Weight]:
     """As many layers' weights of the same formats and shapes, with their arrays stacked."""
     for layer, weight in enumerate(weights):
@@ -72,10 +69,11 @@ def stack(weights: Iterable[_Weight], num_layers: int) -> list[_Weight]:
             stacks = [aligned((num_layers, *array.shape), array.dtype) for array in arrays]
         for layers, array in zip(stacks, arrays, strict=True):
             layers[layer] = array
-    return [jax.tree.unflatten(structure, arrays) for arrays in zip(*map(_layers_of, stacks), strict=True)]
+    return [jax.tree.unflatten(structure, arrays) for arrays in zip(*map(layers_of, stacks), strict=True)]
 
 
-def _layers_of(layers: np.ndarray) -> list[Stacked]:
+def layers_of(layers: Shaped[np.ndarray, "L ..."]) -> list[Stacked]:
+    """The arrays of layers, which stay in one."""
     shared = jax.device_put(layers)
     return [Stacked(shared, np.int32(layer)) for layer in range(len(layers))]
 
@@ -87,7 +85,7 @@ def _in_place(array: Array | Stacked) -> tuple[Array, Int32[Array, ""] | np.int3
 
 def linear(
     x: Float32[Array, "M K"],
-    weight: PackedWeight,
+    weight: "PackedWeight",
     norm: Float32[Array, "K"] | Stacked | None,
     residual: Float32[Array, "M N"] | None,
     *,

@@ -14,26 +14,30 @@ Quants of 5 and 6 bits take 8 here, as IQ4_NL's values do, and those of 2 and 3 
 of two numbers; where it is kept in f16, it is rounded to one part in 2048.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int16, Shaped, UInt8
 
 from llamajax.formats import DENSE_NAMES, GROUP, PACKED_FORMATS, PackedFormat
+from llamajax.ops import native
 from llamajax.ops.quants import Parts
 from llamajax.ops.stacked import Stacked, alone
+from llamajax.ops.weight import Norm, Weight
 
 _LARGEST = np.float32(2**15 - 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Weight):
     """A weight of shape [N, K]; rows of zeros fill its last group. `name` is a key of PACKED_FORMATS."""
 
     data: UInt8[Array, "N/16 bytes"] | Stacked
@@ -43,6 +47,75 @@ class PackedWeight:
     @property
     def format(self) -> PackedFormat:
         return PACKED_FORMATS[self.name]
+
+    def product(self, x: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
+        return self.linear(x)
+
+    def linear(
+        self, x: Float32[Array, "T K"], norm: Norm | None = None, residual: Float32[Array, "T N"] | None = None
+    ) -> Float32[Array, "T N"]:
+        operation = _operation(0.0 if norm is None else norm.eps, gated=False)
+        return operation(x, self, norm and norm.weight, residual)
+
+    def gated_linear(self, x: Float32[Array, "T K"], norm: Norm) -> Float32[Array, "T N/2"]:
+        if self.shape[0] % (2 * GROUP):
+            return super().gated_linear(x, norm)
+        return _operation(norm.eps, gated=True)(x, self, norm.weight, None)
+
+    def rows(self, ids: Int[Array, "T"]) -> Float32[Array, "T K"]:
+        format, T = self.format, len(ids)
+        if format.is_dense:
+            words = alone(self.data).reshape(self.data.shape[0], -1, GROUP, format.word_bytes)
+            numbers = words[ids // GROUP, :, ids % GROUP].reshape(T, -1, format.bits // 8)
+            return lax.bitcast_convert_type(numbers, format.numbers)[:, : self.shape[1]].astype(jnp.float32)
+        steps, blocks = jnp.split(alone(self.data)[ids // GROUP], [format.first_block], axis=-1)
+        columns = jnp.asarray(_columns(format))[ids % GROUP]
+        block = jnp.take_along_axis(blocks.reshape(T, -1, format.block_bytes), columns[:, None], axis=-1)
+        scale, offset, quants = jnp.split(block, [2, format.head_bytes], axis=-1)
+        if format.bits == 4:
+            quants = jnp.concatenate([quants & 15, quants >> 4], axis=-1)
+        kept = jnp.int16 if format.has_steps else jnp.float16
+        weights = _numbers(scale, kept) * (quants.astype(jnp.float32) - format.zero)
+        if format.has_offsets:
+            weights = weights + _numbers(offset, kept)
+        weights = weights.reshape(T, -1)
+        if format.has_steps:
+            steps = lax.bitcast_convert_type(steps.reshape(T, GROUP, 4), jnp.float32)
+            weights = weights * jnp.take_along_axis(steps, ids[:, None] % GROUP, axis=1)
+        return weights
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fused(Weight):
+    """Weights one below the other, whose formats differ."""
+
+    parts: tuple[PackedWeight, ...]
+
+    def product(self, x: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
+        return jnp.concatenate([part.product(x) for part in self.parts], axis=-1)
+
+
+@cache
+def _operation(eps: float, gated: bool) -> Callable[..., Array]:
+    native_linear = partial(native.linear, eps=eps, gated=gated)
+    product = custom_vmap(native_linear)
+
+    @product.def_vmap
+    def _(
+        axis_size: int, in_batched: list, x: Array, weight: PackedWeight, norm: Array | None, residual: Array | None
+    ) -> tuple[Array, bool]:
+        assert not any(jax.tree.leaves(in_batched[1:3])), "weights are never batched"
+        x, residual = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (x, residual))
+        rows = native_linear(x, weight, norm, residual)
+        return rows.reshape(axis_size, -1, rows.shape[1]), True
+
+    return product
+
+
+def packed_layers(data: UInt8[np.ndarray, "L N/16 bytes"], shape: tuple[int, int], name: str) -> list[PackedWeight]:
+    """The weights of layers, [N, K], as `kernels.pack` has made them."""
+    return [PackedWeight(array, shape, name) for array in native.layers_of(data)]
 
 
 def pack_dense(weight: Float[Array, "N K"]) -> PackedWeight:
@@ -91,30 +164,6 @@ def _in_steps(
     most = jnp.abs(numbers).max(axis=(1, 2))
     inverse = jnp.where(most > 0, _LARGEST / jnp.where(most > 0, most, 1), 0)
     return most * (1 / _LARGEST), jnp.round(numbers * inverse[:, None, None]).astype(jnp.int16)
-
-
-def unpack_rows(weight: PackedWeight, rows: Int[Array, "T"]) -> Float32[Array, "T K"]:
-    """Some rows, as float32."""
-    format, T = weight.format, len(rows)
-    if format.is_dense:
-        words = alone(weight.data).reshape(weight.data.shape[0], -1, GROUP, format.word_bytes)
-        numbers = words[rows // GROUP, :, rows % GROUP].reshape(T, -1, format.bits // 8)
-        return lax.bitcast_convert_type(numbers, format.numbers)[:, : weight.shape[1]].astype(jnp.float32)
-    steps, blocks = jnp.split(alone(weight.data)[rows // GROUP], [format.first_block], axis=-1)
-    columns = jnp.asarray(_columns(format))[rows % GROUP]
-    block = jnp.take_along_axis(blocks.reshape(T, -1, format.block_bytes), columns[:, None], axis=-1)
-    scale, offset, quants = jnp.split(block, [2, format.head_bytes], axis=-1)
-    if format.bits == 4:
-        quants = jnp.concatenate([quants & 15, quants >> 4], axis=-1)
-    kept = jnp.int16 if format.has_steps else jnp.float16
-    weights = _numbers(scale, kept) * (quants.astype(jnp.float32) - format.zero)
-    if format.has_offsets:
-        weights = weights + _numbers(offset, kept)
-    weights = weights.reshape(T, -1)
-    if format.has_steps:
-        steps = lax.bitcast_convert_type(steps.reshape(T, GROUP, 4), jnp.float32)
-        weights = weights * jnp.take_along_axis(steps, rows[:, None] % GROUP, axis=1)
-    return weights
 
 
 def _bytes(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> UInt8[Array, "*shape bytes"]:

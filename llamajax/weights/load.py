@@ -17,8 +17,8 @@ from llamajax.config import LlamaConfig
 from llamajax.errors import CheckpointError
 from llamajax.formats import DENSE_DTYPES, FORMATS
 from llamajax.kernels import NOT_FINITE
-from llamajax.ops import Weight, native, quantize_int8
-from llamajax.ops.packed import PackedWeight, pack, pack_dense
+from llamajax.ops import Parameter, Weight, native, quantize_int8
+from llamajax.ops.packed import Fused, PackedWeight, pack, pack_dense, packed_layers
 from llamajax.ops.quantize import quantize
 from llamajax.ops.quants import dequantize, split
 from llamajax.placement import Placement
@@ -34,7 +34,7 @@ def load_weights(
     placement: Placement,
     progress: Callable[[int, int], None] = lambda done, total: None,
     packing: Packing | None = None,
-) -> dict[str, Weight]:
+) -> dict[str, Parameter]:
     """The stored weights, by the paths of the model's parameters.
 
     Args:
@@ -58,7 +58,7 @@ def load_weights(
     def report() -> None:
         progress(done + (packing.num_bytes if packing else 0), total)
 
-    def converted(paths: Iterable[str]) -> Iterator[Weight]:
+    def converted(paths: Iterable[str]) -> Iterator[Parameter]:
         """Each is made when the one before is taken, and what it was made of is given back."""
         nonlocal done
         for path in paths:
@@ -70,16 +70,16 @@ def load_weights(
                 tensor.release()
             report()
 
-    def packed(group: Sequence[str]) -> Sequence[Weight]:
+    def packed(group: Sequence[str]) -> Sequence[Parameter]:
         assert packing
-        weights = native.packed(*packing.wait(group, report))
+        weights = packed_layers(*packing.wait(group, report))
         report()
         return weights
 
     with ExitStack() as stack:
         if packing is None and placement.has_kernels:
             packing = stack.enter_context(Packing(config, tensors, placement))
-        loaded: dict[str, Weight] = {}
+        loaded: dict[str, Parameter] = {}
         for group in alike(plan, kind(plan, tensors)):
             with jax.default_device(placement.device):
                 is_moved = kept[group[0]].is_moved
@@ -88,21 +88,22 @@ def load_weights(
     return loaded
 
 
-def shared(weights: Iterator[Weight], num_layers: int, placement: Placement) -> Iterable[Weight]:
+def shared(weights: Iterator[Parameter], num_layers: int, placement: Placement) -> Iterable[Parameter]:
     """Layers' weights of one kind, in one array where the native kernels can read them there."""
     first = next(weights)
     weights = chain([first], weights)
-    read_in_place = isinstance(first, PackedWeight | tuple) or len(first.shape) == 1
+    is_vector = isinstance(first, jax.Array) and first.ndim == 1
+    read_in_place = is_vector or isinstance(first, PackedWeight | Fused)
     return native.stack(weights, num_layers) if num_layers > 1 and read_in_place and placement.has_kernels else weights
 
 
-def in_blocks(weight: jax.Array, name: str, packed: bool) -> Weight:
+def in_blocks(weight: jax.Array, name: str, packed: bool) -> Parameter:
     """A weight rounded to a format's blocks, kept in them (packed) or in bf16."""
     parts = quantize(weight, name)
     return pack(parts, name) if packed else parts.dequantized().astype(jnp.bfloat16)
 
 
-def _convert(path: str, parts: list[Source], stored: list[StoredTensor], kept: Kept) -> Weight:
+def _convert(path: str, parts: list[Source], stored: list[StoredTensor], kept: Kept) -> Parameter:
     formats = tuple(tensor.format for tensor in stored)
     heads = tuple(part.interleaved_heads for part in parts)
     data = tuple(tensor.data for tensor in stored)
@@ -133,13 +134,13 @@ def _packed(
     finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
     if len(set(formats)) == 1:
         return pack(jax.tree.map(lambda *x: jnp.concatenate(x), *parts), formats[0]), finite
-    return tuple(pack(part, format) for part, format in zip(parts, formats, strict=True)), finite
+    return Fused(tuple(pack(part, format) for part, format in zip(parts, formats, strict=True))), finite
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _quantized(
     stored: tuple[jax.Array, ...], formats: tuple[str, ...], heads: tuple[int, ...], name: str, packed: bool
-) -> Weight:
+) -> Parameter:
     """Parts, rounded to a block format."""
     return in_blocks(_dense(stored, formats, heads, jnp.dtype(jnp.float32)), name, packed)
 
@@ -151,7 +152,7 @@ def _dense(
     heads: tuple[int, ...],
     kept: np.dtype | None,
     packed: bool = False,
-) -> Weight:
+) -> Parameter:
     """Parts, dequantized, in one array, as it is kept (None: int8)."""
     rows = []
     for data, format, num_heads in zip(stored, formats, heads, strict=True):

@@ -19,7 +19,7 @@ from llamajax.bench.perplexity import measure
 from llamajax.config import LlamaConfig
 from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
-from llamajax.ops import Weight
+from llamajax.ops import Parameter
 from llamajax.ops.linear import MANY_TOKENS
 from llamajax.types import DType
 from llamajax.weights.checkpoint import open_checkpoint
@@ -81,14 +81,14 @@ def test_the_perplexity_of_second_halves_is_that_of_transformers(float32: LLM) -
 
 @partial(jax.jit, donate_argnames="cache", static_argnames="config")
 def forward(
-    weights: dict[str, Weight], cache: Cache, ids: jax.Array, start: jax.Array, *, config: LlamaConfig
+    weights: dict[str, Parameter], cache: Cache, ids: jax.Array, start: jax.Array, *, config: LlamaConfig
 ) -> tuple[jax.Array, Cache]:
     model = Llama.with_weights(config, weights)
     x, cache = model(ids, cache, start)
     return model.logits(x), cache
 
 
-def in_chunks(config: LlamaConfig, weights: dict[str, Weight], ids: list[int], rows: int) -> np.ndarray:
+def in_chunks(config: LlamaConfig, weights: dict[str, Parameter], ids: list[int], rows: int) -> np.ndarray:
     """Scores, computed for this many tokens at a time."""
     padded = np.zeros(WINDOW, np.int32)
     padded[: len(ids)] = ids

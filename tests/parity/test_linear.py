@@ -22,6 +22,10 @@ def weight() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((48, 96)).astype(np.float32)
 
 
+def product(x: jax.Array, weight: ops.Weight) -> jax.Array:
+    return weight.product(x)
+
+
 def inputs(rows: int) -> np.ndarray:
     """Rows of very different sizes, one of them zero."""
     rng = np.random.default_rng(rows)
@@ -50,7 +54,7 @@ def test_quantized_rows_are_within_half_a_step(weight: np.ndarray) -> None:
 def test_int8(weight: np.ndarray, rows: int) -> None:
     x, quantized = inputs(rows), ops.quantize_int8(jnp.asarray(weight))
     kept = np.asarray(quantized.values, float) * np.asarray(quantized.scale, float)[:, None]
-    error = np.abs(jax.jit(ops.linear)(x, quantized) - x.astype(float) @ kept.T)
+    error = np.abs(jax.jit(product)(x, quantized) - x.astype(float) @ kept.T)
     if rows < MANY_TOKENS and ON_CPU:
         # Activations in two bytes, precise to 1 / (127 * 254 * 2) of the row's largest.
         bound = np.abs(x).max(axis=1, keepdims=True) * np.abs(kept).sum(axis=1) / (127 * 254 * 2)
@@ -62,10 +66,10 @@ def test_int8(weight: np.ndarray, rows: int) -> None:
 @pytest.mark.skipif(not ON_CPU, reason="elsewhere activations are bf16 at any number of rows")
 def test_int8_rows_do_not_depend_on_their_neighbours(weight: np.ndarray) -> None:
     x, quantized = inputs(MANY_TOKENS - 1), ops.quantize_int8(jnp.asarray(weight))
-    linear = jax.jit(ops.linear)
+    linear = jax.jit(product)
     together = np.asarray(linear(x, quantized))
-    batched = np.asarray(jax.jit(jax.vmap(ops.linear, in_axes=(0, None)))(x[:, None], quantized))
-    pairs = np.asarray(jax.jit(jax.vmap(ops.linear, in_axes=(0, None)))(x[:-1].reshape(-1, 2, 96), quantized))
+    batched = np.asarray(jax.jit(jax.vmap(product, in_axes=(0, None)))(x[:, None], quantized))
+    pairs = np.asarray(jax.jit(jax.vmap(product, in_axes=(0, None)))(x[:-1].reshape(-1, 2, 96), quantized))
     np.testing.assert_array_equal(batched[:, 0], together)
     np.testing.assert_array_equal(pairs.reshape(-1, 48), together[:-1])
     for row in range(len(x)):
@@ -80,7 +84,7 @@ def test_dense(weight: np.ndarray, rows: int, dtype: jnp.dtype, precision: float
     """Only the activations are rounded, to the weight's dtype; sums are in f32."""
     x, kept = np.clip(inputs(rows), -6e4, 6e4), jnp.asarray(weight, dtype)
     x[np.abs(x) < 1e-3] = 0  # f16 has few digits there
-    found = jax.jit(ops.linear)(x, kept)
+    found = jax.jit(product)(x, ops.Dense(kept))
     assert found.dtype == jnp.float32
     exact = x.astype(float) @ np.asarray(kept, float).T
     assert (np.abs(found - exact) <= magnitude(x, np.asarray(kept, float)) * (precision * 1.01 + 1e-6)).all()
@@ -90,28 +94,28 @@ def test_embed(weight: np.ndarray) -> None:
     ids = jnp.array([3, 0, 47, 3])
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         table = jnp.asarray(weight, dtype)
-        np.testing.assert_array_equal(ops.embed(ids, table), np.asarray(table)[np.asarray(ids)].astype(np.float32))
+        np.testing.assert_array_equal(ops.Dense(table).rows(ids), np.asarray(table)[np.asarray(ids)].astype(np.float32))
     quantized = ops.quantize_int8(jnp.asarray(weight))
     rows = np.asarray(quantized.values)[ids] * np.asarray(quantized.scale)[ids, None]
-    np.testing.assert_array_equal(ops.embed(ids, quantized), rows)
+    np.testing.assert_array_equal(quantized.rows(ids), rows)
 
 
 def test_dense_products_have_derivatives(weight: np.ndarray) -> None:
     x, kept, norm = jnp.asarray(inputs(3) / 1e4), jnp.asarray(weight), ops.Norm(jnp.linspace(1, 2, 96), 1e-5)
     products = (
-        ops.linear,
-        lambda x, w: ops.linear(x, w, norm, residual=x[:, :48]),
-        lambda x, w: ops.gated_linear(x, w, norm),
-        lambda x, w: jax.vmap(ops.linear, in_axes=(0, None))(x[:, None], w),
+        product,
+        lambda x, w: w.linear(x, norm, residual=x[:, :48]),
+        lambda x, w: w.gated_linear(x, norm),
+        jax.vmap(lambda x, w: w.product(x[None]), in_axes=(0, None)),
     )
-    for product in products:
-        check_grads(product, (x, kept), order=1, rtol=0.02, atol=0.02)
+    for way in products:
+        check_grads(way, (x, ops.Dense(kept)), order=1, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_embedding_has_a_derivative(weight: np.ndarray, dtype: jnp.dtype) -> None:
     ids, gains = jnp.array([3, 0, 3]), jnp.arange(1.0, 4.0)[:, None]
-    found = jax.grad(lambda table: (gains * ops.embed(ids, table)).sum())(jnp.asarray(weight, dtype))
+    found = jax.grad(lambda table: (gains * ops.Dense(table).rows(ids)).sum())(jnp.asarray(weight, dtype))
     expected = np.zeros(48)
     expected[[0, 3]] = 2, 1 + 3
     np.testing.assert_array_equal(np.asarray(found, float), np.broadcast_to(expected[:, None], found.shape))

@@ -22,7 +22,7 @@ from llamajax.errors import CheckpointError, ConfigError, RequestError
 from llamajax.families import from_gguf
 from llamajax.model.cache import Cache
 from llamajax.model.llama import Llama
-from llamajax.ops import Weight
+from llamajax.ops import Parameter
 from llamajax.tokenizers.hf import byte_alphabet
 from llamajax.types import DType, Request, SamplingParams
 from llamajax.weights.checkpoint import open_checkpoint
@@ -37,7 +37,7 @@ strict_promotion = tiny_model.strict_promotion
 
 GOLDENS = goldens()
 DEVICE = jax.devices()[0]
-Model = tuple[LlamaConfig, dict[str, Weight]]
+Model = tuple[LlamaConfig, dict[str, Parameter]]
 
 
 def load(path: Path, dtype: DType = "auto") -> Model:
@@ -349,7 +349,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @partial(jax.jit, static_argnames="config")
 def forward(
-    weights: dict[str, Weight], ids: jax.Array, cache: Cache, start: jax.Array, *, config: LlamaConfig
+    weights: dict[str, Parameter], ids: jax.Array, cache: Cache, start: jax.Array, *, config: LlamaConfig
 ) -> tuple[jax.Array, Cache]:
     model = Llama.with_weights(config, weights)
     x, cache = model(ids, cache, start)

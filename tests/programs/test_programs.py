@@ -21,14 +21,14 @@ from llamajax import ops, sampling
 from llamajax.engine import programs, steps
 from llamajax.engine.programs import Program
 from llamajax.families import CONFIGS
-from llamajax.ops import native
+from llamajax.ops import linear, native, weight
 from llamajax.types import DType
 from scripts import program_report
 from scripts.compiled import Report, Target, missing, native_calls, report, shapes
 from scripts.hlo import Cost
 
-# The modules: the package has functions of the same names.
-attention, linear = (sys.modules[f"llamajax.ops.{name}"] for name in ("attention", "linear"))
+# The module: the package has a function of the same name.
+attention = sys.modules["llamajax.ops.attention"]
 
 CACHE_LEN = 2048
 # Versions of XLA differ in what they fuse.
@@ -218,8 +218,8 @@ def a_threshold_by_halves(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_norm_in_two_kernels(patch: pytest.MonkeyPatch) -> None:
-    norm = linear.Norm.__call__
-    patch.setattr(linear.Norm, "__call__", lambda self, x: jax.lax.optimization_barrier(norm(self, x)))
+    norm = weight.Norm.__call__
+    patch.setattr(weight.Norm, "__call__", lambda self, x: jax.lax.optimization_barrier(norm(self, x)))
 
 
 def a_loop_that_the_host_reads(patch: pytest.MonkeyPatch) -> None:

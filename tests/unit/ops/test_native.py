@@ -18,7 +18,7 @@ from llamajax.errors import CheckpointError
 from llamajax.formats import FORMATS, MOVED_FORMATS, PACKED_FORMATS, PackedFormat
 from llamajax.kernels import INSTRUCTION_SETS
 from llamajax.ops import native
-from llamajax.ops.packed import PackedWeight, pack, pack_dense, unpack_rows
+from llamajax.ops.packed import PackedWeight, pack, pack_dense, packed_layers
 from llamajax.ops.quants import split
 from llamajax.ops.stacked import alone
 
@@ -94,7 +94,7 @@ def slack(x: np.ndarray, weight: np.ndarray, format: str) -> np.ndarray:
 def test_packed_weights_are_the_files(format: str) -> None:
     packed, weight = random_weight(format, 37, 2 * UNIT[format])
     assert packed.shape == weight.shape
-    found = jax.jit(unpack_rows)(packed, jnp.arange(37))
+    found = jax.jit(PackedWeight.rows)(packed, jnp.arange(37))
     # Scale and offset are rounded, and cancel where the weight is near zero.
     assert (
         np.abs(found - weight) <= ROUNDED[format] * np.abs(weight).max(axis=1, keepdims=True) + 1e-6 * abs(weight)
@@ -107,11 +107,11 @@ def test_moved_rows_are_packed_ones(format: str, order: list[int], num_blocks: i
     layers = [random_blocks(format, 35, num_blocks, seed=seed) for seed in range(3)]
     parts = ([rows[:20], rows[20:]] for rows in layers)
     data = kernels.pack(parts, ["a", "b", "c"], np.array(order[:33]), format)
-    for found, rows in zip(native.packed(data, (33, 32 * num_blocks), format), layers, strict=True):
+    for found, rows in zip(packed_layers(data, (33, 32 * num_blocks), format), layers, strict=True):
         expected = _packed(rows[order[:33]], format)
         assert found.shape == expected.shape == (33, 32 * num_blocks)
         np.testing.assert_array_equal(alone(found.data)[:2], expected.data[:2])
-        np.testing.assert_array_equal(unpack_rows(found, jnp.array([32])), unpack_rows(expected, jnp.array([32])))
+        np.testing.assert_array_equal(found.rows(jnp.array([32])), expected.rows(jnp.array([32])))
 
 
 @pytest.mark.parametrize("format", DENSE)
@@ -121,7 +121,7 @@ def test_moved_numbers_are_packed_ones(format: str, order: list[int], num_blocks
     layers = [rng.standard_normal((35, 32 * num_blocks)).astype(DENSE[format]) for _ in range(3)]
     parts = ([rows[:20], rows[20:]] for rows in layers)
     data = kernels.pack(parts, ["a", "b", "c"], np.array(order[:33]), format)
-    for found, rows in zip(native.packed(data, (33, 32 * num_blocks), format), layers, strict=True):
+    for found, rows in zip(packed_layers(data, (33, 32 * num_blocks), format), layers, strict=True):
         expected = jax.jit(pack_dense)(rows[order[:33]])
         assert (found.shape, found.name) == (expected.shape, expected.name) == ((33, 32 * num_blocks), format)
         np.testing.assert_array_equal(alone(found.data), expected.data)
@@ -146,11 +146,11 @@ def test_a_row_with_a_number_that_is_not_finite_shows_it(instruction_set: str, f
     packed, _ = random_weight(format, 37, 2 * UNIT[format])
     K = packed.shape[1]
     x = np.random.default_rng(0).standard_normal((7, K)).astype(np.float32)
-    expected = np.asarray(ops.linear(x, packed))
+    expected = np.asarray(packed.linear(x))
     for row, column in ((0, 0), (3, 13), (6, K - 1), (5, 16)):
         broken = x.copy()
         broken[row, column] = value
-        found = np.asarray(ops.linear(broken, packed))
+        found = np.asarray(packed.linear(broken))
         assert np.isnan(found[row]).all() or (format in DENSE and not np.isfinite(found[row]).any())
         np.testing.assert_array_equal(np.delete(found, row, 0), np.delete(expected, row, 0))
 
@@ -169,7 +169,7 @@ def test_linear(instruction_set: str, format: str, data: st.DataObject) -> None:
     residual = rng.standard_normal((M, N)).astype(np.float32) if draw(st.booleans()) else None
     quantized, _ = taken(x, packed.format, instruction_set)
     expected = quantized @ weight.T + (0 if residual is None else residual)
-    found = jax.jit(ops.linear)(x, packed, residual=residual)
+    found = jax.jit(PackedWeight.linear)(packed, x, residual=residual)
     assert (np.abs(found - expected) <= slack(quantized, weight, format) + 1e-6).all()
 
 
@@ -186,12 +186,12 @@ def test_norm_and_gate(instruction_set: str, format: str, M: int, blocks: int, g
     y = quantized @ weight.T
     # A number that is nearly half way between two steps may be rounded to either.
     either = (step[:, None] * np.abs(weight)).max(axis=-1) + slack(quantized, weight, format)
-    found = jax.jit(lambda x, w: ops.linear(x, w, norm))(x, packed)
+    found = jax.jit(lambda x, w: w.linear(x, norm))(x, packed)
     assert (np.abs(found - y) <= either).all()
     gate, up = np.split(y, 2, axis=1)
     gate_slack, up_slack = np.split(either, 2, axis=1)
     silu = gate / (1 + np.exp(-np.clip(gate, -500, None)))
-    found = jax.jit(lambda x, w: ops.gated_linear(x, w, norm))(x, packed)
+    found = jax.jit(lambda x, w: w.gated_linear(x, norm))(x, packed)
     # silu's slope is at most 1.1.
     assert (np.abs(found - silu * up) <= 1.1 * gate_slack * (np.abs(up) + up_slack) + np.abs(silu) * up_slack).all()
 
@@ -201,7 +201,7 @@ def test_rows_do_not_depend_on_their_neighbours(instruction_set: str, format: st
     packed, _ = random_weight(format, 64, 256)
     x = np.random.default_rng(0).standard_normal((150, 256)).astype(np.float32)
     norm = ops.Norm(jnp.ones(256), 1e-5)
-    product = jax.jit(lambda x: (ops.linear(x, packed, norm), ops.gated_linear(x, packed, norm)))
+    product = jax.jit(lambda x: (packed.linear(x, norm), packed.gated_linear(x, norm)))
     together = [np.asarray(y) for y in product(x)]
     for rows in (1, 2, 3, 5, 9, 17, 64, 75):
         for found, expected in zip(product(x[-rows:]), together, strict=True):
@@ -219,10 +219,10 @@ def test_stacked_layers_are_read_in_place(instruction_set: str, format: str) -> 
     norms = rng.uniform(0.5, 2, (3, x.shape[1])).astype(np.float32)
     product = jax.jit(
         lambda weight, norm: (
-            ops.linear(x, weight, ops.Norm(norm, 1e-5)),
-            ops.gated_linear(x, weight, ops.Norm(norm, 1e-5)),
-            ops.linear(x, weight),
-            unpack_rows(weight, jnp.array([0, 31])),
+            weight.linear(x, ops.Norm(norm, 1e-5)),
+            weight.gated_linear(x, ops.Norm(norm, 1e-5)),
+            weight.linear(x),
+            weight.rows(jnp.array([0, 31])),
         )
     )
     expected = [product(weight, norm) for weight, norm in zip(weights, norms, strict=True)]
@@ -238,7 +238,7 @@ def test_stacked_layers_are_read_in_place(instruction_set: str, format: str) -> 
 def test_a_layer_that_is_not_there_is_an_error() -> None:
     weight, norm = (random_weight("q4_0", 32, 64)[0], np.ones(64, np.float32))
     (weight, _), (norm, _) = native.stack(iter([weight] * 2), 2), native.stack(iter([norm] * 2), 2)
-    product = jax.jit(lambda weight, norm: ops.linear(jnp.ones((1, 64)), weight, ops.Norm(norm, 1e-5)))
+    product = jax.jit(lambda weight, norm: weight.linear(jnp.ones((1, 64)), ops.Norm(norm, 1e-5)))
     for layer in (-1, 2, -(2**31), 2**31 - 1):
         elsewhere = replace(norm, layer=np.int32(layer))
         with pytest.raises(jax.errors.JaxRuntimeError, match=f"llamajax_linear: layer {layer} of 2"):
@@ -251,10 +251,10 @@ def test_what_does_not_fit_is_an_error() -> None:
     packed, _ = random_weight("q4_0", 32, 64)
     for x in (jnp.zeros((1, 32)), jnp.zeros((1, 96))):
         with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
-            jax.block_until_ready(ops.linear(x, packed))
+            jax.block_until_ready(packed.linear(x))
     wrong = PackedWeight(packed.data[..., 1:], (32, 64), "q4_0")
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
-        jax.block_until_ready(ops.linear(jnp.zeros((1, 64)), wrong))
+        jax.block_until_ready(wrong.linear(jnp.zeros((1, 64))))
     assert PACKED_FORMATS.keys() == FORMATS.keys() | DENSE.keys()
 
 

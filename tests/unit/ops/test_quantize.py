@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from llamajax.ops.packed import pack, unpack_rows
+from llamajax.ops.packed import pack
 from llamajax.ops.quantize import QUANTIZABLE, quantize
 from llamajax.ops.quants import split
 
@@ -61,5 +61,5 @@ def test_q4_k_keeps_its_own_weights() -> None:
 @pytest.mark.parametrize("format", QUANTIZABLE)
 def test_it_can_be_packed(format: str) -> None:
     parts = quantize(weights(), format)
-    rows = unpack_rows(pack(parts, format), jnp.arange(24))
+    rows = pack(parts, format).rows(jnp.arange(24))
     np.testing.assert_allclose(rows, parts.dequantized(), rtol=2.0**-10, atol=2.0**-10 * np.abs(weights()).max())

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax import ops
 from llamajax.bench.session import kept_dtype
 from llamajax.ops import PackedWeight, native
 from llamajax.types import DType
@@ -17,13 +16,9 @@ from llamajax.weights.kept import bytes_in_memory
 from llamajax.weights.load import load_weights
 
 from ...parity.tiny import CASES, state_dict, write_gguf, write_hf
-from ...tiny_model import placed
+from ...tiny_model import placed, rows_of
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-def rows_of(weight: ops.Weight) -> np.ndarray:
-    return np.asarray(ops.embed(np.arange(weight.shape[0]), weight))
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels here")

@@ -12,7 +12,6 @@ import pytest
 from gguf import GGMLQuantizationType
 
 import llamajax
-from llamajax import ops
 from llamajax.bench.session import kept_dtype
 from llamajax.engine.runner import Runner
 from llamajax.errors import CheckpointError
@@ -27,7 +26,7 @@ from llamajax.weights.load import load_weights
 from llamajax.weights.tensor import StoredTensor
 
 from ...caches import caches
-from ...tiny_model import placed
+from ...tiny_model import placed, rows_of
 from ..ops.test_quants import random_blocks
 
 
@@ -84,7 +83,7 @@ def test_layers_may_be_of_different_formats(smollm2_gguf: Path) -> None:
             tensors[name] = in_q8_0(tensors[name])
     weights = load_weights(checkpoint.config, tensors, placed(checkpoint.config))
     for layer in range(30):
-        found = ops.embed(np.arange(576), weights[f"layers.{layer}.mlp.down_proj.weight"])
+        found = rows_of(weights[f"layers.{layer}.mlp.down_proj.weight"])
         stored = dequantized(tensors[f"blk.{layer}.ffn_down.weight"])
         # Of the row's largest: scales may be rounded to 15 bits, and meet quants of up to 8 there.
         assert (np.abs(found - stored) <= 2.0**-12 * np.abs(stored).max(axis=1, keepdims=True)).all()
@@ -134,7 +133,7 @@ def test_iq4_nl_is_kept_as_it_is(smollm2_gguf: Path) -> None:
         tensors[name] = StoredTensor(name, (576, 576), "iq4_nl", blocks)
     weights = load_weights(checkpoint.config, tensors, placed(checkpoint.config))
     for layer in (0, 29):
-        found = ops.embed(np.arange(576), weights[f"layers.{layer}.self_attn.o_proj.weight"])
+        found = rows_of(weights[f"layers.{layer}.self_attn.o_proj.weight"])
         stored = dequantized(tensors[f"blk.{layer}.attn_output.weight"])
         np.testing.assert_array_equal(np.asarray(found), stored if native.available() else stored.astype(jnp.bfloat16))
 

@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax import ops
 from llamajax.engine.runner import Runner
-from llamajax.ops import Int8Weight, PackedWeight, Weight
+from llamajax.ops import Int8Weight, PackedWeight
 from llamajax.ops.stacked import alone
 from llamajax.types import DType
 from llamajax.weights.random import random_weights
 
-from ...tiny_model import CONFIG, placed
+from ...tiny_model import CONFIG, placed, rows_of
 from ...tiny_model import random_weights as tiny_weights
 
 
@@ -36,10 +35,6 @@ def test_weights_are_kept_as_asked_and_give_varied_scores(dtype: DType) -> None:
     scores = Runner(CONFIG, weights, placement).logits(range(90))
     assert np.isfinite(scores).all()
     assert len(set(scores.argmax(axis=1))) > 10
-
-
-def rows_of(weight: Weight) -> np.ndarray:
-    return np.asarray(ops.embed(np.arange(weight.shape[0]), weight))
 
 
 def test_the_seed_decides_and_parameters_differ() -> None:
