@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32
 
 from llamajax.ops.stacked import Stacked, alone
 
@@ -24,16 +24,14 @@ class Norm(NamedTuple):
 class Weight(ABC):
     """A matrix [N, K] (out, in). As [K, N], a GPU would transpose it to multiply one row: three times the traffic.
 
+    The kinds that embeddings may have, all but `Fused`, also give rows [T, K]: `rows(ids)`.
+
     Under `vmap` the batch folds into the rows of a product, so that weights are read once for all sequences.
     """
 
     @abstractmethod
     def product(self, x: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
         """x @ weight.T, accumulated in f32 (int8 products: exactly, in int32)."""
-
-    def rows(self, ids: Int[Array, "T"]) -> Float32[Array, "T K"]:
-        """Some rows, such as the embeddings of token ids. A fused weight has no use for it."""
-        raise NotImplementedError
 
     def linear(
         self, x: Float32[Array, "T K"], norm: Norm | None = None, residual: Float32[Array, "T N"] | None = None
