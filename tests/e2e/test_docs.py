@@ -60,7 +60,8 @@ def test_code_in_sentences_is_known() -> None:
     spans = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", pages)}
     for span in (span for span in spans if not re.search(r"\b[A-Z]{4,}\b|--help", span)):
         paths = re.findall(
-            r"(?<![\w/])(?:cli|docs|llamajax|scripts|tests)/[\w./-]*", re.sub(r"-m scripts\.(\w+)", r"scripts/\1.py", span)
+            r"(?<![\w/])(?:cli|docs|llamajax|scripts|tests)/[\w./-]*",
+            re.sub(r"-m scripts\.(\w+)", r"scripts/\1.py", span),
         )
         assert all((PROJECT / path).exists() for path in paths), span
         if span.startswith("python "):
