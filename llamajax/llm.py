@@ -30,6 +30,7 @@ from llamajax.options import (
     sampling_params,
     stop_strings,
     stop_token_ids,
+    template_variables,
 )
 from llamajax.text import one_line
 from llamajax.tokenizers.base import Tokenizer
@@ -164,6 +165,7 @@ class LLM:
         self, prompt: Prompt, options: Options, verbatim: Mapping[int, Sequence[int]] | None, tools: Tools | None
     ) -> list[int]:
         begins, continues = generation_prompt(options)
+        variables = template_variables(options.get("chat_template_kwargs"))
         ids = _token_ids(prompt)
         if (isinstance(prompt, str) or ids is not None) and (continues or not begins):
             raise RequestError(
@@ -171,6 +173,8 @@ class LLM:
             )
         if tools and (isinstance(prompt, str) or ids is not None or verbatim):
             raise RequestError("tools need messages, not a text or token ids")
+        if variables and (isinstance(prompt, str) or ids is not None):
+            raise RequestError("chat_template_kwargs need messages, not a text or token ids")
         if isinstance(prompt, str):
             self._check_len(prompt)
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
@@ -190,6 +194,7 @@ class LLM:
             add_generation_prompt=begins,
             continue_final_message=continues,
             tools=tools,
+            variables=variables,
         )
 
     def _check_len(self, *texts: str) -> None:
@@ -339,8 +344,12 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Tools | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, up to where its next answer begins, or its last message goes on."""
+        """Token ids of a conversation, up to where its next answer begins, or its last message goes on.
+
+        `variables` are what else the template reads.
+        """
         if self.template is None:
             raise RequestError(
                 "this model has no chat template, so it cannot chat: continue a text instead (--raw; generate())"
@@ -353,6 +362,7 @@ class LLM:
             continue_final_message=continue_final_message,
             verbatim=verbatim,
             tools=tools,
+            variables=variables,
         )
 
     def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:

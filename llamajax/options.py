@@ -57,6 +57,8 @@ class Options(AnswerOptions, total=False):
         not given.
       add_generation_prompt: end the messages with the header of the assistant's next one; True if it is not given.
       continue_final_message: the answer goes on where the last message ends, instead of beginning a message.
+      chat_template_kwargs: variables that the chat template reads, such as {"enable_thinking": False} for Qwen3; values
+        that JSON can express.
       tools: functions that the answer may call, in OpenAI's form; `LLM.tool_format` reads the calls.
       tool_choice: "auto" lets the model decide, "required" makes it call one, {"type": "function", "function": {"name":
         "…"}} makes it call that one, "none" offers none.
@@ -66,11 +68,21 @@ class Options(AnswerOptions, total=False):
     max_new_tokens: int | None
     add_generation_prompt: bool
     continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any] | None
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool | None
 
 
+# What a chat template gets from the conversation and the checkpoint.
+_TEMPLATE_S_OWN = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "bos_token",
+    "eos_token",
+)
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -149,6 +161,22 @@ def _schema(given: Any) -> str:
     if not isinstance(schema, dict):
         raise RequestError(f"json_schema must be an object, its text or a pydantic model, not {checks.shown(given)}")
     return schema_text(schema, "json_schema")
+
+
+def template_variables(given: object) -> dict[str, Any]:
+    """What the chat template reads beside the conversation, of `chat_template_kwargs`. Raises RequestError."""
+    variables = {} if given is None else given
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise RequestError(f"chat_template_kwargs must be an object, not {checks.shown(variables)}")
+    if taken := [name for name in _TEMPLATE_S_OWN if name in variables]:
+        raise RequestError(f"chat_template_kwargs cannot have {taken[0]}: leave it out")
+    try:
+        length = len(json.dumps(dict(variables), ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"chat_template_kwargs must be what JSON can express: {one_line(error)}") from None
+    if length > MAX_GRAMMAR_CHARS:
+        raise RequestError(f"chat_template_kwargs may have {MAX_GRAMMAR_CHARS:,} characters, not {length:,}")
+    return dict(variables)
 
 
 def generation_prompt(options: Options) -> tuple[bool, bool]:

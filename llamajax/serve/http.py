@@ -23,6 +23,7 @@ import llamajax
 from llamajax import checks
 from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.llm import LLM
+from llamajax.options import template_variables
 from llamajax.text import one_line
 
 from . import answers, openapi, protocol
@@ -226,7 +227,14 @@ def _unknown_model(service: Service, name: object) -> Response:
 
 async def _tokenize(request: Request) -> Response:
     llm = request.app.state.service.model
-    names = ("prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs")
+    names = (
+        "prompt",
+        "messages",
+        "add_special_tokens",
+        "add_generation_prompt",
+        "chat_template_kwargs",
+        "return_token_strs",
+    )
     _, asked = await _read(request, lambda body: _Fields(body, *names))
     ids = await run_in_threadpool(_token_ids, llm, asked)
     tokens = {"count": len(ids), "max_model_len": llm.max_seq_len, "tokens": ids}
@@ -238,8 +246,13 @@ async def _tokenize(request: Request) -> Response:
 def _token_ids(llm: LLM, asked: "_Fields") -> list[int]:
     if asked.get("messages") is not None:
         messages = protocol.read_messages(asked)
+        variables = template_variables(asked.get("chat_template_kwargs"))
         _check_tokenized(*(message["content"] for message in messages))
-        return llm.encode_chat(messages, add_generation_prompt=asked.flag("add_generation_prompt", True))
+        return llm.encode_chat(
+            messages,
+            add_generation_prompt=asked.flag("add_generation_prompt", True),
+            variables=variables,
+        )
     prompt = asked.get("prompt")
     if not isinstance(prompt, str):
         raise RequestError("expected a prompt, which is a text, or messages")

@@ -44,6 +44,7 @@ _FIELDS = {
     "tools": ("array", "Functions that the answer may call: each of type function, with name and parameters."),
     "tool_choice": ("string", "auto, required, none, or an object that names the function to call."),
     "parallel_tool_calls": ("boolean", "Whether an answer may have several calls; true if it is left out."),
+    "chat_template_kwargs": ("object", 'What the chat template reads beside the messages: {"enable_thinking": false}.'),
     "add_special_tokens": ("boolean", "Begin with the token that begins a text; true if it is left out."),
     "return_token_strs": ("boolean", "Give the text of each token, too."),
 }
@@ -66,13 +67,14 @@ _LACKING = {
         "top_logprobs",
         "add_generation_prompt",
         "continue_final_message",
+        "chat_template_kwargs",
     },
     protocol.RESPONSES: {"logprobs", "top_logprobs", "n", "best_of", "response_format"},
 }
 _OTHERS = {
     ("post", "/tokenize"): (
         "Text or messages to token ids.",
-        "prompt messages add_special_tokens add_generation_prompt return_token_strs",
+        "prompt messages add_special_tokens add_generation_prompt chat_template_kwargs return_token_strs",
     ),
     ("post", "/detokenize"): ("Token ids to text.", "tokens"),
     ("get", "/tokenizer_info"): ("What the tokenizer is.", ""),

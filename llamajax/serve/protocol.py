@@ -37,6 +37,7 @@ _OPTIONS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logi
     "ignore_eos",
     "add_generation_prompt",
     "continue_final_message",
+    "chat_template_kwargs",
     "stop",
 }
 # What an answer must fit: fields of vLLM and of llama.cpp, and the option that each is.
@@ -67,7 +68,7 @@ prediction parallel_tool_calls priority request_id cache_salt cache_prompt id_sl
 # Fields that are not supported, and do nothing if they are empty, false or 0.
 _OFF_IF_EMPTY = """
 echo suffix tools functions audio web_search_options use_beam_search bad_words allowed_token_ids documents
-chat_template chat_template_kwargs guided_decoding_backend guided_whitespace_pattern logits_processors vllm_xargs
+chat_template guided_decoding_backend guided_whitespace_pattern logits_processors vllm_xargs
 mm_processor_kwargs
 include_stop_str_in_output return_tokens_as_token_ids return_token_ids mirostat xtc_probability
 dry_multiplier dynatemp_range n_probs lora top_a epsilon_cutoff eta_cutoff no_repeat_ngram_size penalty_alpha

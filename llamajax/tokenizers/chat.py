@@ -47,6 +47,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Messages,
+        /,
         *,
         add_generation_prompt: bool = True,
         date_string: str | None = None,
@@ -71,6 +72,7 @@ class ChatTemplate:
     def render_each(
         self,
         conversations: Sequence[Messages],
+        /,
         *,
         add_generation_prompt: bool = True,
         date_string: str | None = None,
@@ -102,13 +104,13 @@ def encode_chat(
     continue_final_message: bool = False,
     verbatim: Mapping[int, Sequence[int]] | None = None,
     tools: Tools | None = None,
-    **variables: Any,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a conversation; the special tokens among them are the template's own, whatever the messages contain.
 
-    Literals of special tokens are broken up in the messages before the template sees them, and nothing else is,
-    since a template may look for words in a message. Should it still make a special token of message text (by
-    deleting or joining pieces), the conversation is rendered again with every word broken up.
+    Literals of special tokens are broken up in the messages and variables before the template sees them, and nothing
+    else is, since a template may look for words there. Should it still make a special token of message text (by
+    deleting or joining pieces), the conversation is rendered again with every word of it broken up.
 
     Args:
       continue_final_message: end where the last message's content ends, so that the answer goes on with it. Spaces
@@ -116,7 +118,7 @@ def encode_chat(
       tools: what the answer may call. A template that knows none gets them, and calls and results, as text.
       verbatim: message index -> ids that stand for that message's content, such as an answer's own: encoding its
         text again need not give them.
-      messages, add_generation_prompt, **variables: as for `ChatTemplate.render`, which says what is raised.
+      messages, add_generation_prompt, variables: as for `ChatTemplate.render`, which says what is raised.
     """
     verbatim = verbatim or {}
     checked = _checked(messages)
@@ -141,10 +143,13 @@ def encode_chat(
             guarded[-1]["content"] += f"{_END} "
         return guarded
 
-    if tools:
-        variables["tools"] = _broken([*tools.definitions], literals, literals)
-    conversations = guard(literals), guard(r"\S(?=\S)")
-    texts = template.render_each(conversations, add_generation_prompt=add_generation_prompt, **variables)
+    given = {**(variables or {}), "tools": [*tools.definitions] if tools else None}
+    try:
+        given = _broken(given, literals, literals)
+        conversations = guard(literals), guard(r"\S(?=\S)")
+    except RecursionError:
+        raise RequestError("tools, calls or variables of the chat template are nested too deeply") from None
+    texts = template.render_each(conversations, add_generation_prompt=add_generation_prompt, **given)
     text, safe_text = map(_up_to_end, texts) if continue_final_message else texts
     if literal.findall(text) != literal.findall(safe_text):
         text = safe_text

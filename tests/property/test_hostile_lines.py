@@ -17,8 +17,8 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 _NAMES = (
     "max_tokens max_completion_tokens max_new_tokens min_tokens stop stop_token_ids ignore_eos logit_bias n best_of "
     "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed logprobs top_logprobs "
-    "add_generation_prompt continue_final_message tools tool_choice functions response_format echo user metadata "
-    "stream_options max_tokenz prompt messages model"
+    "add_generation_prompt continue_final_message chat_template_kwargs tools tool_choice functions response_format "
+    "echo user metadata stream_options max_tokenz prompt messages model"
 )
 OPTIONS = _NAMES.split()
 ENVELOPE = ("id", "custom_id", "method", "url", "body", "prompt", "messages")

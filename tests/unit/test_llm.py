@@ -12,6 +12,7 @@ import pytest
 import llamajax
 from llamajax import LLM, Completion, InternalError, Message, PromptTooLongError, RequestError, SamplingParams
 from llamajax.answer import Answer
+from llamajax.tokenizers.chat import ChatTemplate
 from llamajax.tokenizers.hf import HFTokenizer
 from llamajax.types import Token
 
@@ -215,6 +216,37 @@ def test_an_answer_may_go_on_with_the_last_message(llama: LLM) -> None:
             llama.prepare(prompt, continue_final_message=True)
         with pytest.raises(RequestError, match="need messages"):
             llama.prepare(prompt, add_generation_prompt=False)
+
+
+def test_a_chat_template_s_variables(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ids(**variables: Any) -> tuple[int, ...]:
+        return tuple(llama.prepare(FRANCE, chat_template_kwargs=variables)[0].token_ids)
+
+    assert ids(enable_thinking=False) == ids()  # this template reads none
+    source = "{{ messages[0].content }}{{ '' if enable_thinking is defined and not enable_thinking else ' Think.' }}"
+    monkeypatch.setattr(llama, "template", ChatTemplate(source))
+    assert llama.tokenizer.decode(ids()).endswith(" Think.")
+    assert llama.tokenizer.decode(ids(enable_thinking=False)) == FRANCE[0]["content"]
+    assert tuple(llama.encode_chat(FRANCE, variables={"enable_thinking": False})) == ids(enable_thinking=False)
+    assert ids(template=1, tokenizer=2, self=3, conversations=4, source=5) == ids()
+    for wrong in ("thinking", [1], {1: 2}, True):
+        with pytest.raises(RequestError, match="chat_template_kwargs must be an object, not "):
+            llama.prepare(FRANCE, chat_template_kwargs=wrong)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="chat_template_kwargs cannot have messages"):
+        ids(messages=[])
+    deep: list[Any] = []
+    for depth in range(2000):
+        deep = [deep]
+        if depth in (600, 1999):  # JSON can have one of these, but it is too deep for the template
+            with pytest.raises(RequestError, match=r"nested|recursion"):
+                ids(deep=deep)
+    with pytest.raises(RequestError, match="what JSON can express"):
+        ids(enable_thinking={1, 2})
+    with pytest.raises(RequestError, match="chat_template_kwargs may have"):
+        ids(text="word " * 1_000_000)
+    for prompt in ("Hi", [1, 2]):
+        with pytest.raises(RequestError, match="chat_template_kwargs need messages"):
+            llama.prepare(prompt, chat_template_kwargs={"a": 1})
 
 
 def test_a_content_may_be_parts(llama: LLM) -> None:

@@ -117,6 +117,8 @@ def test_options_of_other_servers_are_those_of_the_library() -> None:
     assert options(chat_line(**given)) == given
     assert options(chat_line(logit_bias={"50256": -100, "7": 0.5})) == {"logit_bias": {50256: -100, 7: 0.5}}
     assert options(chat_line(add_generation_prompt=False)) == {"add_generation_prompt": False}
+    thinks = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert options(chat_line(**thinks)) == thinks
     assert options(chat_line(continue_final_message=True)) == {"continue_final_message": True}
 
 
@@ -240,7 +242,6 @@ def test_what_no_answer_can_be_asked_to_fit(fields: dict[str, Any], says: str) -
         ("prompt_logprobs", 1),
         ("truncate_prompt_tokens", 5),
         ("chat_template", "{{ messages }}"),
-        ("chat_template_kwargs", {"a": 1}),
         ("echo", True),
         ("suffix", "end"),
         ("reasoning_effort", "high"),

@@ -538,6 +538,11 @@ def test_what_the_server_is(llama: LLM, server: Running) -> None:
     assert ids == llama.tokenizer.encode("Hello, world")
     assert server.post("/detokenize", tokens=ids) == {"prompt": "Hello, world"}
     assert server.post("/tokenize", messages=QUESTION)["tokens"] == llama.encode_chat(QUESTION)
+    thinks = {"chat_template_kwargs": {"enable_thinking": False}}  # which this model's template does not read
+    assert server.post("/tokenize", messages=QUESTION, **thinks)["tokens"] == llama.encode_chat(QUESTION)
+    assert server.post(protocol.CHAT, messages=QUESTION, max_tokens=1, **thinks)["usage"]["completion_tokens"] == 1
+    wrong = client.post(protocol.CHAT, json={"messages": QUESTION, "chat_template_kwargs": "no"})
+    assert (wrong.status_code, "must be an object" in wrong.json()["error"]["message"]) == (400, True)
     info = client.get("/tokenizer_info").json()
     assert info["vocab_size"] == llama.config.vocab_size
     assert (info["bos_token"], info["eos_token"]) == (None, "<|im_end|>")

@@ -101,6 +101,16 @@ def test_templates_that_think() -> None:
     assert "<think>\nhm\n</think>" in THINKING.render(talk[:2])
 
 
+def test_variables_are_no_special_tokens(smollm2: Tokenizer) -> None:
+    talk = [user("Hi")]
+    silent = smollm2.encode_template(THINKING.render(talk, enable_thinking=False))
+    assert encode_chat(smollm2, THINKING, talk, variables={"enable_thinking": False}) == silent
+    template = ChatTemplate("{{ messages[0].content }}{{ note }}{{ notes.a[0] }}<|im_end|>")
+    written = encode_chat(smollm2, template, talk, variables={"note": "a<|im_end|>b", "notes": {"a": ["<|im_start|>"]}})
+    assert special_ids(smollm2, written) == [2]
+    assert smollm2.decode(written[:-1]) == "Hia<|im_end|>b<|im_start|>"
+
+
 # What the built-in templates write
 
 
