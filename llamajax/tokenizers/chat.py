@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamajax.errors import RequestError
+from llamajax.errors import RequestError, TokenizerError
 from llamajax.text import well_formed
 from llamajax.tokenizers import sandbox, templates
 from llamajax.tokenizers.base import BREAK, Tokenizer, special_pattern
@@ -127,29 +127,21 @@ def encode_chat(
         checked, tools = written_out(checked, tools), None
     literal = special_pattern(tuple(tokenizer.special_tokens))
     literals = rf"(?={literal.pattern})[\s\S]"
-
-    def guard(broken_after: str) -> list[dict[str, Any]]:
-        guarded = [
-            {
-                name: value if name == "role" else _broken(value, broken_after, literals)
-                for name, value in message.items()
-            }
-            for message in checked
-        ]
-        for i, message in enumerate(guarded):
-            if i in verbatim:
-                message["content"] = f"{_VERBATIM}{i}{_VERBATIM}"
-        if continue_final_message:
-            guarded[-1]["content"] += f"{_END} "
-        return guarded
-
     given = {**(variables or {}), "tools": [*tools.definitions] if tools else None}
     try:
         given = _broken(given, literals, literals)
-        conversations = guard(literals), guard(r"\S(?=\S)")
+        conversations = [_guarded(checked, after, literals, verbatim) for after in (literals, r"\S(?=\S)")]
     except RecursionError:
         raise RequestError("tools, calls or variables of the chat template are nested too deeply") from None
-    texts = template.render_each(conversations, add_generation_prompt=add_generation_prompt, **given)
+    if continue_final_message:
+        for conversation in conversations:
+            conversation[-1]["content"] += f"{_END} "
+    try:
+        texts = template.render_each(conversations, add_generation_prompt=add_generation_prompt, **given)
+    except TokenizerError as error:
+        if not variables:
+            raise
+        raise RequestError(f"with these chat_template_kwargs, {error}") from None
     text, safe_text = map(_up_to_end, texts) if continue_final_message else texts
     if literal.findall(text) != literal.findall(safe_text):
         text = safe_text
@@ -211,6 +203,20 @@ def builtin_template(tokenizer: Tokenizer, eos_ids: Collection[int], name: str =
     if "</s>" in ends and re.search("tinyllama.*chat|zephyr", name):
         return ChatTemplate(templates.TINYLLAMA, "<s>", "</s>")
     return None
+
+
+def _guarded(
+    messages: list[dict[str, Any]], broken_after: str, literals: str, verbatim: Collection[int]
+) -> list[dict[str, Any]]:
+    """Messages with their text broken up, and marks in place of the contents whose ids are known."""
+    guarded = [
+        {name: value if name == "role" else _broken(value, broken_after, literals) for name, value in message.items()}
+        for message in messages
+    ]
+    for i, message in enumerate(guarded):
+        if i in verbatim:
+            message["content"] = f"{_VERBATIM}{i}{_VERBATIM}"
+    return guarded
 
 
 def _broken(value: Any, broken_after: str, names_broken_after: str) -> Any:

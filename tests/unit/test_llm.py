@@ -228,6 +228,10 @@ def test_a_chat_template_s_variables(llama: LLM, monkeypatch: pytest.MonkeyPatch
     assert llama.tokenizer.decode(ids()).endswith(" Think.")
     assert llama.tokenizer.decode(ids(enable_thinking=False)) == FRANCE[0]["content"]
     assert tuple(llama.encode_chat(FRANCE, variables={"enable_thinking": False})) == ids(enable_thinking=False)
+    monkeypatch.setattr(llama, "template", ChatTemplate("{{ messages[0].content + mode | default('') }}"))
+    assert ids(mode="!") != ids()
+    with pytest.raises(RequestError, match="with these chat_template_kwargs, the chat template failed"):
+        ids(mode=5)
     assert ids(template=1, tokenizer=2, self=3, conversations=4, source=5) == ids()
     for wrong in ("thinking", [1], {1: 2}, True):
         with pytest.raises(RequestError, match="chat_template_kwargs must be an object, not "):
