@@ -107,10 +107,9 @@ def _convert(path: str, parts: list[Source], stored: list[StoredTensor], kept: K
     formats = tuple(tensor.format for tensor in stored)
     heads = tuple(part.interleaved_heads for part in parts)
     data = tuple(tensor.data for tensor in stored)
-    if kept == Kept(formats) and formats[0] in DENSE_DTYPES and not any(heads):
-        return jax.device_put(
-            np.array(data[0])
-        )  # as it is stored: to compile a program for that would take 25 ms of each start
+    if kept == Kept(formats) and formats[0] in DENSE_DTYPES:
+        # As it is stored. To compile a program for that would take 25 ms of each start.
+        return jax.device_put(half_split(np.array(data[0]), heads[0]))
     if kept.rounded_to:
         return _quantized(data, formats, heads, kept.rounded_to, kept.is_packed)
     if kept.formats[0] in FORMATS:
