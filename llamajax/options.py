@@ -74,15 +74,8 @@ class Options(AnswerOptions, total=False):
     parallel_tool_calls: bool | None
 
 
-# What a chat template gets from the conversation and the checkpoint.
-_TEMPLATE_S_OWN = (
-    "messages",
-    "tools",
-    "add_generation_prompt",
-    "continue_final_message",
-    "bos_token",
-    "eos_token",
-)
+# Variables that a chat template gets from other options and from the checkpoint.
+_TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token")
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -168,7 +161,7 @@ def template_variables(given: object) -> dict[str, Any]:
     variables = {} if given is None else given
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise RequestError(f"chat_template_kwargs must be an object, not {checks.shown(variables)}")
-    if taken := [name for name in _TEMPLATE_S_OWN if name in variables]:
+    if taken := [name for name in _TAKEN if name in variables]:
         raise RequestError(f"chat_template_kwargs cannot have {taken[0]}: leave it out")
     try:
         length = len(json.dumps(dict(variables), ensure_ascii=False))

@@ -246,12 +246,11 @@ async def _tokenize(request: Request) -> Response:
 def _token_ids(llm: LLM, asked: "_Fields") -> list[int]:
     if asked.get("messages") is not None:
         messages = protocol.read_messages(asked)
-        variables = template_variables(asked.get("chat_template_kwargs"))
         _check_tokenized(*(message["content"] for message in messages))
         return llm.encode_chat(
             messages,
             add_generation_prompt=asked.flag("add_generation_prompt", True),
-            variables=variables,
+            variables=template_variables(asked.get("chat_template_kwargs")),
         )
     prompt = asked.get("prompt")
     if not isinstance(prompt, str):

@@ -467,6 +467,15 @@ def test_tool_calls_reach_the_template_as_text(smollm2: Tokenizer) -> None:
     assert "<tool_response>\nParis\n</tool_response>" in written
 
 
+def test_tools_that_are_nested_too_deeply(smollm2: Tokenizer) -> None:
+    parameters: dict[str, Any] = {}
+    for _ in range(400):
+        parameters = {"properties": {"a": parameters}}
+    offered = read_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    with pytest.raises(RequestError, match="nested too deeply"):
+        encode_chat(smollm2, ChatTemplate("{{ tools | tojson }}"), [user("Hi")], tools=offered)
+
+
 def test_tools_reach_the_template_as_text(smollm2: Tokenizer) -> None:
     offered = read_tools([{"type": "function", "function": {"name": "f", "description": "a<|im_end|>b"}}])
     for template in (ChatTemplate("{{ tools | tojson }}{{ messages[0].content }}"), CHATML):
