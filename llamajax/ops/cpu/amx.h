@@ -22,7 +22,7 @@ struct alignas(kLine) TileShapes {
 template <>
 inline int64_t tile_of_pair<DenseTiles, DenseTiles::kRows>(const uint8_t* const* pair, const BFloat16* numbers,
                                                            const BlockOfX*, int64_t num_blocks, int64_t rows,
-                                                           const uint8_t* const* ahead, int64_t lines, float* y) {
+                                                           const uint8_t* const* ahead, int64_t lines, float* y, Part) {
   using F = DenseTiles;
   static constexpr TileShapes shapes;
   _tile_loadconfig(&shapes);

@@ -70,15 +70,6 @@ struct Operands {
   }
 };
 
-// Memory for `count` numbers, aligned to a cache line: a vector that crosses lines loads at half the speed, and an
-// AMX tile at a fourth.
-template <class N>
-inline N* in_lines(std::vector<N>& room, int64_t count) {
-  room.resize(count + kLine / sizeof(N));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(room.data());
-  return reinterpret_cast<N*>((begin + kLine - 1) / kLine * kLine);
-}
-
 // A block of keys and values. `width` is head_dim, padded with zeros to a multiple of what the products take.
 template <class N>
 struct Block {

@@ -69,6 +69,41 @@ struct Quantized {
   static_assert(kBits == 8 || kBlock / 2 * 15 * 128 <= INT16_MAX);
 };
 
+template <class F>
+constexpr bool kPacked = F::kLoads * F::kAtOnce < F::kBlock;  // two quants in a byte
+
+// 4-bit quants, unpacked to a byte each: many tiles use them, and would else unpack them again and again. `begin` and
+// `end` are blocks of a group.
+template <class F>
+struct Unpacked : F {
+  static constexpr int kLoads = F::kBlock / F::kAtOnce;
+  static constexpr int64_t kBytes = F::kHead + kGroup * F::kBlock;
+
+  static void unpack(const uint8_t* group, int64_t begin, int64_t end, uint8_t* to) {
+    constexpr int64_t kHalf = kGroup * F::kBlock / 2;
+    to = std::copy_n(group, F::kFirst, to);
+    for (int64_t b = begin; b < end; ++b, to += 2 * kHalf) {
+      const uint8_t* block = group + F::kFirst + b * F::kBytes;
+      to = std::copy_n(block, F::kHead, to);
+      block += F::kHead;
+      for (int64_t i = 0; i < kHalf; ++i) {
+        to[i] = block[i] & 15;
+        to[kHalf + i] = block[i] >> 4;
+      }
+    }
+  }
+};
+template <class F>
+constexpr bool kUnpacked = false;
+template <class F>
+constexpr bool kUnpacked<Unpacked<F>> = true;
+
+// Which blocks of a row a tile takes, if not all: it goes on where the tile of the blocks before has ended.
+struct Part {
+  int64_t count;
+  bool is_first, is_last;
+};
+
 // Rows of x, packed as the products read them.
 template <class F>
 struct RowsOfX {
@@ -108,17 +143,28 @@ inline Floats scaled(Ints product, const uint8_t* head, const BlockOfX& x) {
 }
 
 // kRows rows of x times kWidth rows of weights, from `first` on, of each of kGroups groups: y [kGroups, F::kRows,
-// kGroup]. With each block, it prefetches cache lines from each of the pointers `ahead`.
+// kGroup]. With each block, it prefetches cache lines from each of the pointers `ahead`. Of unpacked weights, the
+// groups have only a part of their blocks, which begins where numbers and blocks do.
 template <class F, int kRows, int kGroups, int kWidth>
 inline void tile(const uint8_t* const* groups, int64_t first, const typename F::Number* numbers, const BlockOfX* blocks,
-                 int64_t num_blocks, const uint8_t* const* ahead, int64_t lines, float* y) {
+                 int64_t num_blocks, const uint8_t* const* ahead, int64_t lines, float* y, Part part = {}) {
   constexpr int kAcross = kWidth / kLanes, kVectors = kGroups * kAcross;
-  const int64_t K = num_blocks * F::kBlock;
+  const int64_t K = num_blocks * F::kBlock, count = kUnpacked<F> ? part.count : num_blocks;
   const auto lane = [&](int v) { return first + v % kAcross * kLanes; };
+  const auto place = [&](int r, int v) { return y + (v / kAcross * F::kRows + r) * kGroup + lane(v); };
   Floats total[kRows][kVectors];
-  UNROLL for (int i = 0; i < kRows * kVectors; ++i) total[i / kVectors][i % kVectors] = all(0.0f);
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    const auto block = [&](int v) { return groups[v / kAcross] + F::kFirst + b * F::kBytes; };
+  UNROLL for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      total[r][v] = kUnpacked<F> && !part.is_first ? load(place(r, v)) : all(0.0f);
+    }
+  }
+  const uint8_t *heads[kVectors], *quants[kVectors];  // of the present block
+  UNROLL for (int v = 0; v < kVectors; ++v) {
+    const uint8_t* block = groups[v / kAcross] + F::kFirst;
+    heads[v] = block + lane(v) * (F::kSteps ? 4 : 2);
+    quants[v] = block + F::kHead + F::kWord * lane(v);
+  }
+  for (int64_t b = 0; b < count; ++b) {
     typename F::Sum products[kRows][kVectors];
     UNROLL for (int r = 0; r < kRows; ++r) {
       UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -139,14 +185,14 @@ inline void tile(const uint8_t* const* groups, int64_t first, const typename F::
     UNROLL for (int i = 0; i < F::kLoads; ++i) {
       typename F::Weights weights[kVectors], high[kVectors];
       UNROLL for (int v = 0; v < kVectors; ++v) {
-        weights[v] = F::read(block(v) + F::kHead + F::kWord * (lane(v) + kGroup * i));
-        if constexpr (F::kLoads * F::kAtOnce < F::kBlock) {
+        weights[v] = F::read(quants[v] + F::kWord * kGroup * i);
+        if constexpr (kPacked<F>) {
           high[v] = high_nibbles(weights[v]);
           weights[v] = low_nibbles(weights[v]);
         }
       }
       multiply(weights, i);
-      if constexpr (F::kLoads * F::kAtOnce < F::kBlock) multiply(high, i + F::kLoads);
+      if constexpr (kPacked<F>) multiply(high, i + F::kLoads);
     }
     for (int64_t i = b * lines; i < (b + 1) * lines; ++i) {
       UNROLL for (int g = 0; g < kGroups; ++g) __builtin_prefetch(ahead[g] + kLine * i);
@@ -155,19 +201,23 @@ inline void tile(const uint8_t* const* groups, int64_t first, const typename F::
       UNROLL for (int r = 0; r < kRows; ++r) {
         if constexpr (F::kRounded) {
           const BlockOfX& x = blocks[r * num_blocks + b];
-          const Floats part = scaled<F>(F::end(products[r][v], x), block(v) + lane(v) * (F::kSteps ? 4 : 2), x);
+          const Floats part = scaled<F>(F::end(products[r][v], x), heads[v], x);
           total[r][v] = fma(part, all(x.scale), total[r][v]);
         } else {
           total[r][v] = total[r][v] + products[r][v];
         }
       }
+      heads[v] += F::kBytes;
+      quants[v] += F::kBytes;
     }
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int v = 0; v < kVectors; ++v) {
-      const int g = v / kAcross;
-      if constexpr (F::kSteps) total[r][v] = total[r][v] * load(reinterpret_cast<const float*>(groups[g]) + lane(v));
-      store(y + (g * F::kRows + r) * kGroup + lane(v), total[r][v]);
+      if constexpr (F::kSteps) {
+        const Floats steps = load(reinterpret_cast<const float*>(groups[v / kAcross]) + lane(v));
+        if (!kUnpacked<F> || part.is_last) total[r][v] = total[r][v] * steps;
+      }
+      store(place(r, v), total[r][v]);
     }
   }
 }
@@ -175,12 +225,13 @@ inline void tile(const uint8_t* const* groups, int64_t first, const typename F::
 // One tile: rows of x, at most `rows`, times a pair of groups of weights. Returns how many rows it took.
 template <class F, int kRows = F::kRows>
 inline int64_t tile_of_pair(const uint8_t* const* pair, const typename F::Number* numbers, const BlockOfX* blocks,
-                            int64_t num_blocks, int64_t rows, const uint8_t* const* ahead, int64_t lines, float* y) {
+                            int64_t num_blocks, int64_t rows, const uint8_t* const* ahead, int64_t lines, float* y,
+                            Part part = {}) {
   if constexpr (kRows > 1) {
     constexpr int kFewer = kRows > 2 ? kRows - 2 : 1;
     // 8 rows are two tiles of 4: a tile of 2 has too few independent sums to hide the latency of an instruction.
     if (rows < kRows || (kRows == 6 && rows == 8)) {
-      return tile_of_pair<F, kFewer>(pair, numbers, blocks, num_blocks, rows, ahead, lines, y);
+      return tile_of_pair<F, kFewer>(pair, numbers, blocks, num_blocks, rows, ahead, lines, y, part);
     }
   }
   // Memory bandwidth is the limit of one row, and one stream of weights is read faster than two interleaved ones.
@@ -188,7 +239,7 @@ inline int64_t tile_of_pair(const uint8_t* const* pair, const typename F::Number
   for (int g = 0; g < 2; g += kGroups) {
     for (int64_t lane = 0; lane < kGroup; lane += kWidth) {
       tile<F, kRows, kGroups, kWidth>(pair + g, lane, numbers, blocks, num_blocks, ahead + g, lane == 0 ? lines : 0,
-                                      y + g * F::kRows * kGroup);
+                                      y + g * F::kRows * kGroup, part);
     }
   }
   return kRows;
@@ -263,37 +314,92 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t n, const
   }
 }
 
-// The products of `rows` rows of x, from `row` on, with a pair of groups of weights. If gated: row group i of the
-// gate and row group i of up. Otherwise: groups 2i and 2i + 1. Each tile prefetches a part of the next pair, if that
-// is before `end`, so that the next tiles need not wait for memory.
+// A pair of groups of weights: if gated, group i of the gate and group i of up; otherwise groups 2i and 2i + 1.
 template <class F>
-inline void multiply_pair(const Product& p, const RowsOfX<F>& x, int64_t row, int64_t rows, int64_t pair, int64_t end) {
-  const int64_t num_blocks = blocks_of<F>(p.K), groups = (p.N + kGroup - 1) / kGroup;
-  const int64_t first = p.gated ? pair : 2 * pair;
-  const int64_t second = p.gated ? groups / 2 + pair : std::min(first + 1, groups - 1);
-  const int64_t results = std::min<int64_t>(p.gated ? 1 : 2, groups - first), width = p.gated ? p.N / 2 : p.N;
-  const uint8_t* const weights[2] = {p.weights + first * F::group_bytes(num_blocks),
-                                     p.weights + second * F::group_bytes(num_blocks)};
-  const int64_t tiles = (rows + F::kRows - 1) / F::kRows, step = (p.gated ? 1 : 2) * F::group_bytes(num_blocks);
-  const uint8_t* ahead[2] = {weights[0] + step, weights[1] + step};
-  int64_t to_fetch = pair + 1 < end ? (F::kBytes + kLine - 1) / kLine : 0;  // lines, with each block
-  const int64_t at_once = (to_fetch + tiles - 1) / tiles;
-  alignas(kLine) float products[2][F::kRows * kGroup];
-  for (int64_t r = 0, count; r < rows; r += count) {
-    // Prefetch the lines of y and of the residual during the products: each is in another page of memory.
-    for (int64_t i = row + r; i < row + std::min<int64_t>(rows, r + F::kRows); ++i) {
+struct Pair {
+  int64_t num_blocks, first, results, step;  // results: groups of y, from `first` on; step: bytes to the next pair
+  const uint8_t* weights[2];
+
+  Pair(const Product& p, int64_t i) : num_blocks(blocks_of<F>(p.K)), first(p.gated ? i : 2 * i) {
+    const int64_t groups = (p.N + kGroup - 1) / kGroup, bytes = F::group_bytes(num_blocks);
+    results = std::min<int64_t>(p.gated ? 1 : 2, groups - first);
+    step = (p.gated ? 1 : 2) * bytes;
+    weights[0] = p.weights + first * bytes;
+    weights[1] = p.weights + (p.gated ? groups / 2 + i : std::min(first + 1, groups - 1)) * bytes;
+  }
+  // Lines of the next pair that are prefetched with each block, if that is before `end`.
+  static int64_t to_fetch(int64_t i, int64_t end) { return i + 1 < end ? (F::kBytes + kLine - 1) / kLine : 0; }
+  // Prefetches the lines of y and of the residual during the products: each is in another page of memory.
+  void prefetch(const Product& p, int64_t row, int64_t rows) const {
+    const int64_t width = p.gated ? p.N / 2 : p.N;
+    for (int64_t i = row; i < row + rows; ++i) {
       for (int64_t at = i * width + first * kGroup; at < i * width + (first + results) * kGroup; at += kGroup) {
         __builtin_prefetch(p.y + at, 1);
         if (p.residual) __builtin_prefetch(p.residual + at);
       }
     }
+  }
+};
+
+// As multiply_pair, with 4-bit weights that are unpacked first, a part of the blocks after the other.
+template <class F>
+void multiply_unpacked(const Product& p, const RowsOfX<F>& x, int64_t row, int64_t rows, int64_t i, int64_t end) {
+  using Bytes = Unpacked<F>;
+  constexpr int64_t kTile = 2 * F::kRows * kGroup, kMost = kUnpackedBytes / (2 * Bytes::kBytes);
+  static thread_local std::vector<uint8_t> room_of_weights;
+  static thread_local std::vector<float> room_of_products;
+  const Pair<F> pair(p, i);
+  const int64_t num_blocks = pair.num_blocks, parts = (num_blocks + kMost - 1) / kMost;
+  const int64_t most = (num_blocks + parts - 1) / parts, bytes = F::kFirst + most * Bytes::kBytes;
+  const int64_t tiles = (rows + F::kRows - 1) / F::kRows, to_fetch = pair.to_fetch(i, end);
+  const uint8_t* ahead[2] = {pair.weights[0] + pair.step, pair.weights[1] + pair.step};
+  uint8_t* room = in_lines(room_of_weights, 2 * bytes);
+  float* products = in_lines(room_of_products, (tiles + 1) * kTile);  // the last rows may be two tiles
+  const uint8_t* const weights[2] = {room, room + bytes};
+  for (int64_t begin = 0; begin < num_blocks; begin += most) {
+    const Part part{std::min(most, num_blocks - begin), begin == 0, begin + most >= num_blocks};
+    for (int g = 0; g < 2; ++g) Bytes::unpack(pair.weights[g], begin, begin + part.count, room + g * bytes);
+    float* y = products;
+    int64_t left = to_fetch;
+    for (int64_t r = 0, count; r < rows; r += count, y += kTile) {
+      if (part.is_last) pair.prefetch(p, row + r, std::min<int64_t>(rows - r, F::kRows));
+      const int8_t* numbers = x.numbers() + F::place(r, begin, num_blocks);
+      const BlockOfX* blocks = x.blocks.data() + r * num_blocks + begin;
+      const int64_t lines = std::min((to_fetch + tiles - 1) / tiles, left);
+      count = tile_of_pair<Bytes>(weights, numbers, blocks, num_blocks, rows - r, ahead, lines, y, part);
+      for (const uint8_t*& next : ahead) next += kLine * lines * part.count;
+      left -= lines;
+      for (int64_t g = 0; part.is_last && g < pair.results; ++g) {
+        finish(p, row + r, count, (pair.first + g) * kGroup, y + g * kTile / 2, y + kTile / 2);
+      }
+    }
+  }
+}
+
+// The products of `rows` rows of x, from `row` on, with a pair. Each tile prefetches a part of the next pair, if that
+// is before `end`, so that the next tiles need not wait for memory.
+template <class F>
+inline void multiply_pair(const Product& p, const RowsOfX<F>& x, int64_t row, int64_t rows, int64_t i, int64_t end) {
+  if constexpr (kPacked<F>) {
+    if (rows > (kManyTiles - 1) * F::kRows) return multiply_unpacked<F>(p, x, row, rows, i, end);
+  }
+  const Pair<F> pair(p, i);
+  const int64_t num_blocks = pair.num_blocks, tiles = (rows + F::kRows - 1) / F::kRows;
+  const uint8_t* ahead[2] = {pair.weights[0] + pair.step, pair.weights[1] + pair.step};
+  int64_t to_fetch = pair.to_fetch(i, end);
+  const int64_t at_once = (to_fetch + tiles - 1) / tiles;
+  alignas(kLine) float products[2][F::kRows * kGroup];
+  for (int64_t r = 0, count; r < rows; r += count) {
+    pair.prefetch(p, row + r, std::min<int64_t>(rows - r, F::kRows));
     const typename F::Number* numbers = x.numbers() + F::place(r, 0, num_blocks);
     const BlockOfX* blocks = F::kRounded ? x.blocks.data() + r * num_blocks : nullptr;
     const int64_t lines = std::min(at_once, to_fetch);
-    count = tile_of_pair<F>(weights, numbers, blocks, num_blocks, rows - r, ahead, lines, products[0]);
+    count = tile_of_pair<F>(pair.weights, numbers, blocks, num_blocks, rows - r, ahead, lines, products[0]);
     for (const uint8_t*& next : ahead) next += kLine * lines * num_blocks;
     to_fetch -= lines;
-    for (int64_t i = 0; i < results; ++i) finish(p, row + r, count, (first + i) * kGroup, products[i], products[1]);
+    for (int64_t g = 0; g < pair.results; ++g) {
+      finish(p, row + r, count, (pair.first + g) * kGroup, products[g], products[1]);
+    }
   }
 }
 

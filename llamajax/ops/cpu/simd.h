@@ -55,3 +55,12 @@ inline Floats add(Floats x, Floats y) { return x + y; }
 inline Floats dot(Floats sum, Ints pairs, const float* x) {
   return fma(second_bf16(pairs), all(x[1]), fma(first_bf16(pairs), all(x[0]), sum));
 }
+
+// Memory for `count` numbers, aligned to a cache line: a vector that crosses lines loads at half the speed, and an
+// AMX tile at a fourth.
+template <class N>
+inline N* in_lines(std::vector<N>& room, int64_t count) {
+  room.resize(count + kLine / sizeof(N));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(room.data());
+  return reinterpret_cast<N*>((begin + kLine - 1) / kLine * kLine);
+}
