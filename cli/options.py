@@ -1,5 +1,6 @@
 """The options that commands share: their names, help and ranges, once."""
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -47,6 +48,20 @@ def constraint(json_schema: Path | None, regex: str | None, grammar: str | None)
     if len(options) > 1:
         raise typer.BadParameter("give only one of --json-schema, --regex and --grammar")
     return options
+
+
+def template_kwargs(text: str | None) -> dict[str, Any]:
+    """What the chat template reads beside the messages, as an option of `LLM.stream`."""
+    from llamajax.options import template_variables
+
+    if text is None:
+        return {}
+    try:
+        return {"chat_template_kwargs": template_variables(json.loads(text))}
+    except (ValueError, RecursionError):
+        raise typer.BadParameter(f"--chat-template-kwargs must be a JSON object, not {text!r:.80}") from None
+    except RequestError as e:
+        raise typer.BadParameter(str(e)) from None
 
 
 def sampling(**values: Any) -> SamplingParams:
@@ -153,6 +168,14 @@ JsonSchema = Annotated[
 Regex = Annotated[str | None, typer.Option("--regex", help="The whole answer matches this regular expression.")]
 GrammarOption = Annotated[
     str | None, typer.Option("--grammar", help="The whole answer fits this grammar in Lark's form, or @FILE's.")
+]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="What the chat template reads beside the messages: '{\"enable_thinking\": false}' for Qwen3.",
+    ),
 ]
 Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="Tokens and speed, on stderr, after the answer.")]
 # Read by main, which handles errors; commands only accept it.

@@ -3,11 +3,12 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from prompt_toolkit.completion import Completer, PathCompleter, WordCompleter, merge_completers
 
@@ -52,6 +53,7 @@ class Repl:
       load: gives a model by its name.
       messages: said before.
       asked: what each answer is asked for; `/set` changes it.
+      template: options of `Conversation` for the chat template.
       stats: whether a line of figures follows each answer.
     """
 
@@ -62,16 +64,18 @@ class Repl:
         load: Callable[[str], LLM],
         messages: list[Message],
         asked: Settings,
+        template: Mapping[str, Any],
         stats: bool,
     ) -> None:
         self._load_model = load
         self._asked = asked
+        self._template = template
         self._stats = stats
         self._last: Completion | None = None
         self._again = 0
         self._keeps_last = True
         self._status = Status()
-        self._llm, self._name, self._conversation = llm, model, Conversation(llm)
+        self._llm, self._name, self._conversation = llm, model, Conversation(llm, **template)
         self._compiler = self._compile_ahead(messages)
         self._conversation.restart(messages=messages)
         files = PathCompleter(expanduser=True)
@@ -236,19 +240,24 @@ class Repl:
             note(f"cannot load {name}: {one_line(e)}")
             return
         if messages:
-            llm.encode_chat(messages)  # raises if its template refuses them; the present model then stays
+            self._encode(llm, messages)  # raises if its template refuses them; the present model then stays
         self._compiler.close()
         self._conversation.restart()  # the other model need not read ahead
-        self._llm, self._name, self._conversation = llm, name, Conversation(llm)
+        self._llm, self._name, self._conversation = llm, name, Conversation(llm, **self._template)
         self._compiler = self._compile_ahead(messages)
         self._conversation.restart(messages=messages)
         note(f"({name}; {_count(len(messages), 'message')} kept)")
+
+    def _encode(self, llm: LLM, messages: list[Message]) -> list[int]:
+        return llm.encode_chat(messages, variables=self._template.get("chat_template_kwargs"))
 
     def _compile_ahead(self, messages: list[Message]) -> AheadCompiler:
         compiler = self._llm.compile_ahead(_AHEAD_TOKENS)
         with suppress(LlamaJaxError):  # the model cannot chat: the error comes with the first question
             question: Message = {"role": "user", "content": "A question of some ten words, as most first ones are?"}
-            request, _ = self._llm.prepare([*messages, question], max_new_tokens=self._asked.max_new_tokens)
+            request, _ = self._llm.prepare(
+                [*messages, question], max_new_tokens=self._asked.max_new_tokens, **self._template
+            )
             compiler.expect(request)
         return compiler
 
@@ -280,13 +289,13 @@ class Repl:
             note(f"cannot read {file}: {e}")
             return
         # The template says what is wrong with malformed messages, before they replace the present ones.
-        self._llm.encode_chat(messages)
+        self._encode(self._llm, messages)
         self._conversation.restart(messages=messages)
         note(f"({_count(len(messages), 'message')})")
 
     def _show_stats(self, _: str) -> None:
         messages = self._conversation.messages
-        tokens = len(self._llm.encode_chat(messages)) if messages else 0
+        tokens = len(self._encode(self._llm, messages)) if messages else 0
         note(f"{_count(len(messages), 'message')}, {tokens} of {self._llm.max_seq_len} tokens")
         if self._last:
             note(stats_line(self._last))

@@ -1,10 +1,10 @@
 """A conversation with a model: its messages, the tokens they were made of, and what is forgotten when it is long."""
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from threading import Thread
-from typing import Unpack
+from typing import Any, Unpack
 
 from llamajax.errors import LlamaJaxError, RequestError
 from llamajax.llm import LLM, Stream
@@ -23,9 +23,13 @@ class Conversation:
       forgotten: how many exchanges the last turn forgot.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None) -> None:
+    def __init__(
+        self, llm: LLM, system: str | None = None, *, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """`chat_template_kwargs` are what the template reads beside the messages, as in `LLM.stream`."""
         self.forgotten = 0
         self._llm = llm
+        self._variables = chat_template_kwargs
         self._messages: list[Message] = []
         # Message index -> its own token ids, since encoding an answer's text again need not give them.
         self._answers: dict[int, tuple[int, ...]] = {}
@@ -82,7 +86,9 @@ class Conversation:
         with suppress(LlamaJaxError):  # too long, or refused by the template: the next turn will say so
             # What a template writes of a question depends on it, but not what it writes before.
             question: Message = {"role": "user", "content": "?"}
-            self._ahead = self._llm.stream([*messages, question], max_new_tokens=1, verbatim=answers)
+            self._ahead = self._llm.stream(
+                [*messages, question], max_new_tokens=1, verbatim=answers, chat_template_kwargs=self._variables
+            )
             thread = _Finishing(self._ahead)
             thread.start()
             return thread
@@ -104,7 +110,9 @@ class Conversation:
         room = min(limit, self._llm.max_seq_len // 2)
         messages, answers, forgotten = self._fitting(messages, answers, room)
         self._end_reading_ahead()
-        stream = self._llm.stream(messages, max_new_tokens=limit, verbatim=answers, **options)
+        stream = self._llm.stream(
+            messages, max_new_tokens=limit, verbatim=answers, chat_template_kwargs=self._variables, **options
+        )
         self._messages, self._answers, self.forgotten, self._stream = messages, answers, forgotten, stream
         return stream
 
@@ -125,14 +133,14 @@ class Conversation:
         """The messages without the oldest exchanges if they leave too little room, its answers' ids, how many went."""
         forgotten = 0
         first = 1 if messages[0]["role"] == "system" else 0
-        num_tokens = len(self._llm.encode_chat(messages, answers))
+        num_tokens = len(self._llm.encode_chat(messages, answers, variables=self._variables))
         if num_tokens <= self._llm.max_seq_len - room:
             return messages, answers, 0
         while num_tokens > self._llm.max_seq_len // 2 and len(messages) > first + 1:
             next_question = next(i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user")
             messages = messages[:first] + messages[next_question:]
             answers = {i - next_question + first: ids for i, ids in answers.items() if i >= next_question}
-            num_tokens = len(self._llm.encode_chat(messages, answers))
+            num_tokens = len(self._llm.encode_chat(messages, answers, variables=self._variables))
             forgotten += 1
         return messages, answers, forgotten
 

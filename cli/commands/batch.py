@@ -79,6 +79,7 @@ def batch(
     max_new_tokens: MaxNewTokens = None,
     model: options.Model = DEFAULT,
     system: options.System = None,
+    chat_template_kwargs: options.TemplateKwargs = None,
     temperature: options.Temperature = 0.6,
     top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
@@ -112,12 +113,13 @@ def batch(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    _check(sampling, stop, system, raw)
+    _check(sampling, stop, raw and (system is not None or chat_template_kwargs is not None))
     files = _Files.of(file, format, output, errors, resume)
     options.note_seed(seed)
     if system is not None:
         system = read_text(system, "the system message")
     given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    given |= options.template_kwargs(chat_template_kwargs)
     defaults = batch_file.Defaults(
         {**sampling, **given, "stop": stop, **options.constraint(json_schema, regex, grammar)}, system, raw
     )
@@ -128,7 +130,7 @@ def batch(
     _answer(files, defaults, settings, model, bounded, engine)
 
 
-def _check(sampling: Mapping[str, Any], stop: list[str], system: str | None, raw: bool) -> None:
+def _check(sampling: Mapping[str, Any], stop: list[str], raw_messages: bool) -> None:
     """Raises BadParameter for options that no line could have."""
     try:
         SamplingParams(**sampling)
@@ -136,8 +138,10 @@ def _check(sampling: Mapping[str, Any], stop: list[str], system: str | None, raw
         raise typer.BadParameter(str(e)) from None
     if not all(stop):
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
-    if raw and system is not None:
-        raise typer.BadParameter("a system message needs a chat template: leave out --raw or --system")
+    if raw_messages:
+        raise typer.BadParameter(
+            "messages need a chat template: leave out --raw, or --system and --chat-template-kwargs"
+        )
 
 
 def _settings(

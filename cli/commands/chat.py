@@ -52,6 +52,7 @@ def chat(
     max_new_tokens: MaxNewTokens = None,
     model: options.Model = DEFAULT,
     system: options.System = None,
+    chat_template_kwargs: options.TemplateKwargs = None,
     goes_on: Continue = False,
     temperature: options.Temperature = 0.6,
     top_p: options.TopP = 0.9,
@@ -83,8 +84,11 @@ def chat(
     sampling = options.sampling(**drawn, repetition_penalty=repetition_penalty)
     if not all(stop):
         raise typer.BadParameter("a stop text must not be empty", param_hint="--stop")
-    if raw and (system is not None or goes_on):
-        raise typer.BadParameter("messages need a chat template: leave out --raw, or --system and --continue")
+    if raw and (system is not None or goes_on or chat_template_kwargs is not None):
+        raise typer.BadParameter(
+            "messages need a chat template: leave out --raw, or --system, --continue and --chat-template-kwargs"
+        )
+    template = options.template_kwargs(chat_template_kwargs)
     constraint = options.constraint(json_schema, regex, grammar)
     text = _read(argument, prompt, raw=raw, needed=bool(raw or as_json or constraint))
     messages = _messages(system, goes_on)
@@ -97,10 +101,10 @@ def chat(
         from ..repl import Repl
 
         with raised():
-            Repl(llm, model, load, messages, Settings(sampling, limit, stop), stats).run()
+            Repl(llm, model, load, messages, Settings(sampling, limit, stop), template, stats).run()
         return
     asked = {"max_new_tokens": limit, "stop": stop, "sampling": sampling, **constraint}
-    with _stream(llm, text, messages, asked, raw=raw, goes_on=goes_on) as stream:
+    with _stream(llm, text, messages, asked, template, raw=raw, goes_on=goes_on) as stream:
         render.print_answer_json(stream.finish(), model, seed) if as_json else render.write_stream(stream)
         if stats:
             render.note_cut(stream.completion, limit, llm.max_seq_len)
@@ -130,16 +134,23 @@ def _messages(system: str | None, goes_on: bool) -> list[Message]:
 
 @contextmanager
 def _stream(
-    llm: "LLM", text: str, messages: list[Message], asked: dict[str, Any], *, raw: bool, goes_on: bool
+    llm: "LLM",
+    text: str,
+    messages: list[Message],
+    asked: dict[str, Any],
+    template: dict[str, Any],
+    *,
+    raw: bool,
+    goes_on: bool,
 ) -> "Iterator[Stream]":
     """The answer to one prompt. If the last conversation goes on, it is saved with the answer."""
     from llamajax import Conversation
 
     if goes_on:
-        conversation = Conversation(llm)
+        conversation = Conversation(llm, **template)
         conversation.restart(messages=messages)
         yield conversation.ask(text, **asked)
         saved.keep_last(conversation.messages)
     else:
         question: Message = {"role": "user", "content": text}
-        yield llm.stream(text if raw else [*messages, question], **asked)
+        yield llm.stream(text if raw else [*messages, question], **asked, **template)

@@ -26,7 +26,7 @@ class Defaults:
     """What holds for each line that does not say otherwise.
 
     Attributes:
-      options: of `LLM.stream`; `seed` is the one that each line's seed is made of.
+      options: of `LLM.stream`; `seed` is the one that each line's seed is made of. chat_template_kwargs hold for chats.
       system: the system message.
       raw: continue a prompt as it is, without a chat template.
     """
@@ -152,7 +152,10 @@ def read_request(number: int, fields: Mapping[str, Any], defaults: Defaults) -> 
         said = protocol.read_options(body, "prompt", "messages", "id", "custom_id", *protocol.TOOLS)
         if body.get("prompt") is not None and body.get("messages") is not None:
             raise RequestError("expected a prompt or messages, not both")
+    prompt = _read_prompt(url, body, defaults)
     options = {"max_new_tokens": _LENGTHS[url], **defaults.options, **said}
+    if not _is_chat(prompt) and "chat_template_kwargs" not in said:
+        options.pop("chat_template_kwargs", None)
     if "seed" not in said:
         options["seed"] = line_seed(defaults.options.get("seed", 0), number)
     offered = protocol.read_tool_options(body) if url != protocol.COMPLETIONS else {}
@@ -162,7 +165,7 @@ def read_request(number: int, fields: Mapping[str, Any], defaults: Defaults) -> 
     # The first keeps the seed as it is given, so that the engine says what is wrong with it.
     seeds = [options["seed"], *(protocol.choice_seed(options["seed"], i) for i in range(1, num_choices))]
     choices = [{**options, "seed": seed} for seed in seeds]
-    return Asked(_read_prompt(url, body, defaults), choices, tools)
+    return Asked(prompt, choices, tools)
 
 
 def line_seed(seed: int, number: int) -> int:
@@ -191,6 +194,10 @@ def _read_prompt(url: str | None, body: Mapping[str, Any], defaults: Defaults) -
     if defaults.system is not None and all(message["role"] != "system" for message in messages):
         messages.insert(0, Message(role="system", content=defaults.system))
     return messages
+
+
+def _is_chat(prompt: protocol.Prompt) -> bool:
+    return not isinstance(prompt, str) and isinstance(next(iter(prompt), None), dict)
 
 
 def _is_openai(fields: Mapping[str, Any]) -> bool:

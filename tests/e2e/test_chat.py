@@ -234,6 +234,10 @@ def test_no_color_leaves_a_terminal_without_styles(shallow_model: str) -> None:
         (["--device", "abacus"], "'--device'"),
         (["--stop", ""], "a stop text must not be empty"),
         (["--raw", "--system", "Be brief."], "leave out --raw, or --system"),
+        (["--raw", "--chat-template-kwargs", "{}"], "leave out --raw, or --system"),
+        (["--chat-template-kwargs", "{a: 1}"], "--chat-template-kwargs must be a JSON object, not '{a: 1}'"),
+        (["--chat-template-kwargs", "[1]"], "chat_template_kwargs must be an object, not [1]"),
+        (["--chat-template-kwargs", '{"tools": []}'], "chat_template_kwargs cannot have tools"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models
 from llamajax.tokenizers.hf import byte_alphabet
 
 from ..parity.tiny import CASES, state_dict, write_hf
-from .command import run
+from .command import Terminal, run
 
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}{{ mode }}"
 
 
 @pytest.fixture(params=["qwen2", "qwen3", "smollm3", "mistral-window"])
@@ -45,3 +45,29 @@ def test_chat_batch_and_info(model: str, tmp_path: Path) -> None:
     done = run("batch", str(prompts), "-o", str(answers), "--quantize", "q8_0", *limits)
     assert done.code == 0, done.stderr
     assert len(answers.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("model", ["qwen3"], indirect=True)
+def test_what_the_chat_template_reads_beside_the_messages(model: str, tmp_path: Path) -> None:
+    limits = ("-m", model, "-n", "4", "--max-seq-len", "64", "--temperature", "0")
+    mode = ("--chat-template-kwargs", '{"mode": "Shortly"}')  # seven tokens
+
+    def prompt_tokens(*options: str) -> int:
+        return json.loads(run("chat", "-p", "Hi", "--json", *limits, *options).stdout)["usage"]["prompt_tokens"]
+
+    alone = prompt_tokens()
+    assert prompt_tokens(*mode) == alone + 7
+
+    lines = [{"prompt": "Hi"}, {"prompt": "Hi", "chat_template_kwargs": {"mode": "No"}}]
+    lines.append({"url": "/v1/completions", "body": {"prompt": "Hi"}})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("batch", str(prompts), "--keep-order", *limits, *mode)
+    assert done.code == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    bodies = [*answers[:2], answers[2]["response"]["body"]]
+    assert [body["usage"]["prompt_tokens"] for body in bodies] == [alone + 7, alone + 2, 2]
+
+    with Terminal(*limits, *mode) as terminal:
+        assert int(terminal.ask("Hi").stats["prompt"] or 0) == alone + 7
+        assert terminal.ask("/stats").notes[0].startswith("2 messages, ")

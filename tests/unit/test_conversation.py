@@ -13,6 +13,7 @@ from llamajax.engine.batch import Prompts
 from llamajax.engine.paged import PagedBatch
 from llamajax.engine.steps import Drawn
 from llamajax.ops import PAGE_LEN, native
+from llamajax.tokenizers.chat import ChatTemplate
 
 from ..tiny_model import count_compilations
 
@@ -55,6 +56,21 @@ def test_a_turn_shares_what_was_read_before(llama: LLM) -> None:
         {"role": "assistant", "content": second.text},
     ]
     assert conversation.forgotten == 0
+
+
+def test_the_template_reads_the_same_variables_in_each_turn(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "{% for message in messages %}{{ message.content }}{% endfor %} {{ mode }}"
+    monkeypatch.setattr(llama, "template", ChatTemplate(source))
+    conversation = Conversation(llama, chat_template_kwargs={"mode": "Shortly"})
+    for question in ("Hi", "Bye"):
+        stream = conversation.ask(question, max_new_tokens=2, temperature=0)
+        stream.finish()
+        assert llama.tokenizer.decode(stream.request.token_ids).endswith(f"{question} Shortly")
+        if thread := conversation.read_ahead():
+            thread.join()
+    long = Conversation(llama, chat_template_kwargs={"mode": "long " * 2000})
+    with pytest.raises(PromptTooLongError):
+        long.ask("Hi", max_new_tokens=2)
 
 
 def test_what_was_read_ahead_is_not_read_again(llama: LLM) -> None:

@@ -91,6 +91,18 @@ def test_a_lines_options_come_before_the_commands_and_nulls_are_none() -> None:
     assert found == {"temperature": 0, "max_new_tokens": 50, "stop": "x", "seed": 7}
 
 
+def test_the_commands_template_variables_are_for_chats_that_give_none() -> None:
+    defaults = Defaults({"chat_template_kwargs": {"mode": 1}})
+
+    def given(fields: dict[str, Any], defaults: Defaults = defaults) -> Any:
+        return asked(fields, defaults).choices[0].get("chat_template_kwargs")
+
+    assert given({"prompt": "Hi"}) == given(chat_line()) == {"mode": 1}
+    assert given(chat_line(chat_template_kwargs={})) == {}
+    assert given(completion_line()) is given({"prompt": [1, 2]}) is None
+    assert given(completion_line(chat_template_kwargs={"mode": 2})) == {"mode": 2}  # which the model refuses
+
+
 def test_each_name_of_the_longest_answer_is_known() -> None:
     assert options({"prompt": "Hi", "max_new_tokens": 3}) == {"max_new_tokens": 3}
     assert options(chat_line(max_tokens=3)) == {"max_new_tokens": 3}
