@@ -33,7 +33,7 @@ inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Ints all(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline Ints add(Ints a, Ints b) { return a + b; }
+inline Ints add(Ints a, Ints b) { return (Ints)_mm512_add_epi32((__m512i)a, (__m512i)b); }  // a + b must not overflow
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 // sum + the numbers where x >= y.

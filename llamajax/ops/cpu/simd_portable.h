@@ -55,7 +55,10 @@ inline Floats held(Floats x) { return x; }
 inline Floats all(float x) { return Floats{x, x, x, x}; }
 inline Ints all(int32_t x) { return Ints{x, x, x, x}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
-inline Ints add(Ints a, Ints b) { return a + b; }
+inline Ints add(Ints a, Ints b) {  // a + b must not overflow
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
+  return (Ints)((Unsigned)a + (Unsigned)b);
+}
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 // sum + the numbers where x >= y.
