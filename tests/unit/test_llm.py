@@ -1,6 +1,8 @@
 """The library's front door, with the default model."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from threading import Event, Thread
 from typing import Any
@@ -241,8 +243,9 @@ def test_a_chat_template_s_variables(llama: LLM, monkeypatch: pytest.MonkeyPatch
     deep: list[Any] = []
     for depth in range(2000):
         deep = [deep]
-        if depth in (600, 1999):  # JSON can have one of these, but it is too deep for the template
-            with pytest.raises(RequestError, match=r"nested|recursion"):
+        if depth in (600, 1999):  # JSON can have one of these; Python before 3.12 has no room for what reads it
+            fails = depth == 1999 or sys.version_info < (3, 12)
+            with pytest.raises(RequestError, match=r"nested|recursion") if fails else nullcontext():
                 ids(deep=deep)
     with pytest.raises(RequestError, match="what JSON can express"):
         ids(enable_thinking={1, 2})
