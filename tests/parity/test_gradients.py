@@ -25,7 +25,7 @@ def test_gradients_are_those_of_small_changes() -> None:
     """Along a random direction of each parameter, by central differences."""
     ids, rng = jnp.asarray(random_ids(12)), np.random.default_rng(1)
     weights = {path: jnp.asarray(x) for path, x in random_weights().items()}
-    value, step = jax.jit(loss), 1e-2
+    value, step = jax.jit(loss), 5e-3  # with twice that, the loss bends by 5 %; with half, its last bits count
     gradients = jax.jit(jax.grad(loss))(weights, ids)
     assert gradients.keys() == weights.keys()
     for path, weight in weights.items():

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -472,7 +473,8 @@ def test_tools_that_are_nested_too_deeply(smollm2: Tokenizer) -> None:
     for _ in range(400):
         parameters = {"properties": {"a": parameters}}
     offered = read_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
-    with pytest.raises(RequestError, match="nested too deeply"):
+    # From Python 3.12 on, what JSON can express is not too deep.
+    with pytest.raises(RequestError, match="nested too deeply") if sys.version_info < (3, 12) else nullcontext():
         encode_chat(smollm2, ChatTemplate("{{ tools | tojson }}"), [user("Hi")], tools=offered)
 
 
