@@ -115,7 +115,9 @@ struct Attention {
   bool idle(int64_t b) const { return start[b] < 0; }
   int64_t end(int64_t b) const { return idle(b) ? 0 : start[b] + queries; }  // of its positions
   // The first position that a query sees. Of an idle sequence, 0.
-  int64_t first_seen(int64_t b, int64_t t) const { return std::max<int64_t>(0, start[b] + t - window + 1); }
+  int64_t first_seen(int64_t b, int64_t t) const {
+    return idle(b) ? 0 : std::max<int64_t>(0, start[b] + t - window + 1);
+  }
 };
 
 struct DrawOptions {  // of a row; in the order of native.py's columns
