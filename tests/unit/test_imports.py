@@ -3,9 +3,11 @@
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import llamajax
 
@@ -76,3 +78,11 @@ def test_no_module_called_cli_is_installed(tmp_path: Path) -> None:
     code = "from importlib.util import find_spec; print(*(name for name in ('cli', 'llamajax_cli') if find_spec(name)))"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["llamajax_cli"]
+
+
+def test_the_kernels_are_compiled_with_the_oldest_headers() -> None:
+    """A jaxlib refuses what newer headers made: with those, whoever has another jax than the newest has no kernels."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    requirements = map(Requirement, project["build-system"]["requires"] + project["project"]["dependencies"])
+    here = {r.name: str(r.specifier) for r in requirements if r.marker is None or r.marker.evaluate()}
+    assert here["jaxlib"] == here["jax"].replace(">=", "==") + ".*"

@@ -1,4 +1,4 @@
-"""How setuptools compiles the kernels: with the headers of the jaxlib that is there when llamajax is built.
+"""How setuptools compiles the kernels: with the headers of the jaxlib that pyproject.toml asks for to build.
 
 Where they do not compile, llamajax is installed without them, and XLA's own code serves.
 """
