@@ -61,8 +61,8 @@ class Session:
             began = time.perf_counter()
             warm_up()
             warmed = WarmUp(time.perf_counter() - began, len(seconds), sum(seconds))
-            seconds.clear()
             runs, bandwidths = [], [self._read_bandwidth()]
+            seconds.clear()  # some versions of jax compile the reader anew, once they have imported all that they import
             for _ in range(self.repeat):
                 runs.append(run())
                 bandwidths.append(self._read_bandwidth())
