@@ -62,7 +62,7 @@ class Session:
             warm_up()
             warmed = WarmUp(time.perf_counter() - began, len(seconds), sum(seconds))
             runs, bandwidths = [], [self._read_bandwidth()]
-            seconds.clear()  # some versions of jax compile the reader anew, once they have imported all that they import
+            seconds.clear()  # jax may compile the reader anew, once it has imported all that it imports
             for _ in range(self.repeat):
                 runs.append(run())
                 bandwidths.append(self._read_bandwidth())

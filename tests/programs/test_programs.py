@@ -21,7 +21,7 @@ from llamajax import ops, sampling
 from llamajax.engine import programs, steps
 from llamajax.engine.programs import Program
 from llamajax.families import CONFIGS
-from llamajax.ops import linear, native, weight
+from llamajax.ops import linear, native, threshold, weight
 from llamajax.types import DType
 from scripts import program_report
 from scripts.compiled import Report, Target, missing, native_calls, report, shapes
@@ -214,7 +214,7 @@ def a_sorted_vocabulary(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_threshold_by_halves(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sampling, "_in_rounds", sampling._by_halves)
+    patch.setattr(threshold, "_in_rounds", threshold._by_halves)
 
 
 def a_norm_in_two_kernels(patch: pytest.MonkeyPatch) -> None:

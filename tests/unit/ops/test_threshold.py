@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamajax import sampling
+from llamajax.ops import threshold
 
-from .. import tiny_model
+from ... import tiny_model
 
 strict_promotion = tiny_model.strict_promotion
 
@@ -20,17 +20,17 @@ def _threshold(form: Callable) -> Callable:
 
     @jax.jit
     def places(x: jax.Array, weights: jax.Array, need: jax.Array) -> jax.Array:
-        return form(sampling._order(x), weights, lambda _: need)
+        return form(threshold.in_order(x), weights, lambda _: need)
 
     def numbers(x: np.ndarray, weights: np.ndarray, need: np.ndarray) -> np.ndarray:
         found = np.asarray(places(x, weights, need))
         bits = np.where(found < 0, found ^ 0x7FFFFFFF, found).astype(np.int32)
-        return np.where(found <= sampling._FIRST, np.float32(-np.inf), bits.view(np.float32))
+        return np.where(found <= threshold._FIRST, np.float32(-np.inf), bits.view(np.float32))
 
     return numbers
 
 
-FORMS = {"halves": _threshold(sampling._by_halves), "rounds": _threshold(sampling._in_rounds)}
+FORMS = {"halves": _threshold(threshold._by_halves), "rounds": _threshold(threshold._in_rounds)}
 forms = pytest.mark.parametrize("threshold", FORMS.values(), ids=FORMS.keys())
 COUNTS = [1, 3, 16, 37, 1000]
 SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, 3e38, -3e38, 1e-30, -1e-30], np.float32)
