@@ -112,6 +112,10 @@ class Runner:
             expected = f"an integer of at least {page} bytes, for {PAGE_LEN} tokens"
             max_memory = checks.integer("max_memory", max_memory, page, expected=expected)
             room = max_memory // page * PAGE_LEN
+            if (
+                self.paged and sum(chunk_lens(room - 1)) > room
+            ):  # the cheapest last chunk has a page more than its tokens
+                room -= PAGE_LEN
             if room < longest:
                 longest, most = room, f"{room}, for which there is room in {max_memory} bytes"
         self.max_memory = max_memory

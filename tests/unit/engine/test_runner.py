@@ -164,6 +164,19 @@ def test_max_memory_bounds_the_context() -> None:
             Runner(CONFIG, weights, placement, **bounds)
 
 
+@pytest.mark.skipif(not native.available(), reason="pages are for the native kernels")
+def test_there_is_room_for_all_chunks_of_each_prompt() -> None:
+    """A last chunk may have a page more than its tokens."""
+    placement, weights = placed(CONFIG), random_weights(CONFIG)
+    page = PAGE_LEN * bytes_per_token(CONFIG, placement.cache_dtype)
+    contexts = []
+    for num_pages in range(1, 17):
+        context = Runner(CONFIG, weights, placement, max_memory=num_pages * page).max_seq_len
+        assert all(sum(chunk_lens(length)) <= num_pages * PAGE_LEN for length in range(1, context))
+        contexts.append(context // PAGE_LEN)
+    assert contexts == [1, 2, 3, 4, 5, 6, 6, 8, 9, 10, 11, 12, 13, 14, 14, 16]
+
+
 def test_the_context_is_the_models_if_none_is_given() -> None:
     runner = tiny_runner()
     assert runner.max_seq_len == CONFIG.max_position_embeddings == 2048
