@@ -1,6 +1,7 @@
 """What importing costs, and what is installed."""
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -86,3 +87,22 @@ def test_the_kernels_are_compiled_with_the_oldest_headers() -> None:
     requirements = map(Requirement, project["build-system"]["requires"] + project["project"]["dependencies"])
     here = {r.name: str(r.specifier) for r in requirements if r.marker is None or r.marker.evaluate()}
     assert here["jaxlib"] == here["jax"].replace(">=", "==")
+
+
+def test_a_compiler_is_fetched_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setuptools")
+    path = Path(__file__).parents[2] / "llamajax" / "ops" / "cpu" / "build_kernels.py"
+    spec = importlib.util.spec_from_file_location("build_kernels", path)
+    assert spec and spec.loader
+    building = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(building)
+    monkeypatch.setattr(building.sys, "platform", "linux")
+    monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert building._installed() is None and building._compiler_s_package() == ["ziglang"]
+    (tmp_path / "clang++").touch(0o755)
+    assert building._installed() == ["clang++"] and building._compiler_s_package() == []
+    (tmp_path / "mine").touch(0o755)
+    monkeypatch.setenv("CXX", "mine -g")
+    assert building._installed() == ["mine", "-g"]

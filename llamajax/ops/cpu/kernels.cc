@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <iterator>
 #include <map>
 #include <memory>
@@ -22,6 +23,7 @@
 #include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define HAS_NEW_X86  // the compiler knows AVX-VNNI and products of bf16
@@ -282,18 +284,28 @@ bool may_use_tiles() {
 #endif
 }
 
+// Which registers the operating system keeps when it changes between threads.
+__attribute__((target("xsave"))) uint64_t kept_registers() { return _xgetbv(0); }
+
+// Bits are numbered as in Intel's manual, volume 2A, "CPUID". Not every compiler has __builtin_cpu_supports.
 bool has(Isa isa) {
-  __builtin_cpu_init();
-  // All processors with AVX2 have f16c.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  struct Leaf {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    explicit Leaf(unsigned number, unsigned part = 0) { __get_cpuid_count(number, part, &eax, &ebx, &ecx, &edx); }
+  };
+  const auto all = [](uint64_t found, std::initializer_list<int> bits) {
+    return std::all_of(bits.begin(), bits.end(), [&](int bit) { return found >> bit & 1; });
+  };
+  const Leaf one(1), seven(7), more(7, 1);
+  const uint64_t kept = all(one.ecx, {27}) ? kept_registers() : 0;
+  // FMA, F16C, AVX2; then AVX-512's F, DQ, BW, VL and VNNI.
+  const bool avx2 = all(one.ecx, {12, 29}) && all(seven.ebx, {5}) && all(kept, {1, 2});
+  const bool avx512 = avx2 && all(seven.ebx, {16, 17, 30, 31}) && all(seven.ecx, {11}) && all(kept, {5, 6, 7});
   switch (isa) {
 #if defined(HAS_NEW_X86)
-    case Isa::amx: return has(Isa::avx512bf16) && __builtin_cpu_supports("amx-bf16") &&
-                         __builtin_cpu_supports("amx-int8") && may_use_tiles();
-    case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
-    case Isa::avxvnni: return avx2 && __builtin_cpu_supports("avxvnni");
+    case Isa::amx: return has(Isa::avx512bf16) && all(seven.edx, {22, 24, 25}) && may_use_tiles();
+    case Isa::avx512bf16: return avx512 && all(more.eax, {5});
+    case Isa::avxvnni: return avx2 && all(more.eax, {4});
 #endif
     case Isa::avx512: return avx512;
     case Isa::avx2: return avx2;
