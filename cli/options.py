@@ -121,6 +121,7 @@ MaxMemory = Annotated[
     typer.Option(
         "--max-memory",
         min=0,
+        max=1e9,
         metavar="MB",
         help="Memory for keys and values, beside the weights: requests wait until there is room.",
         show_default="half of the computer's, or what an accelerator has left",
@@ -131,6 +132,7 @@ PrefixCache = Annotated[
     typer.Option(
         "--prefix-cache",
         min=0,
+        max=1e9,
         metavar="MB",
         help="Memory for the beginnings of prompts: a prompt that begins alike prefills only the rest. 0 keeps none.",
         show_default="a 32nd of the computer's",

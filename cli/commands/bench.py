@@ -88,6 +88,7 @@ _HERE = [
     "device",
     "threads",
 ]
+_OF_STRATEGIES = ["requests", "new_tokens", "prompt_len", "arrival", "slots"]
 
 
 def bench(
@@ -127,6 +128,8 @@ def bench(
     alone = its.parse_alone(mode, pp, tg, batch, depth)
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     samplings = its.parse_samplings(drawn | {"repetition_penalty": repetition_penalty}, seed)
+    if alone:
+        _refuse(context, _OF_STRATEGIES, "--pp, --tg, --batch and --depth measure no strategies")
     output = _Output(as_json, csv_file, plot)
     options.note_seed(seed)
     from llamajax.bench.workload import synthetic

@@ -114,6 +114,7 @@ class Source(NamedTuple):
 
 # Not the time: a resumed run writes what an uninterrupted one does.
 _CREATED = 0
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 def read_text(data: bytes) -> dict[str, Any]:
@@ -154,12 +155,15 @@ def read_request(number: int, fields: Mapping[str, Any], defaults: Defaults) -> 
             raise RequestError("expected a prompt or messages, not both")
     prompt = _read_prompt(url, body, defaults)
     options = {"max_new_tokens": _LENGTHS[url], **defaults.options, **said}
+    offered = protocol.read_tool_options(body) if url != protocol.COMPLETIONS else {}
+    tools = read_tools(*map(offered.get, protocol.TOOLS))
+    if tools or any(name in said for name in _CONSTRAINTS):  # what an answer must fit is said once
+        options = {name: value for name, value in options.items() if name in said or name not in _CONSTRAINTS}
     if not _is_chat(prompt) and "chat_template_kwargs" not in said:
         options.pop("chat_template_kwargs", None)
     if "seed" not in said:
         options["seed"] = line_seed(defaults.options.get("seed", 0), number)
-    offered = protocol.read_tool_options(body) if url != protocol.COMPLETIONS else {}
-    if tools := read_tools(*map(offered.get, protocol.TOOLS)):
+    if tools:
         options |= offered
     num_choices = protocol.read_num_choices(body)
     # The first keeps the seed as it is given, so that the engine says what is wrong with it.

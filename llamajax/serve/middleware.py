@@ -36,7 +36,7 @@ class Key:
 
     def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]) -> None:
         self._app = app
-        self._key = key.encode()
+        self._key = key.strip().encode()  # as the client's is: a key from a file may end in a newline
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,7 +91,7 @@ class Bodies:
     async def _read(self, receive: Receive) -> bytes | None:
         """The body; only its first bytes if it is too long."""
         chunks, size, more = [], 0, True
-        while more and size <= _MAX_DROPPED_BYTES:
+        while more and size <= max(self._max_bytes, _MAX_DROPPED_BYTES):
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None

@@ -51,6 +51,7 @@ _CONSTRAINTS = {
     "guided_choice": "choice",
 }
 _STRUCTURED_OUTPUTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+_FORM = ("type", "json_schema", "schema", "name", "description", "strict")
 # Fields about the tools that a chat may call.
 TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")  # the last one counts
@@ -212,7 +213,11 @@ def _constraint(given: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError(f"structured_outputs.{name:.80} is not supported: leave it out")
     if (schema := _schema(_object(given, "response_format"), "response_format")) is not None:
         found.append(("response_format", "json_schema", schema))
-    if (schema := _schema(_object(_object(given, "text"), "format"), "text.format")) is not None:
+    text = _object(given, "text")
+    for name, value in text.items():
+        if name != "format" and value is not None and value not in _NEUTRAL.get(name, _EMPTY):
+            raise RequestError(f"text.{name:.80} is not supported: leave it out")
+    if (schema := _schema(_object(text, "format"), "text.format")) is not None:
         found.append(("text.format", "json_schema", schema))
     if len(found) > 1:
         raise RequestError(f"give only one of {', '.join(name for name, _, _ in found)}")
@@ -232,11 +237,16 @@ def _object(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _schema(form: Mapping[str, Any], name: str) -> Any:
     """Of `response_format`, or of the same with a schema's members beside its type, as responses have it."""
-    match form.get("type", "text"):
+    for member, value in form.items():
+        if member not in _FORM and value is not None:
+            raise RequestError(f"{name}.{member:.80} is not supported: leave it out")
+    match form.get("type") if form else "text":
         case "text":
             return None
+        case "json_object" if isinstance(form.get("schema"), dict | None):  # llama.cpp's way to give a schema
+            return form.get("schema") or {"type": "object"}
         case "json_object":
-            return {"type": "object"}
+            raise RequestError(f"{name}.schema must be an object, not {checks.shown(form['schema'])}")
         case "json_schema":
             schema = (form.get("json_schema") or form) if isinstance(form.get("json_schema"), dict | None) else {}
             if isinstance(schema.get("schema"), dict):

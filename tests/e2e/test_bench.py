@@ -155,6 +155,8 @@ def test_random_weights() -> None:
         (["--prompt-len", "9" * 20], "--prompt-len"),
         (["--pp", "8", "--mode", "batched"], "leave out --mode"),
         (["--depth", "8", "--mode", "batched"], "leave out --mode"),
+        (["--pp", "8", "-n", "9"], "leave out -n"),
+        (["--tg", "8", "--slots", "4"], "leave out --slots"),
         (["--csv", "none/results.csv"], "--csv"),
         (["--plot", "none/plot.png"], "--plot"),
         (["--json", "--csv", "-"], "stdout"),

@@ -102,7 +102,17 @@ def test_an_address_that_is_taken_is_said(shallow_model: str) -> None:
     assert "cannot listen on no.such.host.example" in run("serve", "--host", "no.such.host.example").error
 
 
-@pytest.mark.parametrize("options", [["--port", "70000"], ["--slots", "0"], ["--deadline", "0"], ["--max-body", "-1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "70000"],
+        ["--slots", "0"],
+        ["--deadline", "0"],
+        ["--deadline", "inf"],
+        ["--max-body", "-1"],
+        ["--max-body", "inf"],
+    ],
+)
 def test_wrong_options_are_usage_errors(options: list[str]) -> None:
     assert run("serve", *options).code == 2
 

@@ -215,7 +215,9 @@ SCHEMA = {"type": "object", "required": ["a"]}
             {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}},
             {"json_schema": SCHEMA},
         ),
+        ("response_format", {"type": "json_object", "schema": SCHEMA}, {"json_schema": SCHEMA}),
         ("text", {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}, {"json_schema": SCHEMA}),
+        ("text", {"format": {}, "verbosity": "medium"}, {}),
         ("json_schema", SCHEMA, {"json_schema": SCHEMA}),
         ("guided_json", SCHEMA, {"json_schema": SCHEMA}),
         ("guided_regex", "a+", {"regex": "a+"}),
@@ -227,11 +229,30 @@ def test_what_an_answer_must_fit(field: str, value: Any, option: dict[str, Any])
     assert options(chat_line(**{field: value})) == option
 
 
+def test_what_a_line_must_fit_takes_the_place_of_the_commands() -> None:
+    constrained = Defaults({"json_schema": SCHEMA, "temperature": 0.5})
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    for fields, expected in (
+        ({"prompt": "Hi"}, {"json_schema": SCHEMA}),
+        ({"prompt": "Hi", "regex": "a+"}, {"regex": "a+"}),
+        ({"messages": ASKED, "tools": [tool]}, {}),
+    ):
+        [found] = asked(fields, constrained).choices
+        assert found["temperature"] == 0.5
+        assert {name: found[name] for name in ("json_schema", "regex", "grammar") if name in found} == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"response_format": {"type": "xml"}}, "must be of type text, json_object or json_schema, not 'xml'"),
         ({"response_format": "json"}, "response_format must be an object"),
+        ({"response_format": {"typ": "json_object"}}, "response_format.typ is not supported: leave it out"),
+        ({"response_format": {"json_schema": {"schema": SCHEMA}}}, "json_object or json_schema, not None"),
+        ({"response_format": {"type": "json_object", "schema": "{}"}}, "response_format.schema must be an object"),
+        ({"text": {"formt": {"type": "json_object"}}}, "text.formt is not supported"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity is not supported"),
+        ({"text": {"format": {"type": "json_object", "strikt": True}}}, "text.format.strikt is not supported"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "needs a schema"),
         ({"response_format": {"type": "json_object"}, "regex": "a"}, "give only one of regex, response_format"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag is not supported"),

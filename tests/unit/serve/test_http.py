@@ -207,6 +207,19 @@ def test_an_error_on_the_way_is_sent_at_once(server: Running, monkeypatch: pytes
     assert response.status_code == 400 and "grammar cannot be used" in response.json()["error"]["message"]
 
 
+def test_text_is_sent_before_the_error_that_ends_it(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Any = {"messages": QUESTION, "max_tokens": 12, "temperature": 0}
+    whole = server.post(protocol.CHAT, **asked)["choices"][0]["message"]["content"]
+
+    def late(self: generation.Generation, stream: Any) -> Any:
+        raise generation.IncompleteError(504, "late", "deadline_exceeded")
+
+    monkeypatch.setattr(generation.Generation, "_completion", late)
+    *events, error = server.events(protocol.CHAT, **asked)
+    assert error["error"]["code"] == "deadline_exceeded"
+    assert whole and "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == whole
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "greet"}}])
 def test_a_call_that_is_required_is_one(server: Running, choice: Any) -> None:
     asked: Any = {"messages": QUESTION, "tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
@@ -561,7 +574,8 @@ def test_the_description_names_each_field(server: Running) -> None:
 
 
 def test_a_key_is_needed(llama: LLM) -> None:
-    running = Running(llamajax.serve.app(llama, name="small", slots=1, api_key="secret", cors=["https://a.example"]))
+    """One from a file may end in a newline."""
+    running = Running(llamajax.serve.app(llama, name="small", slots=1, api_key="secret\n", cors=["https://a.example"]))
     try:
         client = running.client
         for headers in (
@@ -626,6 +640,16 @@ def test_stopping_lets_what_runs_end(llama: LLM) -> None:
     assert [stream.finish().finish_reason for stream in streams] == ["length"] * 2
     service.close()
     assert service.state == "stopping"
+
+
+def test_a_long_body_that_is_allowed_is_read_whole(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "_MAX_DROPPED_BYTES", 1000)
+    running = Running(llamajax.serve.app(llama, name="small", slots=1, max_body_bytes=5_000_000))
+    try:
+        response = running.client.post("/tokenize", json={"prompt": "x " * 400_000})
+        assert response.status_code == 200 and response.json()["count"] > 100_000
+    finally:
+        running.close()
 
 
 def test_a_body_that_is_too_long(llama: LLM) -> None:
