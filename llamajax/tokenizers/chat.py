@@ -243,9 +243,20 @@ def _checked(messages: Messages) -> list[dict[str, Any]]:
             raise RequestError(f"a message must have a role and a content and nothing else, not {message!r:.200}")
         if message["role"] not in ROLES:
             raise RequestError(f"a message's role must be one of {', '.join(ROLES)}, not {message['role']!r:.80}")
+        if not _are_calls(message.get("tool_calls") or []):
+            raise RequestError("tool_calls must be a list of objects with a function, which has a name and arguments")
         others = {name: message[name] for name in ("tool_calls", "tool_call_id") if name in message}
         checked.append({"role": message["role"], "content": _text(message["content"]), **others})
     return checked
+
+
+def _are_calls(calls: object) -> bool:
+    return isinstance(calls, Sequence) and all(
+        isinstance(call, Mapping)
+        and isinstance(function := call.get("function"), Mapping)
+        and isinstance(function.get("name"), str)
+        for call in calls
+    )
 
 
 def _text(content: object) -> str:

@@ -89,6 +89,15 @@ def test_the_kernels_are_compiled_with_the_oldest_headers() -> None:
     assert here["jaxlib"] == here["jax"].replace(">=", "==")
 
 
+def test_a_source_distribution_has_all_that_builds_the_kernels() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    [kernels] = project["tool"]["setuptools"]["ext-modules"]
+    folder = Path(__file__).parents[2] / "llamajax" / "ops" / "cpu"
+    assert {*kernels["sources"], *kernels["depends"]} == {
+        f"llamajax/ops/cpu/{file.name}" for file in folder.iterdir() if file.is_file()
+    }
+
+
 def test_a_compiler_is_fetched_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("setuptools")
     path = Path(__file__).parents[2] / "llamajax" / "ops" / "cpu" / "build_kernels.py"

@@ -268,7 +268,11 @@ def test_options_beside_sampling_are_refused_not_forgotten(llama: LLM) -> None:
 
 
 def test_a_prompt_that_is_far_too_long_is_not_encoded(llama: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: Message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "x" * 200_000}}]}
+    called: Message = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": "x" * 200_000}}],
+    }
     monkeypatch.setattr(llama.tokenizer, "encode", None)
     for prompt in ("x" * 200_000, [{"role": "user", "content": "x" * 200_000}], [called]):
         with pytest.raises(PromptTooLongError, match="1024 tokens, and the prompt has at least 2470: shorten"):

@@ -412,6 +412,8 @@ def test_a_template_may_refuse() -> None:
         (["Hi"], "must have a role and a content and nothing else, not 'Hi'"),
         ([{"role": "user"}], "must have a role and a content"),
         ([{"role": "user", "content": "Hi", "name": "x"}], "nothing else"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}], "objects with a function, which has"),
+        ([{"role": "assistant", "content": "", "tool_calls": {"function": {}}}], "tool_calls must be a list"),
         ([{"role": "<|im_start|>", "content": "Hi"}], "one of system, user, assistant, tool, not '<|im_start|>'"),
         ([{"role": ["user"], "content": "Hi"}], "one of system, user, assistant, tool"),
         ([{"role": "user", "content": ["Hi"]}], "content must be a string"),
