@@ -1,6 +1,7 @@
 """The options that commands share: their names, help and ranges, once."""
 
 import json
+import math
 import os
 import secrets
 from pathlib import Path
@@ -31,6 +32,13 @@ def parse_seed(text: str | int) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"expected an integer or 'random', not {text!r}") from None
+
+
+def finite(value: float | None) -> float | None:
+    """Refuses infinity, which an option's range does not."""
+    if value is not None and math.isinf(value):
+        raise typer.BadParameter("must be finite")
+    return value
 
 
 def note_seed(seed: int) -> None:
@@ -121,7 +129,7 @@ MaxMemory = Annotated[
     typer.Option(
         "--max-memory",
         min=0,
-        max=1e9,
+        callback=finite,
         metavar="MB",
         help="Memory for keys and values, beside the weights: requests wait until there is room.",
         show_default="half of the computer's, or what an accelerator has left",
@@ -132,7 +140,7 @@ PrefixCache = Annotated[
     typer.Option(
         "--prefix-cache",
         min=0,
-        max=1e9,
+        callback=finite,
         metavar="MB",
         help="Memory for the beginnings of prompts: a prompt that begins alike prefills only the rest. 0 keeps none.",
         show_default="a 32nd of the computer's",

@@ -1,22 +1,13 @@
 """How a conversation's answers are drawn, as `/set` shows and changes it."""
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llamajax.errors import RequestError
 from llamajax.types import SamplingParams
 
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
+_SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in ("logprobs", "logit_bias"))
 NAMES = (*_SAMPLING, "n", "stop")
 
 

@@ -43,13 +43,22 @@ Cors = Annotated[
 Alias = Annotated[str | None, typer.Option("--alias", help="The name that clients ask for, in place of the model's.")]
 Deadline = Annotated[
     float | None,
-    typer.Option("--deadline", min=0.001, max=1e9, help="Seconds that a request may take; no limit by default."),
+    typer.Option(
+        "--deadline", min=0.001, callback=options.finite, help="Seconds that a request may take; no limit by default."
+    ),
 ]
 Shutdown = Annotated[
     float,
-    typer.Option("--shutdown", min=0, max=1e9, help="Seconds that requests have to end when the server is stopped."),
+    typer.Option(
+        "--shutdown",
+        min=0,
+        callback=options.finite,
+        help="Seconds that requests have to end when the server is stopped.",
+    ),
 ]
-MaxBody = Annotated[float, typer.Option("--max-body", min=0.001, max=1e9, help="The longest request, in MB.")]
+MaxBody = Annotated[
+    float, typer.Option("--max-body", min=0.001, callback=options.finite, help="The longest request, in MB.")
+]
 
 
 def serve(

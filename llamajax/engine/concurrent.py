@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from threading import Condition, Thread
-from typing import Self
 
 from llamajax.engine.engine import Engine
 from llamajax.engine.scheduler import Job
@@ -10,12 +9,12 @@ from llamajax.errors import QueueFullError, RequestError
 
 
 class Concurrent:
-    """Runs an engine in a thread of its own. A context manager: leaving it cancels the unfinished requests.
+    """Runs an engine in a thread of its own, until it is closed.
 
     That thread calls `on_step` after each of the engine's steps.
     """
 
-    def __init__(self, engine: Engine, on_step: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, engine: Engine, on_step: Callable[[], None]) -> None:
         self._engine = engine
         self._on_step = on_step
         self._inbox: list[Job] = []
@@ -24,12 +23,6 @@ class Concurrent:
         self._changed = Condition()
         self._thread = Thread(target=self._run, name="llamajax engine", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def is_alive(self) -> bool:
