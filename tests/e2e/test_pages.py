@@ -111,6 +111,11 @@ def folder(tmp_path: Path, smollm2_gguf: Path) -> Path:
     return tmp_path
 
 
+def quick(bench: str) -> str:
+    """What makes a command's measurement short."""
+    return "--repeat 1" if re.search(r" --(pp|tg|batch|depth) ", bench) else QUICK
+
+
 def missing(command: str) -> str | None:
     """A program of the command that is not installed."""
     programs = [part.split()[0] for part in without_variables(command.splitlines()[0]).split(" | ")]
@@ -123,7 +128,7 @@ def test_commands_run(block: Block, folder: Path, url: str) -> None:
     absent = {command: program for command in asked if (program := missing(command))}
     servers = [command for command in asked if command.startswith("llamajax serve")]
     lines = [command for command in asked if command not in (*absent, *servers)]
-    script = "\n".join(f"{line} {QUICK}" if line.startswith("llamajax bench") else line for line in lines)
+    script = "\n".join(f"{line} {quick(line)}" if line.startswith("llamajax bench") else line for line in lines)
     env = environment(PATH=PATH, KEY="key", OPENAI_API_KEY="none", LLM_USER_PATH=str(folder))
     done = subprocess.run(
         ["sh", "-exc", re.sub(r"http://(127\.0\.0\.1|localhost):8000", url, script)],
